@@ -1,0 +1,11 @@
+//! CPU kernels of MatMul-free language models, and the only crate of the workspace with unsafe code.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`memory`] | files mapped into memory, and the arena that holds packed weights |
+//! | [`ternary`] | ternary quantiser, packed formats, [`TernaryMatrix`](ternary::TernaryMatrix) |
+//!
+//! Dimension letters: M tokens (rows of activations), N outputs, K inputs.
+
+pub mod memory;
+pub mod ternary;

@@ -1,0 +1,339 @@
+//! Ternary weights: the quantiser, the packed formats, and the matrix that the kernels stream.
+//!
+//! A dense layer's weight `W` [N, K] is replaced by trits and one scale per tensor:
+//!
+//! ```text
+//! γ = max(mean |W|, 1e-5)                      summed in f64, kept as f32
+//! t = clamp(round_half_even(W · (1/γ)), -1, 1)
+//! W ≈ t · γ                                    γ multiplies
+//! ```
+
+use std::io;
+
+use crate::memory::{ArenaBox, WeightArena};
+
+/// Rows that are stored side by side: one 512-bit vector holds one code word of each.
+pub const PANEL_ROWS: usize = 16;
+/// Trits of a row in one 32-bit code word.
+pub const WORD_TRITS: usize = 16;
+
+/// Why a ternary matrix could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum TernaryError {
+    /// A dimension is zero or the product overflows.
+    #[error("a ternary matrix of {rows} x {cols} cannot be stored")]
+    Shape {
+        /// N.
+        rows: usize,
+        /// K.
+        cols: usize,
+    },
+    /// The data do not have the length that the shape demands.
+    #[error("expected {expected} {what}, found {found}")]
+    Length {
+        /// What was counted.
+        what: &'static str,
+        /// What the shape demands.
+        expected: usize,
+        /// What was given.
+        found: usize,
+    },
+    /// A weight is NaN or infinite.
+    #[error("weight {index} is {value}; weights must be finite")]
+    NotFinite {
+        /// Row-major index of the first offending weight.
+        index: usize,
+        /// The weight.
+        value: f32,
+    },
+    /// The scale γ is NaN, infinite or not positive.
+    #[error("the scale is {0}; it must be finite and positive")]
+    Scale(f32),
+    /// A packed block holds a code that stands for no trit.
+    #[error("byte {offset} holds {value:#04x}, which encodes no trits")]
+    Code {
+        /// Offset into the packed data.
+        offset: usize,
+        /// The byte.
+        value: u8,
+    },
+    /// A packed block's own scale is not 1.
+    #[error("the block at byte {offset} has scale bits {bits:#06x}; expected 1.0 (0x3c00)")]
+    BlockScale {
+        /// Offset of the block.
+        offset: usize,
+        /// The half-precision bits found.
+        bits: u16,
+    },
+    /// The system refused memory.
+    #[error("could not allocate {bytes} bytes for packed weights: {source}")]
+    Allocate {
+        /// Bytes wanted.
+        bytes: usize,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+/// The scale γ of a tensor, `max(mean |w|, 1e-5)`, the mean taken in f64.
+///
+/// # Errors
+/// [`TernaryError::NotFinite`] names the first weight that is NaN or infinite.
+pub fn absmean_scale(weights: &[f32]) -> Result<f32, TernaryError> {
+    let sum: f64 = weights.iter().map(|w| f64::from(w.abs())).sum();
+    if !sum.is_finite() {
+        let index = weights.iter().position(|w| !w.is_finite()).unwrap_or(0);
+        return Err(TernaryError::NotFinite { index, value: weights[index] });
+    }
+    Ok(((sum / weights.len().max(1) as f64) as f32).max(1e-5))
+}
+
+/// Writes `clamp(round_half_even(w · (1/γ)), -1, 1)` for every weight. Quantises: the result is trits.
+pub fn quantize_trits(weights: &[f32], scale: f32, trits: &mut [i8]) {
+    assert_eq!(weights.len(), trits.len());
+    let inverse = 1.0 / scale;
+    for (trit, &w) in trits.iter_mut().zip(weights) {
+        // Ties at ±0.5 round to the even 0, so a strict comparison is the rounding.
+        let scaled = w * inverse;
+        *trit = i8::from(scaled > 0.5) - i8::from(scaled < -0.5);
+    }
+}
+
+/// Ternary weights `t · γ` [N, K] in the layout that the kernels stream.
+///
+/// Code words: trits `16u .. 16u + 16` of a row are one little-endian `u32`; trit `4f + b` of them
+/// is stored as `t + 1` in bits `2f .. 2f + 2` of byte `b`, so byte `b` of field `f` meets activation
+/// `16u + 4f + b` and four neighbouring activations meet the four bytes of one word.
+///
+/// Panels: sixteen rows are interleaved word by word, `words[panel][u][row]`, so a 512-bit load
+/// holds the same columns of sixteen rows, and a panel is one contiguous stream. Rows and columns
+/// beyond the logical shape hold zero trits.
+#[derive(Debug)]
+pub struct TernaryMatrix {
+    rows: usize,
+    cols: usize,
+    scale: f32,
+    storage: ArenaBox,
+}
+
+impl TernaryMatrix {
+    /// Packs trits [N, K], row-major, that a closure writes one row at a time into a slice of
+    /// length K.
+    ///
+    /// # Errors
+    /// An impossible shape or scale, no memory, or whatever the closure reports.
+    pub fn from_rows<E: From<TernaryError>>(
+        arena: &WeightArena,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+        mut write_row: impl FnMut(usize, &mut [i8]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let mut matrix = Self::zeros(arena, rows, cols, scale)?;
+        let units = matrix.units();
+        let mut trits = vec![0i8; units * WORD_TRITS];
+        for row in 0..rows {
+            write_row(row, &mut trits[..cols])?;
+            let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+            let base = panel * units * PANEL_ROWS + lane;
+            let words = matrix.words_mut();
+            for (unit, group) in trits.chunks_exact(WORD_TRITS).enumerate() {
+                words[base + unit * PANEL_ROWS] = encode_word(group);
+            }
+        }
+        Ok(matrix)
+    }
+
+    /// Packs trits [N, K], row-major.
+    ///
+    /// # Errors
+    /// As [`from_rows`](Self::from_rows), and a wrong number of trits.
+    pub fn from_trits(
+        arena: &WeightArena,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+        trits: &[i8],
+    ) -> Result<Self, TernaryError> {
+        let expected = rows.checked_mul(cols).ok_or(TernaryError::Shape { rows, cols })?;
+        if trits.len() != expected {
+            return Err(TernaryError::Length { what: "trits", expected, found: trits.len() });
+        }
+        Self::from_rows(arena, rows, cols, scale, |row, out| {
+            out.copy_from_slice(&trits[row * cols..(row + 1) * cols]);
+            Ok(())
+        })
+    }
+
+    fn zeros(
+        arena: &WeightArena,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+    ) -> Result<Self, TernaryError> {
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(TernaryError::Scale(scale));
+        }
+        let bytes = (rows > 0 && cols > 0)
+            .then(|| {
+                rows.div_ceil(PANEL_ROWS)
+                    .checked_mul(PANEL_ROWS * 4)?
+                    .checked_mul(cols.div_ceil(WORD_TRITS))
+            })
+            .flatten()
+            .ok_or(TernaryError::Shape { rows, cols })?;
+        let mut storage =
+            arena.allocate(bytes).map_err(|source| TernaryError::Allocate { bytes, source })?;
+        let words: &mut [u32] = bytemuck::cast_slice_mut(storage.bytes_mut());
+        words.fill(ZERO_WORD);
+        Ok(Self { rows, cols, scale, storage })
+    }
+
+    /// N, the number of outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// K, the number of inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// γ, which multiplies.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// Code words of a row, `ceil(K / 16)`.
+    pub fn units(&self) -> usize {
+        self.cols.div_ceil(WORD_TRITS)
+    }
+
+    /// Groups of sixteen rows, `ceil(N / 16)`.
+    pub fn panels(&self) -> usize {
+        self.rows.div_ceil(PANEL_ROWS)
+    }
+
+    /// Bytes that one pass over the matrix streams.
+    pub fn packed_bytes(&self) -> usize {
+        self.storage.bytes().len()
+    }
+
+    /// The code words, `[panel][unit][row of the panel]`.
+    pub fn words(&self) -> &[u32] {
+        bytemuck::cast_slice(self.storage.bytes())
+    }
+
+    fn words_mut(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(self.storage.bytes_mut())
+    }
+
+    /// The trit at (row, col).
+    ///
+    /// # Panics
+    /// If the position lies outside the matrix.
+    pub fn trit(&self, row: usize, col: usize) -> i8 {
+        assert!(row < self.rows && col < self.cols, "({row}, {col}) lies outside the matrix");
+        let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+        let (unit, k) = (col / WORD_TRITS, col % WORD_TRITS);
+        let word = self.words()[(panel * self.units() + unit) * PANEL_ROWS + lane];
+        decode_trit(word, k)
+    }
+
+    /// Writes the trits of a row into a slice of length K.
+    ///
+    /// # Panics
+    /// If the row lies outside the matrix or the slice has another length.
+    pub fn read_row(&self, row: usize, trits: &mut [i8]) {
+        assert!(row < self.rows && trits.len() == self.cols);
+        let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
+        let base = panel * self.units() * PANEL_ROWS + lane;
+        let words = self.words();
+        for (unit, group) in trits.chunks_mut(WORD_TRITS).enumerate() {
+            let word = words[base + unit * PANEL_ROWS];
+            for (k, trit) in group.iter_mut().enumerate() {
+                *trit = decode_trit(word, k);
+            }
+        }
+    }
+
+    /// How many trits are zero.
+    pub fn zeros_count(&self) -> usize {
+        // A field holding t + 1 = 1 has its low bit set, and only such a field has.
+        let ones: usize = self.words().iter().map(|w| (w & ZERO_WORD).count_ones() as usize).sum();
+        let padded = self.panels() * PANEL_ROWS * self.units() * WORD_TRITS;
+        ones - (padded - self.rows * self.cols)
+    }
+}
+
+/// A word of sixteen zero trits.
+pub(crate) const ZERO_WORD: u32 = 0x5555_5555;
+
+/// Sixteen trits to one code word.
+fn encode_word(trits: &[i8]) -> u32 {
+    let mut word = 0;
+    for (k, &trit) in trits.iter().enumerate() {
+        debug_assert!((-1..=1).contains(&trit));
+        word |= ((trit + 1) as u32 & 3) << bit_of(k);
+    }
+    word
+}
+
+/// Trit `k` of a code word.
+pub(crate) fn decode_trit(word: u32, k: usize) -> i8 {
+    (word >> bit_of(k) & 3) as i8 - 1
+}
+
+/// Lowest bit of trit `k` = 4·field + byte in a code word.
+fn bit_of(k: usize) -> usize {
+    8 * (k % 4) + 2 * (k / 4)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pattern(rows: usize, cols: usize) -> Vec<i8> {
+        (0..rows * cols).map(|i| ((i * i + 7 * i / 3) % 3) as i8 - 1).collect()
+    }
+
+    #[test]
+    fn quantiser_rounds_half_to_even_and_clamps() {
+        let mut trits = [9i8; 7];
+        quantize_trits(&[0.5, -0.5, 0.500_001, -0.500_001, 1.5, -7.0, 0.0], 1.0, &mut trits);
+        assert_eq!(trits, [0, 0, 1, -1, 1, -1, 0]);
+    }
+
+    #[test]
+    fn scale_has_a_floor_and_refuses_nan() {
+        assert_eq!(absmean_scale(&[0.0, 0.0]).unwrap(), 1e-5);
+        assert_eq!(absmean_scale(&[1.0, -3.0]).unwrap(), 2.0);
+        let error = absmean_scale(&[1.0, f32::NAN]).unwrap_err();
+        assert!(matches!(error, TernaryError::NotFinite { index: 1, .. }));
+    }
+
+    #[test]
+    fn trits_survive_packing_at_awkward_shapes() {
+        let arena = WeightArena::new();
+        for (rows, cols) in [(1, 1), (15, 16), (16, 17), (17, 15), (97, 64), (3, 1031)] {
+            let trits = pattern(rows, cols);
+            let matrix = TernaryMatrix::from_trits(&arena, rows, cols, 0.5, &trits).unwrap();
+            let mut row_out = vec![0; cols];
+            for (row, expected) in trits.chunks(cols).enumerate() {
+                matrix.read_row(row, &mut row_out);
+                assert_eq!(row_out, expected);
+                assert_eq!(matrix.trit(row, cols - 1), expected[cols - 1]);
+            }
+            assert_eq!(matrix.zeros_count(), trits.iter().filter(|&&t| t == 0).count());
+        }
+    }
+
+    #[test]
+    fn impossible_matrices_are_refused() {
+        let arena = WeightArena::new();
+        let make = |rows, cols, scale| TernaryMatrix::from_trits(&arena, rows, cols, scale, &[0]);
+        assert!(matches!(make(0, 1, 1.0), Err(TernaryError::Length { .. })));
+        assert!(matches!(make(1, 1, f32::NAN), Err(TernaryError::Scale(_))));
+        assert!(matches!(make(usize::MAX, 2, 1.0), Err(TernaryError::Shape { .. })));
+    }
+}

@@ -1,0 +1,4 @@
+//! Checkpoints.
+
+/// A checkpoint on disk or in the program.
+pub struct Checkpoint {}
