@@ -7,5 +7,14 @@
 //!
 //! Dimension letters: M tokens (rows of activations), N outputs, K inputs.
 
+pub mod activations;
+mod lanes;
 pub mod memory;
+pub mod mlgru;
+pub mod norm_gate;
+pub mod pool;
+pub mod rms_norm;
+pub mod swiglu;
 pub mod ternary;
+pub mod ternary_gemm;
+pub mod tier;

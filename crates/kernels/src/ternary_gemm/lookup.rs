@@ -1,0 +1,433 @@
+//! Products by table look-up, for many tokens.
+//!
+//! For a tile of T tokens, and for each group of four inputs that one weight byte covers, the 81 sums
+//! `Σ (c_f − 1)·q_f`, `c` in {0, 1, 2}⁴, are tabulated as T 16-bit lanes. A weight byte, turned from
+//! four 2-bit fields into a base-3 number, is then an index: one load and one addition give four
+//! products for each of T tokens. Two code words a row (32 inputs, eight tables) are one pass:
+//!
+//! ```text
+//! for 256 inputs:                        sums stay below 64 · 4 · 127 = 32,512, so 16 bits hold them
+//!   for each pass of 32 inputs:
+//!     build eight tables                 81 additions each; they live in the first two cache levels
+//!     for each row:  sums[row] += table_0[code_0] + … + table_7[code_7]
+//!   widen sums to 32 bits
+//! ```
+//!
+//! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
+//! once a cycle this does 128 products a load where the dot product does 64.
+
+use std::sync::Mutex;
+
+use super::Product;
+use crate::activations::QuantizedRows;
+use crate::memory::{ArenaBox, WeightArena};
+use crate::pool::{Pool, SharedMut};
+use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS, ZERO_WORD};
+use crate::tier::{Backend, Tier};
+
+/// Sums that four trits select from.
+const ENTRIES: usize = 81;
+/// Code words of a row that one pass consumes.
+const PASS_WORDS: usize = 2;
+/// Tables of a pass, one for each byte of its words.
+const PASS_TABLES: usize = 4 * PASS_WORDS;
+/// Inputs of a pass.
+const PASS_INPUTS: usize = PASS_WORDS * WORD_TRITS;
+/// Passes whose sums fit 16 bits: `8 · 8 · 4 · 127` = 32,512.
+const PASSES_IN_16_BITS: usize = 8;
+/// Panels of one task: enough rows to repay building the tables, few enough that their sums stay in
+/// the second cache level.
+const TASK_PANELS: usize = 128;
+
+/// The 16-bit sums of a tile of tokens, in registers.
+///
+/// # Safety
+/// Every method demands that the calling function is compiled with, and runs on a processor with, the
+/// features of the implementing tier, and that pointers have `TOKENS` lanes behind them.
+pub(super) trait Lanes: Copy {
+    /// T, the number of lanes.
+    const TOKENS: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn load(from: *const i16) -> Self;
+    unsafe fn store(self, to: *mut i16);
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    /// Adds the lanes to 32-bit sums, or sets these if `INIT`.
+    unsafe fn add_to<const INIT: bool>(self, sums: *mut i32);
+}
+
+/// Lanes of the scalar tier.
+#[derive(Clone, Copy)]
+struct PlainLanes([i16; 16]);
+
+impl Lanes for PlainLanes {
+    const TOKENS: usize = 16;
+
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const i16) -> Self {
+        // SAFETY: 16 lanes are readable by the caller's promise.
+        Self(unsafe { from.cast::<[i16; 16]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut i16) {
+        // SAFETY: 16 lanes are writable by the caller's promise.
+        unsafe { to.cast::<[i16; 16]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i].wrapping_add(other.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i].wrapping_sub(other.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn add_to<const INIT: bool>(self, sums: *mut i32) {
+        for (i, lane) in self.0.into_iter().enumerate() {
+            // SAFETY: 16 sums are readable and writable by the caller's promise.
+            unsafe {
+                let before = if INIT { 0 } else { sums.add(i).read() };
+                sums.add(i).write(before + i32::from(lane));
+            }
+        }
+    }
+}
+
+/// Working memory of the look-up products, a part for each thread. Grows when a larger matrix comes.
+#[derive(Debug)]
+pub struct LookupScratch {
+    threads: Vec<Mutex<ThreadScratch>>,
+}
+
+impl LookupScratch {
+    /// Scratch for a pool of `threads` threads.
+    pub fn new(threads: usize) -> Self {
+        let arena = WeightArena::new();
+        let part = || Mutex::new(ThreadScratch { arena: arena.clone(), memory: None });
+        Self { threads: (0..threads).map(|_| part()).collect() }
+    }
+}
+
+#[derive(Debug)]
+struct ThreadScratch {
+    arena: WeightArena,
+    memory: Option<ArenaBox>,
+}
+
+/// The parts of a thread's scratch memory.
+struct Buffers<'a> {
+    /// `[table][entry][token]`.
+    tables: &'a mut [i16],
+    /// Activations of the tile, `[input][token]`.
+    inputs: &'a mut [i16],
+    /// `[row][token]`.
+    short_sums: &'a mut [i16],
+    /// `[row][token]`.
+    sums: &'a mut [i32],
+}
+
+impl ThreadScratch {
+    fn buffers(&mut self, tokens: usize, inputs: usize, rows: usize) -> Buffers<'_> {
+        let tables = PASS_TABLES * ENTRIES * tokens;
+        let sizes = [2 * tables, 2 * inputs * tokens, 2 * rows * tokens, 4 * rows * tokens];
+        let total: usize = sizes.iter().sum();
+        if self.memory.as_ref().is_none_or(|memory| memory.bytes().len() < total) {
+            let memory = self.arena.allocate(total);
+            self.memory = Some(memory.expect("the system refused memory for the prefill's tables"));
+        }
+        let memory = self.memory.as_mut().map(ArenaBox::bytes_mut).unwrap_or_default();
+        // Each size is a multiple of the 64 or 32 bytes of a row of lanes, so all parts stay aligned.
+        let (tables, rest) = memory.split_at_mut(sizes[0]);
+        let (inputs, rest) = rest.split_at_mut(sizes[1]);
+        let (short_sums, rest) = rest.split_at_mut(sizes[2]);
+        Buffers {
+            tables: bytemuck::cast_slice_mut(tables),
+            inputs: bytemuck::cast_slice_mut(inputs),
+            short_sums: bytemuck::cast_slice_mut(short_sums),
+            sums: bytemuck::cast_slice_mut(&mut rest[..sizes[3]]),
+        }
+    }
+}
+
+/// One product, cut into tasks of one tile of tokens and one block of panels.
+struct Job<'a> {
+    weights: &'a TernaryMatrix,
+    input: &'a QuantizedRows,
+    output: SharedMut<f32>,
+    first_task: usize,
+    /// Blocks of panels.
+    blocks: usize,
+}
+
+/// Computes the products; shapes were checked by the caller.
+pub(super) fn multiply(
+    backend: Backend,
+    pool: &Pool,
+    scratch: &mut LookupScratch,
+    products: &mut [Product<'_>],
+) {
+    let run: fn(&Job<'_>, usize, &mut ThreadScratch) = match backend.tier() {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => |job, task, scratch| {
+            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+            fn run(job: &Job<'_>, task: usize, scratch: &mut ThreadScratch) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { job.run::<super::avx512::Lanes32>(task, scratch) }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(job, task, scratch) }
+        },
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 => |job, task, scratch| {
+            #[target_feature(enable = "avx2")]
+            fn run(job: &Job<'_>, task: usize, scratch: &mut ThreadScratch) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { job.run::<super::avx2::Lanes16>(task, scratch) }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(job, task, scratch) }
+        },
+        #[cfg(target_arch = "aarch64")]
+        Tier::Neon => |job, task, scratch| {
+            // SAFETY: NEON is part of every AArch64 target.
+            unsafe { job.run::<super::neon::Lanes16>(task, scratch) }
+        },
+        _ => |job, task, scratch| {
+            // SAFETY: the plain lanes need no features.
+            unsafe { job.run::<PlainLanes>(task, scratch) }
+        },
+    };
+    let tile = if backend.tier() == Tier::Avx512 { 32 } else { 16 };
+    let mut tasks = 0;
+    let mut jobs = Vec::with_capacity(products.len());
+    for product in products.iter_mut() {
+        let blocks = product.weights.panels().div_ceil(TASK_PANELS);
+        jobs.push(Job {
+            weights: product.weights,
+            input: product.input,
+            output: SharedMut::new(product.output),
+            first_task: tasks,
+            blocks,
+        });
+        tasks += product.input.rows().div_ceil(tile) * blocks;
+    }
+    pool.run(tasks, &|thread, task| {
+        let mut scratch =
+            scratch.threads[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(job) = jobs.iter().rev().find(|job| job.first_task <= task) {
+            run(job, task - job.first_task, &mut scratch);
+        }
+    });
+}
+
+impl Job<'_> {
+    /// # Safety
+    /// As for [`Lanes`].
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(&self, task: usize, scratch: &mut ThreadScratch) {
+        let first_token = task / self.blocks * V::TOKENS;
+        let tokens = V::TOKENS.min(self.input.rows() - first_token);
+        let panels = self.weights.panels();
+        let per_block = panels.div_ceil(self.blocks);
+        let first_panel = (task % self.blocks * per_block).min(panels);
+        let last_panel = (first_panel + per_block).min(panels);
+        let rows = (last_panel - first_panel) * PANEL_ROWS;
+        let units = self.weights.units();
+        let passes = units.div_ceil(PASS_WORDS);
+        let buffers = scratch.buffers(V::TOKENS, passes * PASS_INPUTS, rows);
+        transpose_inputs::<V>(self.input, first_token, tokens, passes, buffers.inputs);
+
+        let panel_words = units * PANEL_ROWS;
+        let words = &self.weights.words()[first_panel * panel_words..last_panel * panel_words];
+        for pass in 0..passes {
+            let inputs =
+                &buffers.inputs[pass * PASS_INPUTS * V::TOKENS..][..PASS_INPUTS * V::TOKENS];
+            // SAFETY: the caller's promise about features.
+            unsafe { build_tables::<V>(inputs, buffers.tables) };
+            let first = pass % PASSES_IN_16_BITS == 0;
+            let last = pass % PASSES_IN_16_BITS == PASSES_IN_16_BITS - 1 || pass + 1 == passes;
+            let initial = pass < PASSES_IN_16_BITS;
+            let sweep = match (first, last, initial) {
+                (true, true, true) => sweep_panels::<V, true, true, true>,
+                (true, true, false) => sweep_panels::<V, true, true, false>,
+                (true, false, _) => sweep_panels::<V, true, false, false>,
+                (false, true, true) => sweep_panels::<V, false, true, true>,
+                (false, true, false) => sweep_panels::<V, false, true, false>,
+                (false, false, _) => sweep_panels::<V, false, false, false>,
+            };
+            // SAFETY: the caller's promise about features.
+            unsafe { sweep(words, units, pass, buffers.tables, buffers.short_sums, buffers.sums) };
+        }
+        self.write_outputs::<V>(first_panel, first_token, tokens, buffers.sums);
+    }
+
+    /// `y = sum · (γ / s)`, from `[row][token]` to `[token][row]`.
+    #[inline(always)]
+    fn write_outputs<V: Lanes>(
+        &self,
+        first_panel: usize,
+        first_token: usize,
+        tokens: usize,
+        sums: &[i32],
+    ) {
+        let all_rows = self.weights.rows();
+        for (panel, sums) in sums.chunks_exact(PANEL_ROWS * V::TOKENS).enumerate() {
+            let row = (first_panel + panel) * PANEL_ROWS;
+            let count = PANEL_ROWS.min(all_rows - row);
+            for token in 0..tokens {
+                let factor = self.weights.scale() / self.input.scale(first_token + token);
+                // SAFETY: tasks have disjoint tiles or disjoint panels, so these outputs are written by
+                // this task alone, and `multiply` holds the output borrowed until all tasks are done.
+                let output =
+                    unsafe { self.output.slice((first_token + token) * all_rows + row, count) };
+                for (i, y) in output.iter_mut().enumerate() {
+                    *y = sums[i * V::TOKENS + token] as f32 * factor;
+                }
+            }
+        }
+    }
+}
+
+/// Activations of a tile from `[token][input]` i8 to `[input][token]` i16; absent tokens are zero.
+#[inline(always)]
+fn transpose_inputs<V: Lanes>(
+    input: &QuantizedRows,
+    first_token: usize,
+    tokens: usize,
+    passes: usize,
+    out: &mut [i16],
+) {
+    if tokens < V::TOKENS {
+        out.fill(0);
+    }
+    for token in 0..tokens {
+        let row = &input.padded_row(first_token + token)[..passes * PASS_INPUTS];
+        for (lanes, &q) in out.chunks_exact_mut(V::TOKENS).zip(row) {
+            lanes[token] = i16::from(q);
+        }
+    }
+}
+
+/// Fills the eight tables of a pass from its 32 inputs.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn build_tables<V: Lanes>(inputs: &[i16], tables: &mut [i16]) {
+    assert!(inputs.len() == PASS_INPUTS * V::TOKENS);
+    assert!(tables.len() == PASS_TABLES * ENTRIES * V::TOKENS);
+    for table in 0..PASS_TABLES {
+        // Byte b of word w holds the trits of inputs 16w + b, + 4, + 8 and + 12.
+        let first = table / 4 * WORD_TRITS + table % 4;
+        // SAFETY: inputs `first`, `first + 4`, `+ 8` and `+ 12` are below 32, and 81 entries follow the
+        // start of every table, by the two assertions; features by the caller's promise.
+        unsafe {
+            let input =
+                |field: usize| V::load(inputs.as_ptr().add((first + 4 * field) * V::TOKENS));
+            let low = nine_sums(input(0), input(1));
+            let high = nine_sums(input(2), input(3));
+            let entries = tables.as_mut_ptr().add(table * ENTRIES * V::TOKENS);
+            for (h, &high) in high.iter().enumerate() {
+                for (l, &low) in low.iter().enumerate() {
+                    low.add(high).store(entries.add((9 * h + l) * V::TOKENS));
+                }
+            }
+        }
+    }
+}
+
+/// `(c_0 − 1)·a + (c_1 − 1)·b` at index `c_0 + 3·c_1`.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn nine_sums<V: Lanes>(a: V, b: V) -> [V; 9] {
+    // SAFETY: the caller's promise about features.
+    unsafe {
+        let zero = V::zero();
+        let (minus_a, minus_b) = (zero.sub(a), zero.sub(b));
+        [minus_a.sub(b), minus_b, a.sub(b), minus_a, zero, a, b.sub(a), b, a.add(b)]
+    }
+}
+
+/// Adds one pass to the sums of every row. `FIRST`: the 16-bit sums start at zero; `LAST`: they are
+/// added to the 32-bit sums, or set these if `INITIAL`.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INITIAL: bool>(
+    words: &[u32],
+    units: usize,
+    pass: usize,
+    tables: &[i16],
+    short_sums: &mut [i16],
+    sums: &mut [i32],
+) {
+    let panels = words.len() / (units * PANEL_ROWS);
+    assert!(tables.len() == PASS_TABLES * ENTRIES * V::TOKENS);
+    assert!(short_sums.len() >= panels * PANEL_ROWS * V::TOKENS);
+    assert!(sums.len() >= panels * PANEL_ROWS * V::TOKENS);
+    let present = PASS_WORDS.min(units - pass * PASS_WORDS) * PANEL_ROWS;
+    let mut pass_words = [ZERO_WORD; PASS_WORDS * PANEL_ROWS];
+    for (panel, panel_words) in words.chunks_exact(units * PANEL_ROWS).enumerate() {
+        let from = pass * PASS_WORDS * PANEL_ROWS;
+        pass_words[..present].copy_from_slice(&panel_words[from..from + present]);
+        let offsets = table_offsets::<V>(&pass_words);
+        for row in 0..PANEL_ROWS {
+            let lane = (panel * PANEL_ROWS + row) * V::TOKENS;
+            // SAFETY: `lane` has `TOKENS` sums behind it by the assertions above. An offset is below
+            // `81 · TOKENS / 4` units of eight bytes for any weight byte (see `table_offsets`), so every
+            // look-up stays inside its table; features by the caller's promise.
+            unsafe {
+                let mut sum =
+                    if FIRST { V::zero() } else { V::load(short_sums.as_ptr().add(lane)) };
+                for word in 0..PASS_WORDS {
+                    let four = offsets[word * PANEL_ROWS + row];
+                    for byte in 0..4 {
+                        let table = tables.as_ptr().add((4 * word + byte) * ENTRIES * V::TOKENS);
+                        let offset = (four >> (16 * byte)) as u16;
+                        sum = sum.add(V::load(table.cast::<u64>().add(offset.into()).cast()));
+                    }
+                }
+                if LAST {
+                    sum.add_to::<INITIAL>(sums.as_mut_ptr().add(lane));
+                } else {
+                    sum.store(short_sums.as_mut_ptr().add(lane));
+                }
+            }
+        }
+    }
+}
+
+/// Turns each byte of the words into the offset of its table entry, in units of eight bytes: four
+/// 16-bit offsets to a `u64`, the word's first byte lowest.
+#[inline(always)]
+fn table_offsets<V: Lanes>(
+    words: &[u32; PASS_WORDS * PANEL_ROWS],
+) -> [u64; PASS_WORDS * PANEL_ROWS] {
+    const BYTES: usize = 4 * PASS_WORDS * PANEL_ROWS;
+    let bytes: &[u8; BYTES] = bytemuck::cast_ref(words);
+    let mut offsets = [0u16; BYTES];
+    for (offset, &byte) in offsets.iter_mut().zip(bytes) {
+        // Two base-3 digits to each nibble, then nibbles to one number, low + 9·high. A field is at
+        // most 2 (a packing invariant), so a nibble is at most 8; `min` keeps even a broken invariant
+        // inside the table.
+        let nibbles = (byte & 0x33) + 3 * ((byte >> 2) & 0x33);
+        let code = (nibbles - 7 * (nibbles >> 4)).min(ENTRIES as u8 - 1);
+        *offset = u16::from(code) * (V::TOKENS / 4) as u16;
+    }
+    bytemuck::cast(offsets)
+}
+
+#[cfg(target_endian = "big")]
+compile_error!("code words are read as little-endian bytes");

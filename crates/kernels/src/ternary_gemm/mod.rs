@@ -1,0 +1,173 @@
+//! Products of ternary weights with 8-bit activations: the GEMV of decoding and the GEMM of prefill.
+//!
+//! ```text
+//! y[m, n] = (Σ_k q[m, k] · t[n, k]) · γ / s[m]
+//! ```
+//!
+//! with activations `q` [M, K] i8 and their scales `s` [M] (divide), trits `t` [N, K] and their scale γ
+//! (multiplies). The sum is an exact i32 on every tier; then one conversion and one product in f32.
+//!
+//! * Few tokens: **dot products** stream the packed weights once and meet each code word with the
+//!   activations of every token. Codes are `t + 1`, so the dot product is `Σ q·(t+1) − Σ q`.
+//! * Many tokens: **table look-ups** (the method of four Russians). For four inputs there are only
+//!   81 possible sums of `±q`; they are tabulated for a tile of tokens and each weight byte then
+//!   selects one: four products of every token in the tile for one load and one addition.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod lookup;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+use crate::activations::QuantizedRows;
+use crate::pool::{Pool, SharedMut};
+use crate::ternary::{PANEL_ROWS, TernaryMatrix};
+use crate::tier::{Backend, Tier};
+
+pub use lookup::LookupScratch;
+
+/// From this many tokens on, look-ups are faster than dot products (measured; see docs/LOG.md).
+const LOOKUP_MIN_TOKENS: usize = 12;
+/// Tokens that one pass over a panel's code words serves in the dot-product path.
+const DOT_TOKENS: usize = 4;
+/// Weights that one task of the dot-product path streams, at least: long enough for the prefetchers,
+/// short enough that threads finish together.
+const DOT_TASK_BYTES: usize = 64 << 10;
+
+/// Products that one call computes, at most.
+pub const MAX_PRODUCTS: usize = 4;
+
+/// One product `output = input · weightsᵀ`, dequantised.
+pub struct Product<'a> {
+    /// Trits and γ, [N, K].
+    pub weights: &'a TernaryMatrix,
+    /// Activations, [M, K].
+    pub input: &'a QuantizedRows,
+    /// Result, [M, N], row-major.
+    pub output: &'a mut [f32],
+}
+
+/// Dot products of the sixteen rows of a panel with `M` tokens' activations.
+///
+/// `words` are the panel's code words `[unit][row]`, `inputs` at least 16 activations a unit.
+/// Returns `Σ_k q[k] · (t[row, k] + 1)`.
+type PanelDots<const M: usize> = fn(&[u32], [&[i8]; M]) -> [[i32; PANEL_ROWS]; M];
+
+/// Computes several products in one parallel section.
+///
+/// # Panics
+/// If there are more than [`MAX_PRODUCTS`], or if shapes do not fit together: mistakes in the calling
+/// code.
+pub fn multiply(
+    backend: Backend,
+    pool: &Pool,
+    scratch: &mut LookupScratch,
+    products: &mut [Product<'_>],
+) {
+    assert!(products.len() <= MAX_PRODUCTS, "{} products in one call", products.len());
+    for product in products.iter() {
+        let (m, k) = (product.input.rows(), product.input.cols());
+        let (n, weights_k) = (product.weights.rows(), product.weights.cols());
+        assert!(k == weights_k, "activations have {k} columns, weights {weights_k}");
+        assert!(product.output.len() == m * n, "output of {} for {m} x {n}", product.output.len());
+    }
+    let tokens = products.first().map_or(0, |product| product.input.rows());
+    assert!(products.iter().all(|product| product.input.rows() == tokens), "token counts differ");
+    if tokens >= LOOKUP_MIN_TOKENS {
+        lookup::multiply(backend, pool, scratch, products);
+    } else if tokens > 0 {
+        multiply_by_dots(backend, pool, products);
+    }
+}
+
+fn multiply_by_dots(backend: Backend, pool: &Pool, products: &mut [Product<'_>]) {
+    // An array, since decoding must not allocate.
+    let mut jobs = [const { None }; MAX_PRODUCTS];
+    let mut tasks = 0;
+    for (job, product) in jobs.iter_mut().zip(products) {
+        let panel_bytes = product.weights.units() * PANEL_ROWS * 4;
+        let panels = DOT_TASK_BYTES.div_ceil(panel_bytes);
+        *job = Some(DotJob {
+            weights: product.weights,
+            input: product.input,
+            output: SharedMut::new(product.output),
+            first_task: tasks,
+            panels,
+        });
+        tasks += product.weights.panels().div_ceil(panels);
+    }
+    pool.run(tasks, &|_, task| {
+        if let Some(job) = jobs.iter().flatten().rfind(|job| job.first_task <= task) {
+            job.run(backend, task - job.first_task);
+        }
+    });
+}
+
+struct DotJob<'a> {
+    weights: &'a TernaryMatrix,
+    input: &'a QuantizedRows,
+    output: SharedMut<f32>,
+    first_task: usize,
+    /// Panels of one task.
+    panels: usize,
+}
+
+impl DotJob<'_> {
+    fn run(&self, backend: Backend, task: usize) {
+        let first = task * self.panels;
+        let last = (first + self.panels).min(self.weights.panels());
+        let panel_words = self.weights.units() * PANEL_ROWS;
+        for panel in first..last {
+            let words = &self.weights.words()[panel * panel_words..][..panel_words];
+            let mut token = 0;
+            while token < self.input.rows() {
+                token += match self.input.rows() - token {
+                    1 => self.dot::<1>(panel_dots(backend), panel, words, token),
+                    2 => self.dot::<2>(panel_dots(backend), panel, words, token),
+                    3 => self.dot::<3>(panel_dots(backend), panel, words, token),
+                    _ => self.dot::<DOT_TOKENS>(panel_dots(backend), panel, words, token),
+                };
+            }
+        }
+    }
+
+    fn dot<const M: usize>(
+        &self,
+        dots: PanelDots<M>,
+        panel: usize,
+        words: &[u32],
+        token: usize,
+    ) -> usize {
+        let inputs = std::array::from_fn(|i| self.input.padded_row(token + i));
+        let sums = dots(words, inputs);
+        let row = panel * PANEL_ROWS;
+        let rows = self.weights.rows();
+        let count = PANEL_ROWS.min(rows - row);
+        for (i, sums) in sums.iter().enumerate() {
+            // SAFETY: tasks have disjoint panels, so these outputs are written by this task alone,
+            // and `multiply` holds the output borrowed until all tasks are done.
+            let output = unsafe { self.output.slice((token + i) * rows + row, count) };
+            let offset = self.input.sum(token + i);
+            let factor = self.weights.scale() / self.input.scale(token + i);
+            for (y, &sum) in output.iter_mut().zip(sums) {
+                *y = (sum - offset) as f32 * factor;
+            }
+        }
+        M
+    }
+}
+
+fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
+    match backend.tier() {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => avx512::panel_dots(backend),
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 => avx2::panel_dots(backend),
+        #[cfg(target_arch = "aarch64")]
+        Tier::Neon => neon::panel_dots(backend),
+        _ => scalar::panel_dots,
+    }
+}
