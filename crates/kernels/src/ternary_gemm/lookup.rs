@@ -18,7 +18,7 @@
 
 use std::sync::Mutex;
 
-use super::Product;
+use super::{MAX_PRODUCTS, Product};
 use crate::activations::QuantizedRows;
 use crate::memory::{ArenaBox, WeightArena};
 use crate::pool::{Pool, SharedMut};
@@ -163,17 +163,29 @@ struct Job<'a> {
     weights: &'a TernaryMatrix,
     input: &'a QuantizedRows,
     output: SharedMut<f32>,
+    /// Tokens that are looked up.
+    tokens: usize,
     first_task: usize,
     /// Blocks of panels.
     blocks: usize,
 }
 
-/// Computes the products; shapes were checked by the caller.
+/// T of a tier.
+pub(super) fn tile_tokens(backend: Backend) -> usize {
+    match backend.tier() {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => super::avx512::Lanes32::TOKENS,
+        _ => PlainLanes::TOKENS,
+    }
+}
+
+/// Computes the products of the first `tokens` tokens; shapes were checked by the caller.
 pub(super) fn multiply(
     backend: Backend,
     pool: &Pool,
     scratch: &mut LookupScratch,
     products: &mut [Product<'_>],
+    tokens: usize,
 ) {
     let run: fn(&Job<'_>, usize, &mut ThreadScratch) = match backend.tier() {
         #[cfg(target_arch = "x86_64")]
@@ -206,24 +218,25 @@ pub(super) fn multiply(
             unsafe { job.run::<PlainLanes>(task, scratch) }
         },
     };
-    let tile = if backend.tier() == Tier::Avx512 { 32 } else { 16 };
+    let tiles = tokens.div_ceil(tile_tokens(backend));
     let mut tasks = 0;
-    let mut jobs = Vec::with_capacity(products.len());
-    for product in products.iter_mut() {
+    let mut jobs = [const { None }; MAX_PRODUCTS];
+    for (job, product) in jobs.iter_mut().zip(products) {
         let blocks = product.weights.panels().div_ceil(TASK_PANELS);
-        jobs.push(Job {
+        *job = Some(Job {
             weights: product.weights,
             input: product.input,
             output: SharedMut::new(product.output),
+            tokens,
             first_task: tasks,
             blocks,
         });
-        tasks += product.input.rows().div_ceil(tile) * blocks;
+        tasks += tiles * blocks;
     }
     pool.run(tasks, &|thread, task| {
         let mut scratch =
             scratch.threads[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(job) = jobs.iter().rev().find(|job| job.first_task <= task) {
+        if let Some(job) = jobs.iter().flatten().rfind(|job| job.first_task <= task) {
             run(job, task - job.first_task, &mut scratch);
         }
     });
@@ -235,7 +248,7 @@ impl Job<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes>(&self, task: usize, scratch: &mut ThreadScratch) {
         let first_token = task / self.blocks * V::TOKENS;
-        let tokens = V::TOKENS.min(self.input.rows() - first_token);
+        let tokens = V::TOKENS.min(self.tokens - first_token);
         let panels = self.weights.panels();
         let per_block = panels.div_ceil(self.blocks);
         let first_panel = (task % self.blocks * per_block).min(panels);
@@ -256,16 +269,30 @@ impl Job<'_> {
             let first = pass % PASSES_IN_16_BITS == 0;
             let last = pass % PASSES_IN_16_BITS == PASSES_IN_16_BITS - 1 || pass + 1 == passes;
             let initial = pass < PASSES_IN_16_BITS;
-            let sweep = match (first, last, initial) {
-                (true, true, true) => sweep_panels::<V, true, true, true>,
-                (true, true, false) => sweep_panels::<V, true, true, false>,
-                (true, false, _) => sweep_panels::<V, true, false, false>,
-                (false, true, true) => sweep_panels::<V, false, true, true>,
-                (false, true, false) => sweep_panels::<V, false, true, false>,
-                (false, false, _) => sweep_panels::<V, false, false, false>,
-            };
-            // SAFETY: the caller's promise about features.
-            unsafe { sweep(words, units, pass, buffers.tables, buffers.short_sums, buffers.sums) };
+            // Called directly, not through a pointer: only an inlined body gets the tier's features.
+            macro_rules! sweep {
+                ($first:literal, $last:literal, $initial:literal) => {
+                    // SAFETY: the caller's promise about features.
+                    unsafe {
+                        sweep_panels::<V, $first, $last, $initial>(
+                            words,
+                            units,
+                            pass,
+                            buffers.tables,
+                            buffers.short_sums,
+                            buffers.sums,
+                        )
+                    }
+                };
+            }
+            match (first, last, initial) {
+                (true, true, true) => sweep!(true, true, true),
+                (true, true, false) => sweep!(true, true, false),
+                (true, false, _) => sweep!(true, false, false),
+                (false, true, true) => sweep!(false, true, true),
+                (false, true, false) => sweep!(false, true, false),
+                (false, false, _) => sweep!(false, false, false),
+            }
         }
         self.write_outputs::<V>(first_panel, first_token, tokens, buffers.sums);
     }
@@ -377,12 +404,15 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
     assert!(tables.len() == PASS_TABLES * ENTRIES * V::TOKENS);
     assert!(short_sums.len() >= panels * PANEL_ROWS * V::TOKENS);
     assert!(sums.len() >= panels * PANEL_ROWS * V::TOKENS);
-    let present = PASS_WORDS.min(units - pass * PASS_WORDS) * PANEL_ROWS;
-    let mut pass_words = [ZERO_WORD; PASS_WORDS * PANEL_ROWS];
-    for (panel, panel_words) in words.chunks_exact(units * PANEL_ROWS).enumerate() {
-        let from = pass * PASS_WORDS * PANEL_ROWS;
-        pass_words[..present].copy_from_slice(&panel_words[from..from + present]);
-        let offsets = table_offsets::<V>(&pass_words);
+    // Offsets are made one panel ahead: a scalar load cannot be served from a wide store that is still
+    // on its way to the cache, and waiting for it would stall every panel.
+    let mut pair = [Aligned([0; PASS_WORDS * PANEL_ROWS]); 2];
+    pair[0] = pass_offsets::<V>(words, units, pass, 0);
+    for panel in 0..panels {
+        if panel + 1 < panels {
+            pair[(panel + 1) % 2] = pass_offsets::<V>(words, units, pass, panel + 1);
+        }
+        let offsets = &pair[panel % 2];
         for row in 0..PANEL_ROWS {
             let lane = (panel * PANEL_ROWS + row) * V::TOKENS;
             // SAFETY: `lane` has `TOKENS` sums behind it by the assertions above. An offset is below
@@ -392,7 +422,7 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
                 let mut sum =
                     if FIRST { V::zero() } else { V::load(short_sums.as_ptr().add(lane)) };
                 for word in 0..PASS_WORDS {
-                    let four = offsets[word * PANEL_ROWS + row];
+                    let four = offsets.0[word * PANEL_ROWS + row];
                     for byte in 0..4 {
                         let table = tables.as_ptr().add((4 * word + byte) * ENTRIES * V::TOKENS);
                         let offset = (four >> (16 * byte)) as u16;
@@ -409,16 +439,38 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
     }
 }
 
+/// On a cache line of its own: the vector stores that write it must not straddle two, or the scalar
+/// loads that follow could not be served from the store buffer.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Aligned<T>(T);
+
+type Offsets = Aligned<[u64; PASS_WORDS * PANEL_ROWS]>;
+
+/// The table offsets of a panel's words of one pass; words beyond the end of the rows are zero trits.
+#[inline(always)]
+fn pass_offsets<V: Lanes>(words: &[u32], units: usize, pass: usize, panel: usize) -> Offsets {
+    let from = pass * PASS_WORDS;
+    let panel_words = &words[(panel * units + from) * PANEL_ROWS..];
+    if let Some(pass_words) = panel_words.first_chunk()
+        && from + PASS_WORDS <= units
+    {
+        return table_offsets::<V>(pass_words);
+    }
+    let mut pass_words = [ZERO_WORD; PASS_WORDS * PANEL_ROWS];
+    let present = (units - from) * PANEL_ROWS;
+    pass_words[..present].copy_from_slice(&panel_words[..present]);
+    table_offsets::<V>(&pass_words)
+}
+
 /// Turns each byte of the words into the offset of its table entry, in units of eight bytes: four
 /// 16-bit offsets to a `u64`, the word's first byte lowest.
 #[inline(always)]
-fn table_offsets<V: Lanes>(
-    words: &[u32; PASS_WORDS * PANEL_ROWS],
-) -> [u64; PASS_WORDS * PANEL_ROWS] {
+fn table_offsets<V: Lanes>(words: &[u32; PASS_WORDS * PANEL_ROWS]) -> Offsets {
     const BYTES: usize = 4 * PASS_WORDS * PANEL_ROWS;
     let bytes: &[u8; BYTES] = bytemuck::cast_ref(words);
-    let mut offsets = [0u16; BYTES];
-    for (offset, &byte) in offsets.iter_mut().zip(bytes) {
+    let mut offsets = Aligned([0u16; BYTES]);
+    for (offset, &byte) in offsets.0.iter_mut().zip(bytes) {
         // Two base-3 digits to each nibble, then nibbles to one number, low + 9·high. A field is at
         // most 2 (a packing invariant), so a nibble is at most 8; `min` keeps even a broken invariant
         // inside the table.
@@ -426,7 +478,7 @@ fn table_offsets<V: Lanes>(
         let code = (nibbles - 7 * (nibbles >> 4)).min(ENTRIES as u8 - 1);
         *offset = u16::from(code) * (V::TOKENS / 4) as u16;
     }
-    bytemuck::cast(offsets)
+    Aligned(bytemuck::cast(offsets.0))
 }
 
 #[cfg(target_endian = "big")]

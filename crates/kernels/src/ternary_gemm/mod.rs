@@ -29,8 +29,9 @@ use crate::tier::{Backend, Tier};
 
 pub use lookup::LookupScratch;
 
-/// From this many tokens on, look-ups are faster than dot products (measured; see docs/LOG.md).
-const LOOKUP_MIN_TOKENS: usize = 12;
+/// Look-ups cost as much for a few tokens as for a whole tile, so the tokens beyond the last whole tile
+/// take the dot-product path unless they fill at least this share of one, in eighths (measured).
+const LOOKUP_MIN_EIGHTHS: usize = 7;
 /// Tokens that one pass over a panel's code words serves in the dot-product path.
 const DOT_TOKENS: usize = 4;
 /// Weights that one task of the dot-product path streams, at least: long enough for the prefetchers,
@@ -76,14 +77,24 @@ pub fn multiply(
     }
     let tokens = products.first().map_or(0, |product| product.input.rows());
     assert!(products.iter().all(|product| product.input.rows() == tokens), "token counts differ");
-    if tokens >= LOOKUP_MIN_TOKENS {
-        lookup::multiply(backend, pool, scratch, products);
-    } else if tokens > 0 {
-        multiply_by_dots(backend, pool, products);
+    let tile = lookup::tile_tokens(backend);
+    let rest = tokens % tile;
+    let looked_up = if rest * 8 >= tile * LOOKUP_MIN_EIGHTHS { tokens } else { tokens - rest };
+    if looked_up > 0 {
+        lookup::multiply(backend, pool, scratch, products, looked_up);
+    }
+    if looked_up < tokens {
+        multiply_by_dots(backend, pool, products, looked_up);
     }
 }
 
-fn multiply_by_dots(backend: Backend, pool: &Pool, products: &mut [Product<'_>]) {
+/// The dot-product path, for all tokens from `first_token` on.
+fn multiply_by_dots(
+    backend: Backend,
+    pool: &Pool,
+    products: &mut [Product<'_>],
+    first_token: usize,
+) {
     // An array, since decoding must not allocate.
     let mut jobs = [const { None }; MAX_PRODUCTS];
     let mut tasks = 0;
@@ -94,6 +105,7 @@ fn multiply_by_dots(backend: Backend, pool: &Pool, products: &mut [Product<'_>])
             weights: product.weights,
             input: product.input,
             output: SharedMut::new(product.output),
+            first_token,
             first_task: tasks,
             panels,
         });
@@ -110,6 +122,7 @@ struct DotJob<'a> {
     weights: &'a TernaryMatrix,
     input: &'a QuantizedRows,
     output: SharedMut<f32>,
+    first_token: usize,
     first_task: usize,
     /// Panels of one task.
     panels: usize,
@@ -122,7 +135,7 @@ impl DotJob<'_> {
         let panel_words = self.weights.units() * PANEL_ROWS;
         for panel in first..last {
             let words = &self.weights.words()[panel * panel_words..][..panel_words];
-            let mut token = 0;
+            let mut token = self.first_token;
             while token < self.input.rows() {
                 token += match self.input.rows() - token {
                     1 => self.dot::<1>(panel_dots(backend), panel, words, token),
