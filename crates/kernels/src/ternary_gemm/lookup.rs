@@ -254,6 +254,9 @@ impl Job<'_> {
         let first_panel = (task % self.blocks * per_block).min(panels);
         let last_panel = (first_panel + per_block).min(panels);
         let rows = (last_panel - first_panel) * PANEL_ROWS;
+        if rows == 0 {
+            return; // Blocks are cut equal, so the last ones of a very tall matrix may be empty.
+        }
         let units = self.weights.units();
         let passes = units.div_ceil(PASS_WORDS);
         let buffers = scratch.buffers(V::TOKENS, passes * PASS_INPUTS, rows);
