@@ -10,7 +10,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Everything that can go wrong when a model is loaded, packed or run.
 ///
-/// `file` is a path, or a description of what takes its place.
+/// `file` is a path, or a description of what takes its place. Messages are complete: there is no chain of
+/// sources to print behind them.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,20 +22,20 @@ pub enum Error {
     #[error("cancelled")]
     Cancelled,
     /// A file could not be read.
-    #[error("cannot read {file}: {source}")]
+    #[error("cannot read {file}: {reason}")]
     Read {
         /// The file.
         file: String,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// A file could not be written. Nothing is left under its name.
-    #[error("cannot write {file}: {source}")]
+    #[error("cannot write {file}: {reason}")]
     Write {
         /// The file.
         file: String,
         /// The system's reason.
-        source: io::Error,
+        reason: io::Error,
     },
     /// Nothing that a model could be loaded from has this name.
     #[error("there is no model {model:?}: {reason}")]
@@ -95,14 +96,14 @@ pub enum Error {
         value: f32,
     },
     /// Ternary weights could not be read or stored.
-    #[error("{file}: tensor {tensor}: {source}")]
+    #[error("{file}: tensor {tensor}: {reason}")]
     Ternary {
         /// The file.
         file: String,
         /// The tensor.
         tensor: String,
         /// What is wrong.
-        source: TernaryError,
+        reason: TernaryError,
     },
     /// A token id that the vocabulary does not have.
     #[error("token id {id} is outside the vocabulary of {vocab_size}")]

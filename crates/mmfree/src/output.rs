@@ -26,7 +26,7 @@ impl OutputFile {
     /// # Errors
     /// A directory that cannot be written, or a name that belongs to something else than a file.
     pub fn create(path: &Path) -> Result<Self> {
-        let error = |source| Error::Write { file: path.display().to_string(), source };
+        let error = |reason| Error::Write { file: path.display().to_string(), reason };
         // A link keeps pointing where it points: its target is replaced.
         let path = match fs::canonicalize(path) {
             Ok(target) => target,
@@ -44,7 +44,8 @@ impl OutputFile {
         // The permissions of any new file, instead of the private ones of temporary files.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let temporary = builder.tempfile_in(parent(&path)).map_err(error)?;
+        let temporary =
+            builder.tempfile_in(parent(&path)).map_err(|failed| error(plain(failed, &path)))?;
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, temporary), path })
     }
 
@@ -53,8 +54,11 @@ impl OutputFile {
     /// # Errors
     /// Errors of writing, a full disk for example. Nothing is left then.
     pub fn commit(self) -> Result<()> {
-        let error = |source| Error::Write { file: self.path.display().to_string(), source };
-        let temporary = self.writer.into_inner().map_err(|failed| error(failed.into_error()))?;
+        let error = |reason| Error::Write { file: self.path.display().to_string(), reason };
+        let temporary = self
+            .writer
+            .into_inner()
+            .map_err(|failed| error(plain(failed.into_error(), &self.path)))?;
         temporary.as_file().sync_all().map_err(error)?;
         temporary.persist(&self.path).map_err(|failed| error(failed.error))?;
         Ok(())
@@ -65,9 +69,10 @@ impl OutputFile {
     /// # Errors
     /// [`Error::Write`].
     pub fn put(&mut self, bytes: &[u8]) -> Result<()> {
-        self.writer
-            .write_all(bytes)
-            .map_err(|source| Error::Write { file: self.path.display().to_string(), source })
+        self.writer.write_all(bytes).map_err(|failed| Error::Write {
+            file: self.path.display().to_string(),
+            reason: plain(failed, &self.path),
+        })
     }
 }
 
@@ -95,7 +100,7 @@ impl OutputDirectory {
     /// # Errors
     /// The name exists and is not an empty directory; the parent cannot be written.
     pub fn create(path: &Path) -> Result<Self> {
-        let error = |source| Error::Write { file: path.display().to_string(), source };
+        let error = |reason| Error::Write { file: path.display().to_string(), reason };
         match fs::read_dir(path).map(|mut entries| entries.next().is_none()) {
             Ok(true) => {}
             Ok(false) => return Err(error(io::Error::other("the directory is not empty"))),
@@ -106,7 +111,8 @@ impl OutputDirectory {
         builder.prefix(PREFIX);
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let temporary = builder.tempdir_in(parent(path)).map_err(error)?;
+        let temporary =
+            builder.tempdir_in(parent(path)).map_err(|failed| error(plain(failed, path)))?;
         Ok(Self { temporary, path: path.to_owned() })
     }
 
@@ -120,9 +126,9 @@ impl OutputDirectory {
             file.write_all(bytes)?;
             file.sync_all()
         };
-        write().map_err(|source| Error::Write {
+        write().map_err(|reason| Error::Write {
             file: self.path.join(name).display().to_string(),
-            source,
+            reason,
         })
     }
 
@@ -132,10 +138,21 @@ impl OutputDirectory {
     /// [`Error::Write`]. Nothing is left then.
     pub fn commit(self) -> Result<()> {
         fs::rename(self.temporary.path(), &self.path)
-            .map_err(|source| Error::Write { file: self.path.display().to_string(), source })?;
+            .map_err(|reason| Error::Write { file: self.path.display().to_string(), reason })?;
         // It has moved away from where the guard would remove it.
         let _ = self.temporary.keep();
         Ok(())
+    }
+}
+
+/// An error of the temporary file, told without the temporary name.
+fn plain(error: io::Error, path: &Path) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            io::Error::other(format!("there is no directory {}", parent(path).display()))
+        }
+        io::ErrorKind::Other => error,
+        kind => kind.into(),
     }
 }
 

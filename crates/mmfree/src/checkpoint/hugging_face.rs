@@ -50,7 +50,7 @@ pub(super) fn open_directory(label: &str, directory: &Path) -> Result<Checkpoint
         match Bytes::map(&path) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::Read { file: path.display().to_string(), source }),
+            Err(reason) => Err(Error::Read { file: path.display().to_string(), reason }),
         }
     })
 }

@@ -152,7 +152,7 @@ impl Checkpoint {
             return hugging_face::open_directory(&label, path);
         }
         let bytes =
-            Bytes::map(path).map_err(|source| Error::Read { file: label.clone(), source })?;
+            Bytes::map(path).map_err(|reason| Error::Read { file: label.clone(), reason })?;
         if !bytes.starts_with(&gguf::MAGIC) && path.extension().is_some_and(|e| e == "safetensors")
         {
             let reason = "this file has weights but no configuration; name the directory that holds \

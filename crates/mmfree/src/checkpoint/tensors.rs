@@ -251,6 +251,6 @@ pub(super) fn not_finite(tensor: &StoredTensor, name: &str, index: usize, value:
     Error::NotFinite { file: tensor.data.file.to_string(), tensor: name.to_owned(), index, value }
 }
 
-fn ternary_error(tensor: &StoredTensor, name: &str, source: TernaryError) -> Error {
-    Error::Ternary { file: tensor.data.file.to_string(), tensor: name.to_owned(), source }
+fn ternary_error(tensor: &StoredTensor, name: &str, reason: TernaryError) -> Error {
+    Error::Ternary { file: tensor.data.file.to_string(), tensor: name.to_owned(), reason }
 }
