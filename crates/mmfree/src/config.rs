@@ -1,7 +1,14 @@
 //! Sizes and constants of a model.
 
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::checkpoint::layout::{TensorKind, expected_tensors};
+use crate::error::{Error, Result};
+use crate::json;
+
 /// Configuration of a MatMul-free language model (`model_type` `hgrn_bit`), validated.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct ModelConfig {
     /// V, rows of the embedding table and of the head.
     pub vocab_size: usize,
@@ -19,4 +26,360 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a text.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// How many parameters a model has, by kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ParameterCounts {
+    /// Weights of BitLinear layers, the head included.
+    pub ternary: usize,
+    /// The embedding table.
+    pub embeddings: usize,
+    /// Weights of every RMSNorm, those inside BitLinear included.
+    pub norms: usize,
+    /// The learned lower bounds of the forget gates.
+    pub lower_bounds: usize,
+    /// All of them.
+    pub total: usize,
+}
+
+/// Largest V. Far above any vocabulary, and low enough that no product of sizes overflows.
+const MAX_VOCAB_SIZE: usize = 1 << 22;
+/// Largest D.
+const MAX_HIDDEN_SIZE: usize = 1 << 16;
+/// Largest F.
+const MAX_INTERMEDIATE_SIZE: usize = 1 << 18;
+/// Largest L.
+const MAX_LAYERS: usize = 1 << 10;
+
+/// Names and (D, L) of the published sizes, and of two more for measuring.
+const PRESETS: [(&str, usize, usize); 5] = [
+    ("370m", 1024, 24),
+    ("1.3b", 2048, 24),
+    ("2.7b", 2560, 32),
+    ("7b", 4096, 32),
+    ("13b", 5120, 40),
+];
+
+impl ModelConfig {
+    /// The configuration of a published size: `370m`, `1.3b`, `2.7b`, and for measuring `7b`, `13b`.
+    /// `None` for another name.
+    pub fn preset(name: &str) -> Option<Self> {
+        let &(_, hidden_size, num_hidden_layers) =
+            PRESETS.iter().find(|(preset, ..)| preset.eq_ignore_ascii_case(name))?;
+        Some(Self {
+            vocab_size: 32_000,
+            hidden_size,
+            intermediate_size: default_intermediate_size(hidden_size, 4.0),
+            num_hidden_layers,
+            rms_norm_eps: 1e-6,
+            use_lower_bound: true,
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
+        })
+    }
+
+    /// The names that [`preset`](Self::preset) knows.
+    pub fn preset_names() -> impl Iterator<Item = &'static str> {
+        PRESETS.iter().map(|&(name, ..)| name)
+    }
+
+    /// Reads a Hugging Face `config.json`. `file` names it in errors.
+    ///
+    /// # Errors
+    /// [`Error::Malformed`] if it is no JSON object, otherwise one [`Error::Config`] with everything
+    /// that is missing, out of bounds or asks for something that is not computed here.
+    pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self> {
+        let malformed = |what| Error::Malformed { file: file.to_owned(), what };
+        let fields = match json::parse(bytes) {
+            Ok(Value::Object(fields)) => fields,
+            Ok(_) => return Err(malformed("expected a JSON object".to_owned())),
+            Err(error) => return Err(malformed(format!("not valid JSON: {error}"))),
+        };
+        let mut reader = FieldReader { fields: &fields, problems: Vec::new() };
+        reader.refuse_unsupported();
+        let hidden_size = reader.size("hidden_size").unwrap_or(0);
+        let config = Self {
+            vocab_size: reader.size("vocab_size").unwrap_or(0),
+            hidden_size,
+            intermediate_size: reader.intermediate_size(hidden_size),
+            num_hidden_layers: reader.size("num_hidden_layers").unwrap_or(0),
+            rms_norm_eps: reader.float("rms_norm_eps", 1e-6) as f32,
+            use_lower_bound: reader.boolean("use_lower_bound", true),
+            bos_token_id: reader.token_ids("bos_token_id").first().copied(),
+            eos_token_ids: reader.token_ids("eos_token_id"),
+        };
+        let mut problems = reader.problems;
+        if problems.is_empty() {
+            problems = config.problems();
+        }
+        if problems.is_empty() {
+            Ok(config)
+        } else {
+            Err(Error::Config { file: file.to_owned(), problems })
+        }
+    }
+
+    /// Everything that keeps the configuration from being run; empty if it is fine.
+    pub fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for (name, value, limit) in [
+            ("vocab_size", self.vocab_size, MAX_VOCAB_SIZE),
+            ("hidden_size", self.hidden_size, MAX_HIDDEN_SIZE),
+            ("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE),
+            ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
+        ] {
+            if value == 0 || value > limit {
+                problems.push(format!("{name} is {value}, expected 1 to {limit}"));
+            }
+        }
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
+            problems.push(format!(
+                "rms_norm_eps is {}, expected a positive number below 1",
+                self.rms_norm_eps
+            ));
+        }
+        let tokens = self.bos_token_id.iter().map(|id| ("bos_token_id", id));
+        for (name, &id) in tokens.chain(self.eos_token_ids.iter().map(|id| ("eos_token_id", id))) {
+            if id as usize >= self.vocab_size {
+                problems.push(format!(
+                    "{name} is {id}, expected less than vocab_size {}",
+                    self.vocab_size
+                ));
+            }
+        }
+        problems
+    }
+
+    /// Counts parameters.
+    pub fn parameters(&self) -> ParameterCounts {
+        let mut counts = ParameterCounts::default();
+        for tensor in expected_tensors(self) {
+            let elements = tensor.elements();
+            *match tensor.kind {
+                TensorKind::Ternary => &mut counts.ternary,
+                TensorKind::Embeddings => &mut counts.embeddings,
+                TensorKind::Norm => &mut counts.norms,
+                TensorKind::LowerBounds => &mut counts.lower_bounds,
+            } += elements;
+            counts.total += elements;
+        }
+        counts
+    }
+}
+
+/// `256 · ceil(int(D · hidden_ratio · 2/3) / 256)`, in the floating-point order of the reference.
+fn default_intermediate_size(hidden_size: usize, hidden_ratio: f64) -> usize {
+    let width = (hidden_size as f64 * hidden_ratio * 2.0 / 3.0) as usize;
+    width.div_ceil(256).saturating_mul(256)
+}
+
+/// Reads fields and collects what is wrong with them. A field that is null counts as absent.
+struct FieldReader<'a> {
+    fields: &'a Map<String, Value>,
+    problems: Vec<String>,
+}
+
+impl FieldReader<'_> {
+    fn get(&self, name: &str) -> Option<&Value> {
+        self.fields.get(name).filter(|value| !value.is_null())
+    }
+
+    fn problem(&mut self, name: &str, expected: &str) {
+        let found = self.fields.get(name).map_or_else(|| "missing".to_owned(), shortened);
+        self.problems.push(format!("{name} is {found}, expected {expected}"));
+    }
+
+    /// Valid configurations of the reference that would compute something else than this project does.
+    fn refuse_unsupported(&mut self) {
+        if self.get("model_type") != Some(&Value::from("hgrn_bit")) {
+            self.problem("model_type", "\"hgrn_bit\"");
+        }
+        for name in ["num_heads", "expand_ratio"] {
+            if self.get(name).is_some_and(|value| value.as_f64() != Some(1.0)) {
+                self.problem(name, "1 (several heads and wider states are not supported)");
+            }
+        }
+        for (name, what) in [
+            ("use_short_conv", "short convolutions are not supported"),
+            ("tie_word_embeddings", "a head that shares the embeddings is not supported"),
+        ] {
+            if self.get(name).is_some_and(|value| value != &Value::Bool(false)) {
+                self.problem(name, &format!("false ({what})"));
+            }
+        }
+        if let Some(act) = self.get("hidden_act")
+            && act != "swish"
+            && act != "silu"
+        {
+            self.problem("hidden_act", "\"swish\" or \"silu\"");
+        }
+        if self.get("quantization_config").is_some() {
+            self.problem("quantization_config", "none (weights must be stored in full precision)");
+        }
+    }
+
+    fn size(&mut self, name: &str) -> Option<usize> {
+        let value = self.get(name).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
+        if value.is_none() {
+            self.problem(name, "a positive integer");
+        }
+        value
+    }
+
+    fn intermediate_size(&mut self, hidden_size: usize) -> usize {
+        if self.get("intermediate_size").is_some() {
+            return self.size("intermediate_size").unwrap_or(0);
+        }
+        let ratio = self.float("hidden_ratio", 4.0);
+        if !(ratio > 0.0 && ratio <= 1024.0) {
+            self.problem("hidden_ratio", "a positive number of at most 1024");
+        }
+        default_intermediate_size(hidden_size, ratio)
+    }
+
+    fn float(&mut self, name: &str, default: f64) -> f64 {
+        let Some(value) = self.get(name) else { return default };
+        value.as_f64().unwrap_or_else(|| {
+            self.problem(name, "a number");
+            default
+        })
+    }
+
+    fn boolean(&mut self, name: &str, default: bool) -> bool {
+        let Some(value) = self.get(name) else { return default };
+        value.as_bool().unwrap_or_else(|| {
+            self.problem(name, "true or false");
+            default
+        })
+    }
+
+    /// An id, a list of ids, or nothing.
+    fn token_ids(&mut self, name: &str) -> Vec<u32> {
+        let ids = match self.get(name) {
+            None => Some(Vec::new()),
+            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
+            Some(id) => token_id(id).map(|id| vec![id]),
+        };
+        ids.unwrap_or_else(|| {
+            self.problem(name, "a token id or a list of token ids");
+            Vec::new()
+        })
+    }
+}
+
+fn token_id(value: &Value) -> Option<u32> {
+    value.as_u64().and_then(|id| u32::try_from(id).ok())
+}
+
+/// A value for an error message, cut to a readable length.
+fn shortened(value: &Value) -> String {
+    const SHOWN: usize = 60;
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<ModelConfig> {
+        ModelConfig::from_json("config.json", text.as_bytes())
+    }
+
+    fn minimal(extra: &str) -> String {
+        format!(
+            r#"{{"model_type": "hgrn_bit", "vocab_size": 97, "hidden_size": 64,
+                "num_hidden_layers": 3 {extra}}}"#
+        )
+    }
+
+    #[test]
+    fn absent_fields_take_the_defaults_of_the_reference() {
+        let config = parse(&minimal("")).unwrap();
+        assert_eq!(config.intermediate_size, 256);
+        assert!(config.use_lower_bound && config.eos_token_ids.is_empty());
+        assert_eq!(config.rms_norm_eps, 1e-6);
+        let config = parse(&minimal(
+            r#", "intermediate_size": null, "hidden_ratio": 7, "eos_token_id": [2, 5],
+               "bos_token_id": 1, "use_lower_bound": false"#,
+        ));
+        let config = config.unwrap();
+        assert_eq!(config.intermediate_size, 512); // int(64·7·2/3) = 298
+        assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![2, 5]));
+        assert!(!config.use_lower_bound);
+    }
+
+    #[test]
+    fn every_problem_is_named_in_one_error() {
+        let error = parse(
+            r#"{"model_type": "llama", "num_heads": 2, "expand_ratio": 1.5, "use_short_conv": true,
+                "tie_word_embeddings": true, "hidden_act": "gelu", "hidden_size": -4,
+                "vocab_size": "x", "rms_norm_eps": false, "eos_token_id": [1, -1],
+                "quantization_config": {}, "use_lower_bound": 0}"#,
+        )
+        .unwrap_err()
+        .to_string();
+        for name in [
+            "model_type is \"llama\"",
+            "num_heads is 2",
+            "expand_ratio is 1.5",
+            "use_short_conv",
+            "tie_word_embeddings",
+            "hidden_act is \"gelu\"",
+            "hidden_size is -4",
+            "vocab_size is \"x\"",
+            "num_hidden_layers is missing",
+            "rms_norm_eps",
+            "eos_token_id is [1,-1]",
+            "quantization_config",
+            "use_lower_bound is 0",
+        ] {
+            assert!(error.contains(name), "{name} is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn sizes_have_bounds() {
+        for field in ["hidden_size", "vocab_size", "num_hidden_layers"] {
+            for value in ["0", "18446744073709551615", "1e3", "99999999"] {
+                let text = minimal("").replace(
+                    &format!("\"{field}\": "),
+                    &format!("\"{field}\": {value}, \"was_{field}\": "),
+                );
+                let error = parse(&text).unwrap_err().to_string();
+                assert!(error.contains(field), "{error}");
+            }
+        }
+        for extra in [
+            r#", "intermediate_size": 0"#,
+            r#", "hidden_ratio": 1e300"#,
+            r#", "hidden_ratio": -1"#,
+            r#", "rms_norm_eps": 0"#,
+            r#", "eos_token_id": 97"#,
+            r#", "bos_token_id": 4294967296"#,
+            r#", "vocab_size": 97"#,
+        ] {
+            assert!(parse(&minimal(extra)).is_err(), "{extra}");
+        }
+    }
+
+    #[test]
+    fn presets_have_the_published_sizes() {
+        let sizes: Vec<_> = ModelConfig::preset_names()
+            .map(|name| {
+                let config = ModelConfig::preset(name).unwrap();
+                assert_eq!(config.problems(), Vec::<String>::new());
+                (config.intermediate_size, config.parameters().total / 1_000_000)
+            })
+            .collect();
+        assert_eq!(
+            sizes,
+            [(2816, 373), (5632, 1_364), (6912, 2_593), (11008, 6_740), (13824, 13_016)]
+        );
+        assert!(ModelConfig::preset("3b").is_none());
+    }
 }

@@ -4,14 +4,19 @@
 //! |---|---|
 //! | [`config`] | [`ModelConfig`](config::ModelConfig): sizes and constants, from `config.json` or GGUF metadata |
 //! | [`checkpoint`] | Hugging Face directories and GGUF files, in and out |
+//! | [`builtin`] | the trained model inside the program |
+//! | [`output`] | files that appear complete or not at all |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
 //!
 //! Dimension letters: B batch, T time, D hidden size, F intermediate size, L layers, V vocabulary.
 #![forbid(unsafe_code)]
 
+pub mod builtin;
 pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod error;
+mod json;
 pub mod model;
+pub mod output;
 pub mod state;

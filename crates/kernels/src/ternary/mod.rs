@@ -8,6 +8,8 @@
 //! W ≈ t · γ                                    γ multiplies
 //! ```
 
+pub mod tq;
+
 use std::io;
 
 use crate::memory::{ArenaBox, WeightArena};
@@ -64,6 +66,14 @@ pub enum TernaryError {
         offset: usize,
         /// The half-precision bits found.
         bits: u16,
+    },
+    /// Trits that fill a row up to whole blocks are not zero.
+    #[error("row {row} of {cols} trits is followed by padding that is not zero")]
+    Padding {
+        /// The row.
+        row: usize,
+        /// K.
+        cols: usize,
     },
     /// The system refused memory.
     #[error("could not allocate {bytes} bytes for packed weights: {source}")]

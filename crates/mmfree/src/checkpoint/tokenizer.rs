@@ -1,0 +1,96 @@
+//! The tokenizer that comes with a checkpoint.
+
+use serde_json::Value;
+
+use super::FileSlice;
+use crate::error::{Error, Result};
+
+/// Everything that a checkpoint says about turning text into tokens and back.
+#[derive(Clone, Debug)]
+pub struct TokenizerSource {
+    /// The vocabulary and its algorithm.
+    pub kind: TokenizerKind,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<Value>,
+    /// Jinja template that turns a conversation into text.
+    pub chat_template: Option<String>,
+}
+
+/// A serialised tokenizer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerKind {
+    /// `tokenizer.json` of the `tokenizers` library.
+    HuggingFace(Vec<u8>),
+    /// `tokenizer.model` of SentencePiece.
+    SentencePiece(Vec<u8>),
+}
+
+/// Where the parts of a tokenizer lie.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TokenizerFiles {
+    pub hugging_face: Option<FileSlice>,
+    pub sentence_piece: Option<FileSlice>,
+    pub config: Option<FileSlice>,
+    /// A template of its own, which wins over one inside `config`.
+    pub chat_template: Option<FileSlice>,
+}
+
+impl TokenizerFiles {
+    pub(super) fn read(&self) -> Result<Option<TokenizerSource>> {
+        let kind = match (&self.hugging_face, &self.sentence_piece) {
+            (Some(json), _) => TokenizerKind::HuggingFace(json.get().to_vec()),
+            (None, Some(model)) => TokenizerKind::SentencePiece(model.get().to_vec()),
+            (None, None) => return Ok(None),
+        };
+        let tokenizer_config = self.config.as_ref().map(parse_config).transpose()?;
+        let chat_template = match &self.chat_template {
+            Some(template) => Some(text(template)?.to_owned()),
+            None => tokenizer_config.as_ref().and_then(template_of),
+        };
+        Ok(Some(TokenizerSource { kind, tokenizer_config, chat_template }))
+    }
+}
+
+/// The bytes of a file as text.
+pub(super) fn text(slice: &FileSlice) -> Result<&str> {
+    str::from_utf8(slice.get()).map_err(|error| Error::Malformed {
+        file: slice.file.to_string(),
+        what: format!("text is not UTF-8 from byte {}", slice.range.start + error.valid_up_to()),
+    })
+}
+
+fn parse_config(slice: &FileSlice) -> Result<Value> {
+    serde_json::from_slice(slice.get()).map_err(|error| Error::Malformed {
+        file: slice.file.to_string(),
+        what: format!("the tokenizer configuration is not valid JSON: {error}"),
+    })
+}
+
+/// `chat_template` is a template, or a list of named ones with a default among them.
+fn template_of(config: &Value) -> Option<String> {
+    let template = match config.get("chat_template")? {
+        Value::Array(named) => {
+            let default = named.iter().find(|entry| entry["name"] == "default");
+            &default.or(named.first())?["template"]
+        }
+        template => template,
+    };
+    template.as_str().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn templates_come_alone_or_named() {
+        assert_eq!(template_of(&json!({"chat_template": "x"})).as_deref(), Some("x"));
+        let named = json!({"chat_template": [{"name": "rag", "template": "r"},
+                                             {"name": "default", "template": "d"}]});
+        assert_eq!(template_of(&named).as_deref(), Some("d"));
+        assert_eq!(template_of(&json!({"chat_template": []})), None);
+        assert_eq!(template_of(&json!({"chat_template": [3]})), None);
+        assert_eq!(template_of(&json!([])), None);
+    }
+}
