@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use memmap2::{Mmap, MmapMut, UncheckedAdvice};
 
-/// A read-only byte range: a mapped file, or bytes compiled into the program.
+/// A read-only byte range: a mapped file, anonymous memory, or bytes compiled into the program.
 ///
 /// Cloning shares the bytes.
 ///
@@ -21,6 +21,7 @@ pub struct Bytes(Source);
 #[derive(Clone, Debug)]
 enum Source {
     Mapped(Arc<Mmap>),
+    Anonymous(Arc<Mmap>),
     Static(&'static [u8]),
 }
 
@@ -38,6 +39,17 @@ impl Bytes {
         // that nobody truncates the file meanwhile is the documented demand on the user.
         let map = unsafe { Mmap::map(&file)? };
         Ok(Self(Source::Mapped(Arc::new(map))))
+    }
+
+    /// Zeroed bytes that `fill` then writes to. Pages that are never written cost no memory, as pages of
+    /// a mapped file that are never read do not.
+    ///
+    /// # Errors
+    /// The system's refusal, for example out of memory.
+    pub fn sparse(len: usize, fill: impl FnOnce(&mut [u8])) -> io::Result<Self> {
+        let mut map = MmapMut::map_anon(len.max(1))?;
+        fill(&mut map[..len]);
+        Ok(Self(Source::Anonymous(Arc::new(map.make_read_only()?))))
     }
 
     /// Wraps bytes that live as long as the program.
@@ -73,7 +85,7 @@ impl Deref for Bytes {
 
     fn deref(&self) -> &[u8] {
         match &self.0 {
-            Source::Mapped(map) => map,
+            Source::Mapped(map) | Source::Anonymous(map) => map,
             Source::Static(bytes) => bytes,
         }
     }

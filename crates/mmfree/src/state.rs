@@ -1,17 +1,26 @@
 //! The recurrent state of one sequence.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Model;
 
 /// Memory of one sequence: `h` [L, D], of constant size however long the sequence is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct State {
     hidden: Vec<f32>,
     tokens_seen: u64,
 }
 
+/// Begins a saved state.
+const MAGIC: [u8; 8] = *b"MMFSTATE";
+/// Version of the layout below.
+const VERSION: u32 = 1;
+/// Magic, version, L, D, tokens seen, fingerprint of the model.
+const HEADER_BYTES: usize = 8 + 3 * 4 + 2 * 8;
+/// XXH3 of everything before it.
+const CHECKSUM_BYTES: usize = 8;
+
 impl State {
-    /// The state before the first token.
+    /// The state before the first token: all zero.
     pub fn new(model: &Model) -> Self {
         let config = model.config();
         Self { hidden: vec![0.0; config.num_hidden_layers * config.hidden_size], tokens_seen: 0 }
@@ -27,16 +36,103 @@ impl State {
         self.tokens_seen
     }
 
-    /// Versioned, checksummed bytes, bound to the model by its fingerprint.
-    pub fn to_bytes(&self, _model: &Model) -> Vec<u8> {
-        unimplemented!()
+    /// The `h` [D] of a layer.
+    pub(crate) fn layer_mut(&mut self, layer: usize, width: usize) -> &mut [f32] {
+        &mut self.hidden[layer * width..][..width]
+    }
+
+    pub(crate) fn count_tokens(&mut self, tokens: usize) {
+        self.tokens_seen += tokens as u64;
+    }
+
+    /// The state as bytes, bound to the model by its fingerprint. All numbers little-endian:
+    ///
+    /// | bytes | what |
+    /// |---|---|
+    /// | 0..8 | `MMFSTATE` |
+    /// | 8..12 | version, u32: 1 |
+    /// | 12..20 | L and D, u32 each |
+    /// | 20..28 | tokens seen, u64 |
+    /// | 28..36 | fingerprint of the model, u64 |
+    /// | 36.. | `h` [L, D], f32 |
+    /// | last 8 | XXH3 (64 bits, seed 0) of everything before |
+    pub fn to_bytes(&self, model: &Model) -> Vec<u8> {
+        let config = model.config();
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + 4 * self.hidden.len() + CHECKSUM_BYTES);
+        bytes.extend(MAGIC);
+        bytes.extend(VERSION.to_le_bytes());
+        bytes.extend((config.num_hidden_layers as u32).to_le_bytes());
+        bytes.extend((config.hidden_size as u32).to_le_bytes());
+        bytes.extend(self.tokens_seen.to_le_bytes());
+        bytes.extend(model.fingerprint().to_le_bytes());
+        bytes.extend(self.hidden.iter().flat_map(|h| h.to_le_bytes()));
+        bytes.extend(checksum(&bytes).to_le_bytes());
+        bytes
     }
 
     /// Reads [`to_bytes`](Self::to_bytes) back.
     ///
     /// # Errors
-    /// Foreign, corrupt or truncated bytes.
-    pub fn from_bytes(_model: &Model, _bytes: &[u8]) -> Result<Self> {
-        unimplemented!()
+    /// Bytes that are no state, of another version or another model, damaged, or not finite.
+    pub fn from_bytes(model: &Model, bytes: &[u8]) -> Result<Self> {
+        let config = model.config();
+        let count = config.num_hidden_layers * config.hidden_size;
+        let mut reader = Reader(bytes);
+        if reader.take::<8>()? != MAGIC {
+            return Err(bad("these bytes are not a saved state: they do not begin with MMFSTATE"));
+        }
+        let version = u32::from_le_bytes(reader.take()?);
+        if version != VERSION {
+            return Err(bad(&format!("version {version}, expected {VERSION}")));
+        }
+        let shape = [u32::from_le_bytes(reader.take()?), u32::from_le_bytes(reader.take()?)];
+        let expected = [config.num_hidden_layers as u32, config.hidden_size as u32];
+        if shape != expected {
+            return Err(bad(&format!(
+                "{} layers of width {}, but the model has {} of {}",
+                shape[0], shape[1], expected[0], expected[1]
+            )));
+        }
+        let tokens_seen = u64::from_le_bytes(reader.take()?);
+        let fingerprint = u64::from_le_bytes(reader.take()?);
+        let expected = HEADER_BYTES + 4 * count + CHECKSUM_BYTES;
+        if bytes.len() != expected {
+            return Err(bad(&format!("{} bytes, expected {expected}", bytes.len())));
+        }
+        let (body, sum) = bytes.split_at(expected - CHECKSUM_BYTES);
+        if checksum(body).to_le_bytes() != sum {
+            return Err(bad("the checksum does not match: the bytes were damaged"));
+        }
+        if fingerprint != model.fingerprint() {
+            return Err(bad("it belongs to another model (same sizes, other weights)"));
+        }
+        let values = body[HEADER_BYTES..].chunks_exact(4);
+        let hidden: Vec<f32> =
+            values.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+        if hidden.iter().any(|h| !h.is_finite()) {
+            return Err(bad("a value is not finite"));
+        }
+        Ok(Self { hidden, tokens_seen })
+    }
+}
+
+fn bad(what: &str) -> Error {
+    Error::Invalid(format!("cannot restore the state: {what}"))
+}
+
+fn checksum(bytes: &[u8]) -> u64 {
+    twox_hash::XxHash3_64::oneshot(bytes)
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Result<[u8; N]> {
+        let (&head, rest) = self
+            .0
+            .split_first_chunk()
+            .ok_or_else(|| bad("the bytes end within the header; are they truncated?"))?;
+        self.0 = rest;
+        Ok(head)
     }
 }

@@ -199,6 +199,43 @@ impl TernaryMatrix {
         Ok(Self { rows, cols, scale, storage })
     }
 
+    /// Random trits, roughly a third of each kind, the same for the same seed: weights for benchmarks.
+    ///
+    /// # Errors
+    /// An impossible shape or scale, or no memory.
+    pub fn random(
+        arena: &WeightArena,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+        seed: u64,
+    ) -> Result<Self, TernaryError> {
+        let mut matrix = Self::zeros(arena, rows, cols, scale)?;
+        let units = matrix.units();
+        let padding = units * WORD_TRITS - cols;
+        let mut state = seed;
+        for (at, word) in matrix.words_mut().iter_mut().enumerate() {
+            // splitmix64
+            state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+            let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+            z ^= z >> 31;
+            // Fields that hold the invalid 3 take those of a second draw, and if these are 3 too, 1.
+            let (first, second) = (z as u32, (z >> 32) as u32);
+            let merged = merge_invalid_fields(first, second);
+            *word = merge_invalid_fields(merged, ZERO_WORD);
+            let (panel, rest) = (at / (units * PANEL_ROWS), at % (units * PANEL_ROWS));
+            if panel * PANEL_ROWS + rest % PANEL_ROWS >= rows {
+                *word = ZERO_WORD;
+            } else if rest / PANEL_ROWS + 1 == units {
+                for k in WORD_TRITS - padding..WORD_TRITS {
+                    *word = *word & !(3 << bit_of(k)) | 1 << bit_of(k);
+                }
+            }
+        }
+        Ok(matrix)
+    }
+
     /// N, the number of outputs.
     pub fn rows(&self) -> usize {
         self.rows
@@ -279,6 +316,13 @@ impl TernaryMatrix {
 /// A word of sixteen zero trits.
 pub(crate) const ZERO_WORD: u32 = 0x5555_5555;
 
+/// `word`, with those of its 2-bit fields that are 3 taken from `other`.
+fn merge_invalid_fields(word: u32, other: u32) -> u32 {
+    let low = word & (word >> 1) & ZERO_WORD;
+    let invalid = low | low << 1;
+    word & !invalid | other & invalid
+}
+
 /// Sixteen trits to one code word.
 fn encode_word(trits: &[i8]) -> u32 {
     let mut word = 0;
@@ -336,6 +380,19 @@ mod tests {
             }
             assert_eq!(matrix.zeros_count(), trits.iter().filter(|&&t| t == 0).count());
         }
+    }
+
+    #[test]
+    fn random_trits_are_balanced_and_leave_the_padding_zero() {
+        let matrix = TernaryMatrix::random(&WeightArena::new(), 333, 1001, 1.0, 7).unwrap();
+        let mut counts = [0usize; 3];
+        let mut row = vec![0; 1001];
+        for n in 0..333 {
+            matrix.read_row(n, &mut row);
+            row.iter().for_each(|&t| counts[(t + 1) as usize] += 1);
+        }
+        assert!(counts.iter().all(|&count| count > 333 * 1001 * 3 / 10), "{counts:?}");
+        assert_eq!(matrix.zeros_count(), counts[1]);
     }
 
     #[test]

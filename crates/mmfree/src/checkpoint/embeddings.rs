@@ -1,5 +1,7 @@
 //! The embedding table, read in place.
 
+use mmfree_kernels::memory::Bytes;
+
 use super::{FileSlice, FloatType};
 use crate::error::{Error, Result};
 
@@ -14,6 +16,23 @@ pub struct EmbeddingTable {
 }
 
 impl EmbeddingTable {
+    /// A table of random values in f16 whose first `filled` rows are written; the others are zero and
+    /// take no memory.
+    pub(crate) fn random(rows: usize, cols: usize, filled: usize, seed: u64) -> Result<Self> {
+        let float = FloatType::F16;
+        let row_bytes = cols * float.bytes();
+        let bytes = Bytes::sparse(rows * row_bytes, |bytes| {
+            let mut state = seed;
+            for value in bytes[..filled.min(rows) * row_bytes].chunks_exact_mut(2) {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let uniform = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
+                value.copy_from_slice(&half::f16::from_f32(uniform).to_le_bytes());
+            }
+        })
+        .map_err(|reason| Error::Read { file: "random embeddings".to_owned(), reason })?;
+        Ok(Self { data: FileSlice::whole("random embeddings", bytes), float, rows, cols })
+    }
+
     /// V.
     pub fn rows(&self) -> usize {
         self.rows
