@@ -8,6 +8,7 @@
 //! Dimension letters: M tokens (rows of activations), N outputs, K inputs.
 
 pub mod activations;
+pub mod bandwidth;
 mod lanes;
 pub mod memory;
 pub mod mlgru;

@@ -23,6 +23,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use mmfree_kernels::activations::QuantizedRows;
+use mmfree_kernels::bandwidth::ReadBuffer;
 use mmfree_kernels::pool::Pool;
 use mmfree_kernels::ternary_gemm::{LookupScratch, Product, multiply};
 use mmfree_kernels::tier::Backend;
@@ -255,6 +256,11 @@ impl Engine {
     ) -> Result<()> {
         self.check_tokens(tokens)?;
         self.run_blocks(&mut [Sequence { state, tokens }], Some(observer))
+    }
+
+    /// Reads a buffer once with this engine's threads, as a yardstick for decoding.
+    pub(crate) fn read(&self, buffer: &ReadBuffer) -> u64 {
+        buffer.read(self.backend, &self.pool)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

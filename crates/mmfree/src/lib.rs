@@ -5,12 +5,17 @@
 //! | [`config`] | [`ModelConfig`](config::ModelConfig): sizes and constants, from `config.json` or GGUF metadata |
 //! | [`checkpoint`] | Hugging Face directories and GGUF files, in and out |
 //! | [`builtin`] | the trained model inside the program |
+//! | [`model`] | [`Model`](model::Model): weights as the engine streams them |
+//! | [`engine`] | [`Engine`](engine::Engine): prefill and decode of many sequences |
+//! | [`state`] | [`State`](state::State): the memory of one sequence, to and from bytes |
+//! | [`benchmark`] | speed of prefill and decode against the machine's memory bandwidth |
 //! | [`output`] | files that appear complete or not at all |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
 //!
 //! Dimension letters: B batch, T time, D hidden size, F intermediate size, L layers, V vocabulary.
 #![forbid(unsafe_code)]
 
+pub mod benchmark;
 pub mod builtin;
 pub mod checkpoint;
 pub mod config;

@@ -151,7 +151,7 @@ fn decode_tq1(block: &[u8], trits: &mut [i8; BLOCK_TRITS]) {
         let codes = &block[start..start + bytes];
         for (trit, &code) in trits[first..first + bytes].iter_mut().zip(codes) {
             let rest = code.wrapping_mul(POWERS[digit]);
-            *trit = (u16::from(rest) * 3 >> 8) as i8 - 1;
+            *trit = ((u16::from(rest) * 3) >> 8) as i8 - 1;
         }
     });
 }

@@ -1,0 +1,119 @@
+//! `mmfree bench`: prefill and decode speed against the machine's memory bandwidth.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use mmfree::benchmark::{self, DISTINCT_TOKENS, Options, Report, Spread};
+use mmfree::builtin;
+use mmfree::checkpoint::Checkpoint;
+use mmfree::config::ModelConfig;
+use mmfree::engine::EngineOptions;
+use mmfree::model::Model;
+
+use crate::progress::Progress;
+
+/// Measure prefill and decode speed
+///
+/// Runs a prompt and then decodes token by token, several times, and holds the decoding speed against
+/// what the machine's memory allows: bytes streamed a token over the read bandwidth, which is measured
+/// between the runs with the same threads.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Packed model, Hugging Face directory or repository id [default: the built-in model]
+    model: Option<PathBuf>,
+    /// Random weights of a published size instead of a model
+    #[arg(long, conflicts_with = "model", value_parser = clap::builder::PossibleValuesParser::new(ModelConfig::preset_names()))]
+    size: Option<String>,
+    /// Tokens of the prompt
+    #[arg(long, default_value_t = 512)]
+    prompt_tokens: usize,
+    /// Tokens decoded one by one after it
+    #[arg(long, default_value_t = 64)]
+    decode_tokens: usize,
+    /// Runs that count
+    #[arg(long, default_value_t = 5)]
+    repetitions: usize,
+    /// Runs before them that do not count
+    #[arg(long, default_value_t = 1)]
+    warmup: usize,
+    /// Worker threads [default: one for each core]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Kernel tier: auto, scalar, avx2, avx512 or neon
+    #[arg(long)]
+    backend: Option<String>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let (name, model) = match (&args.size, &args.model) {
+        (Some(size), _) => {
+            let config = ModelConfig::preset(size).context("unknown preset")?;
+            (format!("{size}, random weights"), Model::random(&config, DISTINCT_TOKENS, 0)?)
+        }
+        (None, Some(path)) => (path.display().to_string(), Model::load(&Checkpoint::open(path)?)?),
+        (None, None) => ("built-in model".to_owned(), Model::load(&builtin::checkpoint()?)?),
+    };
+    let options = Options {
+        prompt_tokens: args.prompt_tokens,
+        decode_tokens: args.decode_tokens,
+        repetitions: args.repetitions,
+        warmup: args.warmup,
+        engine: EngineOptions { threads: args.threads, backend: args.backend.clone() },
+    };
+    let progress = Progress::new("measuring");
+    let runs = (args.warmup.max(1) + args.repetitions) as u64;
+    let report = benchmark::run(&name, Arc::new(model), &options, &mut |run| {
+        progress.set(run as u64, runs);
+    })?;
+    drop(progress);
+    if args.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print_table(&report);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print_table(report: &Report) {
+    let spread = |spread: &Spread, unit: f64| {
+        format!(
+            "{:>10.1}  ({:.1} to {:.1})",
+            spread.median / unit,
+            spread.min / unit,
+            spread.max / unit
+        )
+    };
+    let processor = report.processor.as_deref().unwrap_or("unknown processor");
+    println!("{}: {}, {} threads on {processor}", report.model, report.backend, report.threads);
+    println!("medians of {} runs, smallest and largest in brackets", report.repetitions);
+    println!(
+        "prefill, {:>5} tokens  {}  tokens/s",
+        report.prompt_tokens,
+        spread(&report.prefill, 1.0)
+    );
+    println!(
+        "decode,  {:>5} tokens  {}  tokens/s",
+        report.decode_tokens,
+        spread(&report.decode, 1.0)
+    );
+    println!("weights streamed       {:>10.1}  MB a token", report.bytes_per_token as f64 / 1e6);
+    println!("read bandwidth         {}  GB/s", spread(&report.read_bandwidth, 1e9));
+    println!("share of it            {:>10.1}  %", report.share_of_read_bandwidth * 100.0);
+    match report.peak_rss_bytes {
+        Some(bytes) => println!("peak resident memory   {:>10.1}  MiB", bytes as f64 / 1_048_576.0),
+        None => println!("peak resident memory      unknown on this system"),
+    }
+    println!("state of a sequence    {:>10.1}  KiB", report.state_bytes as f64 / 1024.0);
+    match report.joules_per_token {
+        Some(joules) => {
+            println!("energy of decoding     {joules:>10.3}  J a token, processor package")
+        }
+        None => println!("energy of decoding        unknown: no readable RAPL counter here"),
+    }
+}
