@@ -8,7 +8,7 @@
 //! `|y · s|` exceeds 127 by no more than a rounding error, so −128 never occurs, and the sums of the
 //! look-up kernels rely on that.
 
-use crate::lanes::{LANES, lane_max, lane_sum};
+use crate::lanes::{lane_max, lane_sum};
 use crate::pool::{Pool, SharedMut};
 use crate::tier::{Backend, compiled_for_each_tier};
 
@@ -136,32 +136,20 @@ fn rms_norm_quantize_body(x: &[f32], weight: &[f32], eps: f32, q: &mut [i8]) -> 
     let inverse_rms = inverse_rms(x, eps);
     let largest = lane_max(x, weight, |x, w| (x * inverse_rms * w).abs());
     let scale = 127.0 / largest.max(1e-5);
-    let mut lanes = [0i32; LANES];
-    let mut quantize = |x: &[f32], weight: &[f32], q: &mut [i8]| {
-        for (((sum, q), &x), &w) in lanes.iter_mut().zip(q).zip(x).zip(weight) {
-            let value = round_to_i8_range(x * inverse_rms * w * scale);
-            *q = value as i8;
-            *sum += value;
-        }
-    };
-    let (x_chunks, x_rest) = x.as_chunks::<LANES>();
-    let (w_chunks, w_rest) = weight.as_chunks::<LANES>();
-    let (q_chunks, q_rest) = q.as_chunks_mut::<LANES>();
-    for ((x, w), q) in x_chunks.iter().zip(w_chunks).zip(q_chunks) {
-        quantize(x, w, q);
+    for ((q, &x), &w) in q.iter_mut().zip(x).zip(weight) {
+        *q = round_to_i8_range(x * inverse_rms * w * scale);
     }
-    quantize(x_rest, w_rest, q_rest);
-    (scale, lanes.iter().sum())
+    (scale, q.iter().map(|&q| i32::from(q)).sum())
 }
 
 /// Rounds half to even and clamps to ±127; a NaN becomes −127.
 #[inline(always)]
-fn round_to_i8_range(y: f32) -> i32 {
-    /// 1.5 · 2^23: adding it leaves the rounded integer in a float's low bits.
+fn round_to_i8_range(y: f32) -> i8 {
+    /// 1.5 · 2^23: adding it leaves the rounded integer in a float's low bits, in two's complement.
     const ROUND: f32 = 12_582_912.0;
     let y = if y > -127.0 { y } else { -127.0 };
     let y = if y < 127.0 { y } else { 127.0 };
-    (y + ROUND).to_bits() as i32 - ROUND.to_bits() as i32
+    (y + ROUND).to_bits() as i8
 }
 
 /// `1 / sqrt(mean(x²) + eps)`.

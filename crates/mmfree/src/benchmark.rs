@@ -129,7 +129,7 @@ pub fn run(
     let mut engine = Engine::new(Arc::clone(&model), &options.engine)?;
     let energy = EnergyCounters::find();
 
-    let mut once = |engine: &mut Engine| -> Result<Timings> {
+    let once = |engine: &mut Engine| -> Result<Timings> {
         let mut state = State::new(&model);
         let start = Instant::now();
         engine.prefill(&mut state, prompt, &AtomicBool::new(false))?;
