@@ -73,7 +73,7 @@ impl TqFormat {
         }
     }
 
-    /// Encodes a row of trits [K] into `row_bytes(K)` bytes.
+    /// Encodes a row of K trits into `row_bytes(K)` bytes.
     ///
     /// # Panics
     /// If `out` has another length. Values other than -1, 0, 1 give an undefined (but safe) encoding.
@@ -94,7 +94,7 @@ impl TqFormat {
         }
     }
 
-    /// Decodes `row_bytes(K)` bytes into a row of trits [K].
+    /// Decodes `row_bytes(K)` bytes into a row of K trits.
     ///
     /// # Errors
     /// A wrong number of bytes, a 2-bit field that holds 3, a block scale other than 1.0, padding that

@@ -58,7 +58,7 @@ impl EmbeddingTable {
         self.data.get()
     }
 
-    /// Writes the embedding [D] of a token, widened exactly.
+    /// Writes the embedding of a token, D values widened exactly.
     ///
     /// # Errors
     /// [`Error::TokenId`]; [`Error::NotFinite`], because a table in a file is not checked before it is

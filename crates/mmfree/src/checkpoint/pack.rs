@@ -1,5 +1,6 @@
 //! Writes packed models.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -65,7 +66,7 @@ pub fn pack(
         done: 0,
         total: small.iter().chain(&large).map(|part| part.source_bytes(checkpoint)).sum(),
         progress,
-        scales: Vec::new(),
+        scales: BTreeMap::new(),
     };
     packer.output.put(&header.finish(&tensors))?;
     for part in small.iter().chain(&large) {
@@ -190,8 +191,8 @@ struct Packer<'a> {
     done: u64,
     total: u64,
     progress: &'a mut dyn FnMut(u64, u64),
-    /// γ of each weight, in the order of a forward pass; taken again when its trits are written.
-    scales: Vec<(String, f32)>,
+    /// γ of each weight, kept until its trits are written.
+    scales: BTreeMap<String, f32>,
 }
 
 impl Packer<'_> {
@@ -201,14 +202,13 @@ impl Packer<'_> {
         match part.content {
             Content::Scale => {
                 let scale = self.checkpoint.ternary_scale(name, spec.shape[0], spec.shape[1])?;
-                self.scales.push((spec.name.clone(), scale));
+                self.scales.insert(spec.name.clone(), scale);
                 self.output.put(&scale.to_le_bytes())?;
             }
             Content::Floats(float) => self.write_floats(spec, float)?,
             Content::Trits(format) => {
-                let known = self.scales.iter().find(|(weight, _)| weight == &spec.name);
-                let scale = known.map_or(1.0, |&(_, scale)| scale);
-                return self.write_trits(name, spec, scale, format);
+                // Scales come first in the plan.
+                return self.write_trits(name, spec, self.scales[&spec.name], format);
             }
         }
         self.advance(part.source_bytes(self.checkpoint));

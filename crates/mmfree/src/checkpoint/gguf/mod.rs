@@ -31,3 +31,6 @@ pub(super) mod kind {
     pub const I64: u32 = 11;
     pub const F64: u32 = 12;
 }
+
+#[cfg(test)]
+mod tests;
