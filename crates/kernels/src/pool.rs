@@ -1,13 +1,15 @@
 //! A persistent pool of worker threads for fork-join parallelism.
 //!
 //! Decoding one token takes about a hundred short parallel sections, so starting one must cost well
-//! under a microsecond: workers spin for a while before they sleep, and tasks are handed out by one
-//! atomic counter, so that a thread that the system interrupts holds up nobody but itself.
+//! under a microsecond: workers spin for a while before they sleep. Each thread owns a contiguous range
+//! of the tasks and takes them in order, so that neighbouring tasks stream neighbouring memory, which
+//! the prefetchers reward (half as much bandwidth again, measured on two cores). A thread that is
+//! done takes tasks from the end of another's range, so one that the system interrupts holds up nobody.
 
 use std::any::Any;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle, Thread};
 
@@ -33,10 +35,8 @@ struct Shared {
     epoch: AtomicUsize,
     /// The current job: a `*const Task` split into its two words.
     task: [AtomicUsize; 2],
-    /// Number of tasks of the current job.
-    tasks: AtomicUsize,
-    /// The next task that nobody has taken.
-    next: AtomicUsize,
+    /// Tasks of the current job that nobody has taken, a range for each thread.
+    ranges: Vec<TaskRange>,
     /// Workers that have not finished the current job.
     busy: AtomicUsize,
     /// Workers that sleep, or are about to.
@@ -51,8 +51,7 @@ impl Pool {
         let shared = Arc::new(Shared {
             epoch: AtomicUsize::new(0),
             task: [AtomicUsize::new(0), AtomicUsize::new(0)],
-            tasks: AtomicUsize::new(0),
-            next: AtomicUsize::new(0),
+            ranges: (0..threads.get()).map(|_| TaskRange::default()).collect(),
             busy: AtomicUsize::new(0),
             asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
@@ -96,8 +95,12 @@ impl Pool {
         let words: [usize; 2] = unsafe { std::mem::transmute::<&Task<'_>, [usize; 2]>(task) };
         shared.task[0].store(words[0], Ordering::Relaxed);
         shared.task[1].store(words[1], Ordering::Relaxed);
-        shared.tasks.store(tasks, Ordering::Relaxed);
-        shared.next.store(0, Ordering::Relaxed);
+        let tasks = u32::try_from(tasks).expect("fewer than 2^32 tasks");
+        let threads = self.threads() as u64;
+        let bound = |thread: u64| (u64::from(tasks) * thread / threads) as u32;
+        for (thread, range) in (0..threads).zip(&shared.ranges) {
+            range.set(bound(thread), bound(thread + 1));
+        }
         shared.busy.store(self.workers.len(), Ordering::Relaxed);
         // Publishes the job. Sequentially consistent with `asleep`: either the worker sees the new
         // epoch before it sleeps, or its count is seen here and it is woken.
@@ -172,14 +175,19 @@ impl Shared {
         }
     }
 
+    /// Does tasks until none is left: the thread's own from the front, then others' from the back.
     fn take_tasks(&self, thread: usize, task: &Task<'_>) {
-        let tasks = self.tasks.load(Ordering::Relaxed);
-        loop {
-            let index = self.next.fetch_add(1, Ordering::Relaxed);
-            if index >= tasks {
-                return;
+        while let Some(index) = self.ranges[thread].take_first() {
+            task(thread, index as usize);
+        }
+        let fullest = || {
+            let ranges = self.ranges.iter();
+            ranges.map(|range| (range.len(), range)).max_by_key(|&(len, _)| len)
+        };
+        while let Some((1.., range)) = fullest() {
+            if let Some(index) = range.take_last() {
+                task(thread, index as usize);
             }
-            task(thread, index);
         }
     }
 
@@ -200,6 +208,47 @@ impl Shared {
             }
             self.asleep.fetch_sub(1, Ordering::SeqCst);
         }
+    }
+}
+
+/// First and end of a range of tasks in one atomic word, on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct TaskRange(AtomicU64);
+
+impl TaskRange {
+    fn set(&self, first: u32, end: u32) {
+        self.0.store(u64::from(first) | u64::from(end) << 32, Ordering::Relaxed);
+    }
+
+    fn len(&self) -> u32 {
+        let (first, end) = Self::bounds(self.0.load(Ordering::Relaxed));
+        end - first
+    }
+
+    fn take_first(&self) -> Option<u32> {
+        let before = self.update(|first, end| (first + 1, end))?;
+        Some(Self::bounds(before).0)
+    }
+
+    fn take_last(&self) -> Option<u32> {
+        let before = self.update(|first, end| (first, end - 1))?;
+        Some(Self::bounds(before).1 - 1)
+    }
+
+    /// Changes the bounds if the range is not empty; returns what they were.
+    fn update(&self, change: impl Fn(u32, u32) -> (u32, u32)) -> Option<u64> {
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |bounds| {
+                let (first, end) = Self::bounds(bounds);
+                let (first, end) = (first < end).then(|| change(first, end))?;
+                Some(u64::from(first) | u64::from(end) << 32)
+            })
+            .ok()
+    }
+
+    fn bounds(word: u64) -> (u32, u32) {
+        (word as u32, (word >> 32) as u32)
     }
 }
 

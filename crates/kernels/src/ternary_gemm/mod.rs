@@ -36,7 +36,7 @@ const LOOKUP_MIN_EIGHTHS: usize = 7;
 const DOT_TOKENS: usize = 4;
 /// Weights that one task of the dot-product path streams, at least: long enough for the prefetchers,
 /// short enough that threads finish together.
-const DOT_TASK_BYTES: usize = 2816 << 10;
+const DOT_TASK_BYTES: usize = 32 << 10;
 
 /// Products that one call computes, at most.
 pub const MAX_PRODUCTS: usize = 4;
