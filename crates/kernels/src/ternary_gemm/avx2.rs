@@ -3,25 +3,32 @@
 
 use std::arch::x86_64::*;
 
-use super::PanelDots;
+use super::Kernels;
 use super::lookup::Lanes;
 use crate::ternary::{PANEL_ROWS, WORD_TRITS};
-use crate::tier::{Backend, Tier};
 
 /// Units whose products fit 16-bit sums: four fields of two products of at most `2 · 128`, so at most
 /// 2,048 a unit.
 const UNITS_IN_16_BITS: usize = 15;
 
-/// The kernel, for a processor that has the instructions.
-pub(super) fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
-    assert!(backend.tier() == Tier::Avx2);
-    |words, inputs| {
-        // SAFETY: a `Backend` of this tier, checked above, exists only where AVX2 was detected.
+/// Kernels with these instructions.
+pub(super) struct Avx2;
+
+impl Kernels for Avx2 {
+    type Lanes = Lanes16;
+
+    #[inline(always)]
+    unsafe fn panel_dots<const M: usize>(
+        words: &[u32],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        // SAFETY: the caller runs with this tier's features.
         unsafe { dots(words, inputs) }
     }
 }
 
 #[target_feature(enable = "avx2")]
+#[inline]
 fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
     let units = words.len() / PANEL_ROWS;
     assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));

@@ -3,17 +3,22 @@
 
 use std::arch::x86_64::*;
 
-use super::PanelDots;
+use super::Kernels;
 use super::lookup::Lanes;
 use crate::ternary::{PANEL_ROWS, WORD_TRITS};
-use crate::tier::{Backend, Tier};
 
-/// The kernel, for a processor that has the instructions.
-pub(super) fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
-    assert!(backend.tier() == Tier::Avx512);
-    |words, inputs| {
-        // SAFETY: a `Backend` of this tier, checked above, exists only where AVX-512 F, BW and VNNI
-        // were detected.
+/// Kernels with these instructions.
+pub(super) struct Avx512;
+
+impl Kernels for Avx512 {
+    type Lanes = Lanes32;
+
+    #[inline(always)]
+    unsafe fn panel_dots<const M: usize>(
+        words: &[u32],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        // SAFETY: the caller runs with this tier's features.
         unsafe { dots(words, inputs) }
     }
 }
@@ -22,6 +27,7 @@ pub(super) fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
 /// shifted down at the end: exact, and cheaper than shifting every word. A sum stays below
 /// `2 · 64 · 4 · 127` = 65,024 a unit, so below 2^31 for any K up to half a million.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
 fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
     let units = words.len() / PANEL_ROWS;
     assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));

@@ -18,12 +18,12 @@
 
 use std::sync::Mutex;
 
-use super::{MAX_PRODUCTS, Product};
+use super::{Kernels, MAX_PRODUCTS, Product, Work, run_on};
 use crate::activations::QuantizedRows;
 use crate::memory::{ArenaBox, WeightArena};
 use crate::pool::{Pool, SharedMut};
 use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS, ZERO_WORD};
-use crate::tier::{Backend, Tier};
+use crate::tier::Backend;
 
 /// Sums that four trits select from.
 const ENTRIES: usize = 81;
@@ -58,7 +58,7 @@ pub(super) trait Lanes: Copy {
 
 /// Lanes of the scalar tier.
 #[derive(Clone, Copy)]
-struct PlainLanes([i16; 16]);
+pub(super) struct PlainLanes([i16; 16]);
 
 impl Lanes for PlainLanes {
     const TOKENS: usize = 16;
@@ -172,11 +172,16 @@ struct Job<'a> {
 
 /// T of a tier.
 pub(super) fn tile_tokens(backend: Backend) -> usize {
-    match backend.tier() {
-        #[cfg(target_arch = "x86_64")]
-        Tier::Avx512 => super::avx512::Lanes32::TOKENS,
-        _ => PlainLanes::TOKENS,
+    struct Tokens<'a>(&'a mut usize);
+    impl Work for Tokens<'_> {
+        #[inline(always)]
+        unsafe fn run<K: Kernels>(self) {
+            *self.0 = K::Lanes::TOKENS;
+        }
     }
+    let mut tokens = 0;
+    run_on(backend, Tokens(&mut tokens));
+    tokens
 }
 
 /// Computes the products of the first `tokens` tokens; shapes were checked by the caller.
@@ -187,37 +192,6 @@ pub(super) fn multiply(
     products: &mut [Product<'_>],
     tokens: usize,
 ) {
-    let run: fn(&Job<'_>, usize, &mut ThreadScratch) = match backend.tier() {
-        #[cfg(target_arch = "x86_64")]
-        Tier::Avx512 => |job, task, scratch| {
-            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
-            fn run(job: &Job<'_>, task: usize, scratch: &mut ThreadScratch) {
-                // SAFETY: this function is compiled with the tier's features.
-                unsafe { job.run::<super::avx512::Lanes32>(task, scratch) }
-            }
-            // SAFETY: a `Backend` of this tier exists only where its features were detected.
-            unsafe { run(job, task, scratch) }
-        },
-        #[cfg(target_arch = "x86_64")]
-        Tier::Avx2 => |job, task, scratch| {
-            #[target_feature(enable = "avx2")]
-            fn run(job: &Job<'_>, task: usize, scratch: &mut ThreadScratch) {
-                // SAFETY: this function is compiled with the tier's features.
-                unsafe { job.run::<super::avx2::Lanes16>(task, scratch) }
-            }
-            // SAFETY: a `Backend` of this tier exists only where its features were detected.
-            unsafe { run(job, task, scratch) }
-        },
-        #[cfg(target_arch = "aarch64")]
-        Tier::Neon => |job, task, scratch| {
-            // SAFETY: NEON is part of every AArch64 target.
-            unsafe { job.run::<super::neon::Lanes16>(task, scratch) }
-        },
-        _ => |job, task, scratch| {
-            // SAFETY: the plain lanes need no features.
-            unsafe { job.run::<PlainLanes>(task, scratch) }
-        },
-    };
     let tiles = tokens.div_ceil(tile_tokens(backend));
     let mut tasks = 0;
     let mut jobs = [const { None }; MAX_PRODUCTS];
@@ -237,9 +211,23 @@ pub(super) fn multiply(
         let mut scratch =
             scratch.threads[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(job) = jobs.iter().flatten().rfind(|job| job.first_task <= task) {
-            run(job, task - job.first_task, &mut scratch);
+            run_on(backend, LookupTask { job, task: task - job.first_task, scratch: &mut scratch });
         }
     });
+}
+
+struct LookupTask<'a> {
+    job: &'a Job<'a>,
+    task: usize,
+    scratch: &'a mut ThreadScratch,
+}
+
+impl Work for LookupTask<'_> {
+    #[inline(always)]
+    unsafe fn run<K: Kernels>(self) {
+        // SAFETY: the caller's promise about features.
+        unsafe { self.job.run::<K::Lanes>(self.task, self.scratch) }
+    }
 }
 
 impl Job<'_> {

@@ -51,11 +51,70 @@ pub struct Product<'a> {
     pub output: &'a mut [f32],
 }
 
-/// Dot products of the sixteen rows of a panel with `M` tokens' activations.
+/// The kernels of a tier.
 ///
-/// `words` are the panel's code words `[unit][row]`, `inputs` at least 16 activations a unit.
-/// Returns `Σ_k q[k] · (t[row, k] + 1)`.
-type PanelDots<const M: usize> = fn(&[u32], [&[i8]; M]) -> [[i32; PANEL_ROWS]; M];
+/// # Safety
+/// Every method demands that the calling function is compiled with, and runs on a processor with, the
+/// features of the tier; [`run_on`] sees to it.
+trait Kernels {
+    /// Registers of the look-up path.
+    type Lanes: lookup::Lanes;
+
+    /// Dot products of the sixteen rows of a panel with `M` tokens' activations:
+    /// `Σ_k q[k] · (t[row, k] + 1)`. `words` are the panel's code words `[unit][row]`; every input has
+    /// at least 16 activations a unit.
+    unsafe fn panel_dots<const M: usize>(
+        words: &[u32],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M];
+}
+
+/// Something to do with the kernels of any tier.
+trait Work {
+    /// Must be `#[inline(always)]`, so that it is compiled with the tier's features.
+    ///
+    /// # Safety
+    /// As for [`Kernels`].
+    unsafe fn run<K: Kernels>(self);
+}
+
+/// Does the work with the kernels of a tier.
+fn run_on(backend: Backend, work: impl Work) {
+    match backend.tier() {
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512 => {
+            #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn run(work: impl Work) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { work.run::<avx512::Avx512>() }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(work) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx2 => {
+            #[target_feature(enable = "avx2")]
+            fn run(work: impl Work) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { work.run::<avx2::Avx2>() }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(work) }
+        }
+        #[cfg(target_arch = "aarch64")]
+        Tier::Neon => {
+            #[target_feature(enable = "neon,dotprod")]
+            fn run(work: impl Work) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { work.run::<neon::Neon>() }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(work) }
+        }
+        // SAFETY: the scalar kernels need no features.
+        _ => unsafe { work.run::<scalar::Scalar>() },
+    }
+}
 
 /// Computes several products in one parallel section.
 ///
@@ -113,7 +172,7 @@ fn multiply_by_dots(
     }
     pool.run(tasks, &|_, task| {
         if let Some(job) = jobs.iter().flatten().rfind(|job| job.first_task <= task) {
-            job.run(backend, task - job.first_task);
+            run_on(backend, DotTask { job, task: task - job.first_task });
         }
     });
 }
@@ -128,34 +187,51 @@ struct DotJob<'a> {
     panels: usize,
 }
 
-impl DotJob<'_> {
-    fn run(&self, backend: Backend, task: usize) {
-        let first = task * self.panels;
-        let last = (first + self.panels).min(self.weights.panels());
-        let panel_words = self.weights.units() * PANEL_ROWS;
-        for panel in first..last {
-            let words = &self.weights.words()[panel * panel_words..][..panel_words];
-            let mut token = self.first_token;
-            while token < self.input.rows() {
-                token += match self.input.rows() - token {
-                    1 => self.dot::<1>(panel_dots(backend), panel, words, token),
-                    2 => self.dot::<2>(panel_dots(backend), panel, words, token),
-                    3 => self.dot::<3>(panel_dots(backend), panel, words, token),
-                    _ => self.dot::<DOT_TOKENS>(panel_dots(backend), panel, words, token),
+struct DotTask<'a> {
+    job: &'a DotJob<'a>,
+    task: usize,
+}
+
+impl Work for DotTask<'_> {
+    #[inline(always)]
+    unsafe fn run<K: Kernels>(self) {
+        let job = self.job;
+        let first = self.task * job.panels;
+        let last = (first + job.panels).min(job.weights.panels());
+        let panel_words = job.weights.units() * PANEL_ROWS;
+        let words = &job.weights.words()[first * panel_words..last * panel_words];
+        for (panel, words) in (first..last).zip(words.chunks_exact(panel_words)) {
+            let mut token = job.first_token;
+            while token < job.input.rows() {
+                // SAFETY: the caller's promise about features.
+                token += unsafe {
+                    match job.input.rows() - token {
+                        1 => job.dot::<K, 1>(panel, words, token),
+                        2 => job.dot::<K, 2>(panel, words, token),
+                        3 => job.dot::<K, 3>(panel, words, token),
+                        _ => job.dot::<K, DOT_TOKENS>(panel, words, token),
+                    }
                 };
             }
         }
     }
+}
 
-    fn dot<const M: usize>(
+impl DotJob<'_> {
+    /// Writes the outputs of a panel for `M` tokens; returns `M`.
+    ///
+    /// # Safety
+    /// As for [`Kernels`].
+    #[inline(always)]
+    unsafe fn dot<K: Kernels, const M: usize>(
         &self,
-        dots: PanelDots<M>,
         panel: usize,
         words: &[u32],
         token: usize,
     ) -> usize {
         let inputs = std::array::from_fn(|i| self.input.padded_row(token + i));
-        let sums = dots(words, inputs);
+        // SAFETY: the caller's promise about features.
+        let sums = unsafe { K::panel_dots::<M>(words, inputs) };
         let row = panel * PANEL_ROWS;
         let rows = self.weights.rows();
         let count = PANEL_ROWS.min(rows - row);
@@ -165,22 +241,12 @@ impl DotJob<'_> {
             let output = unsafe { self.output.slice((token + i) * rows + row, count) };
             let offset = self.input.sum(token + i);
             let factor = self.weights.scale() / self.input.scale(token + i);
-            for (y, &sum) in output.iter_mut().zip(sums) {
-                *y = (sum - offset) as f32 * factor;
+            let values = sums.map(|sum| (sum - offset) as f32 * factor);
+            match output.first_chunk_mut() {
+                Some(output) => *output = values,
+                None => output.copy_from_slice(&values[..count]),
             }
         }
         M
-    }
-}
-
-fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
-    match backend.tier() {
-        #[cfg(target_arch = "x86_64")]
-        Tier::Avx512 => avx512::panel_dots(backend),
-        #[cfg(target_arch = "x86_64")]
-        Tier::Avx2 => avx2::panel_dots(backend),
-        #[cfg(target_arch = "aarch64")]
-        Tier::Neon => neon::panel_dots(backend),
-        _ => scalar::panel_dots,
     }
 }

@@ -3,22 +3,28 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::PanelDots;
+use super::Kernels;
 use super::lookup::Lanes;
 use crate::ternary::{PANEL_ROWS, WORD_TRITS};
-use crate::tier::{Backend, Tier};
 
-/// The kernel, for a processor that has the instructions.
-pub(super) fn panel_dots<const M: usize>(backend: Backend) -> PanelDots<M> {
-    assert!(backend.tier() == Tier::Neon);
-    |words, inputs| {
-        // SAFETY: a `Backend` of this tier, checked above, exists only where NEON and its dot products
-        // were detected.
+/// Kernels with these instructions.
+pub(super) struct Neon;
+
+impl Kernels for Neon {
+    type Lanes = Lanes16;
+
+    #[inline(always)]
+    unsafe fn panel_dots<const M: usize>(
+        words: &[u32],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        // SAFETY: the caller runs with this tier's features.
         unsafe { dots(words, inputs) }
     }
 }
 
 #[target_feature(enable = "neon,dotprod")]
+#[inline]
 fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
     let units = words.len() / PANEL_ROWS;
     assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));
@@ -60,6 +66,7 @@ fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]
 
 /// `sum + Σ` of four byte products in each lane. The intrinsic is not stable yet.
 #[target_feature(enable = "neon,dotprod")]
+#[inline]
 fn dot(mut sum: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
     // SAFETY: one register-to-register instruction that the enabled features include.
     unsafe {

@@ -1,22 +1,31 @@
 //! The reference: one trit after the other.
 
+use super::Kernels;
+use super::lookup::PlainLanes;
 use crate::ternary::{PANEL_ROWS, WORD_TRITS, decode_trit};
 
-/// See [`PanelDots`](super::PanelDots).
-pub(super) fn panel_dots<const M: usize>(
-    words: &[u32],
-    inputs: [&[i8]; M],
-) -> [[i32; PANEL_ROWS]; M] {
-    let mut sums = [[0; PANEL_ROWS]; M];
-    for (unit, words) in words.chunks_exact(PANEL_ROWS).enumerate() {
-        for (sums, input) in sums.iter_mut().zip(inputs) {
-            let input = &input[unit * WORD_TRITS..][..WORD_TRITS];
-            for (sum, &word) in sums.iter_mut().zip(words) {
-                for (k, &q) in input.iter().enumerate() {
-                    *sum += i32::from(q) * i32::from(decode_trit(word, k) + 1);
+/// Plain Rust for any processor.
+pub(super) struct Scalar;
+
+impl Kernels for Scalar {
+    type Lanes = PlainLanes;
+
+    #[inline(always)]
+    unsafe fn panel_dots<const M: usize>(
+        words: &[u32],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        let mut sums = [[0; PANEL_ROWS]; M];
+        for (unit, words) in words.chunks_exact(PANEL_ROWS).enumerate() {
+            for (sums, input) in sums.iter_mut().zip(inputs) {
+                let input = &input[unit * WORD_TRITS..][..WORD_TRITS];
+                for (sum, &word) in sums.iter_mut().zip(words) {
+                    for (k, &q) in input.iter().enumerate() {
+                        *sum += i32::from(q) * i32::from(decode_trit(word, k) + 1);
+                    }
                 }
             }
         }
+        sums
     }
-    sums
 }
