@@ -84,6 +84,9 @@ impl QuantizedRows {
 
     /// Gives the matrix a shape. Allocates only when it grows beyond what it ever was.
     fn resize(&mut self, rows: usize, cols: usize) {
+        if (rows, cols) == (self.rows, self.cols) {
+            return;
+        }
         let stride = cols.next_multiple_of(ROW_ALIGNMENT);
         if stride != self.stride || cols < self.cols {
             // What is padding now may have held values.

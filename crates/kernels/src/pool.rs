@@ -4,7 +4,8 @@
 //! under a microsecond: workers spin for a while before they sleep. Each thread owns a contiguous range
 //! of the tasks and takes them in order, so that neighbouring tasks stream neighbouring memory, which
 //! the prefetchers reward (half as much bandwidth again, measured on two cores). A thread that is
-//! done takes tasks from the end of another's range, so one that the system interrupts holds up nobody.
+//! done takes tasks from the end of another's range, and a job does not wait for workers that have not
+//! begun with it, so a worker that the system keeps from running holds up nobody.
 
 use std::any::Any;
 use std::num::NonZeroUsize;
@@ -17,6 +18,13 @@ use std::thread::{self, JoinHandle, Thread};
 const SPINS_BEFORE_SLEEP: u32 = 4_000;
 /// Turns of the waiting loop before it starts to yield to other threads.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
+
+/// Where the number of a job stands in [`Shared::job`].
+const NUMBER_SHIFT: u32 = 32;
+/// Set while workers may join the job.
+const OPEN: u64 = 1 << 31;
+/// The workers that have joined and not left.
+const JOINED: u64 = OPEN - 1;
 
 type Task<'a> = dyn Fn(usize, usize) + Sync + 'a;
 
@@ -31,14 +39,13 @@ pub struct Pool {
 
 #[derive(Debug)]
 struct Shared {
-    /// Counts the jobs; workers wait for it to change.
-    epoch: AtomicUsize,
+    /// The state of the current job: its number in the high half, [`OPEN`] while workers may join it,
+    /// and how many have joined and not left.
+    job: AtomicU64,
     /// The current job: a `*const Task` split into its two words.
     task: [AtomicUsize; 2],
     /// Tasks of the current job that nobody has taken, a range for each thread.
     ranges: Vec<TaskRange>,
-    /// Workers that have not finished the current job.
-    busy: AtomicUsize,
     /// Workers that sleep, or are about to.
     asleep: AtomicUsize,
     stop: AtomicBool,
@@ -49,10 +56,9 @@ impl Pool {
     /// A pool in which `threads` threads work, the caller included.
     pub fn new(threads: NonZeroUsize) -> Self {
         let shared = Arc::new(Shared {
-            epoch: AtomicUsize::new(0),
+            job: AtomicU64::new(0),
             task: [AtomicUsize::new(0), AtomicUsize::new(0)],
             ranges: (0..threads.get()).map(|_| TaskRange::default()).collect(),
-            busy: AtomicUsize::new(0),
             asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
@@ -89,28 +95,29 @@ impl Pool {
         }
         let _running = self.running.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let shared = &*self.shared;
-        // SAFETY: a reference to a trait object is two words, which `Shared::take` puts together again;
-        // workers use it only before they count themselves out of `busy`, and this function returns
-        // only then, so the borrow outlives every use.
+        // SAFETY: a reference to a trait object is two words, which `Shared::work` puts together again.
+        // A worker uses it only between joining and leaving the job, and this function returns only
+        // when the job is closed and all have left, so the borrow outlives every use.
         let words: [usize; 2] = unsafe { std::mem::transmute::<&Task<'_>, [usize; 2]>(task) };
         shared.task[0].store(words[0], Ordering::Relaxed);
         shared.task[1].store(words[1], Ordering::Relaxed);
-        let tasks = u32::try_from(tasks).expect("fewer than 2^32 tasks");
-        let threads = self.threads() as u64;
-        let bound = |thread: u64| (u64::from(tasks) * thread / threads) as u32;
-        for (thread, range) in (0..threads).zip(&shared.ranges) {
+        assert!(u32::try_from(tasks).is_ok(), "{tasks} tasks in one job");
+        let bound = |thread: usize| (tasks as u64 * thread as u64 / self.threads() as u64) as u32;
+        for (thread, range) in shared.ranges.iter().enumerate().take(self.threads()) {
             range.set(bound(thread), bound(thread + 1));
         }
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        // Publishes the job. Sequentially consistent with `asleep`: either the worker sees the new
-        // epoch before it sleeps, or its count is seen here and it is woken.
-        shared.epoch.fetch_add(1, Ordering::SeqCst);
+        // Publishes the job. Sequentially consistent with `asleep`: either the worker sees the new job
+        // before it sleeps, or its count is seen here and it is woken.
+        let number = shared.job.load(Ordering::Relaxed) >> NUMBER_SHIFT;
+        shared.job.store(number.wrapping_add(1) << NUMBER_SHIFT | OPEN, Ordering::SeqCst);
         if shared.asleep.load(Ordering::SeqCst) > 0 {
             self.handles.iter().for_each(Thread::unpark);
         }
         let outcome = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(0, task)));
+        // No task is left to take, or this thread's panic will be passed on: nobody else need join.
+        shared.job.fetch_and(!OPEN, Ordering::AcqRel);
         let mut spins = 0;
-        while shared.busy.load(Ordering::Acquire) > 0 {
+        while shared.job.load(Ordering::Acquire) & JOINED > 0 {
             wait_a_little(&mut spins);
         }
         let panic = shared.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
@@ -145,7 +152,6 @@ impl Pool {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.epoch.fetch_add(1, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             // A worker catches its tasks' panics, so joining cannot fail.
@@ -157,21 +163,52 @@ impl Drop for Pool {
 impl Shared {
     fn work(&self, thread: usize) {
         let mut seen = 0;
-        loop {
-            seen = self.wait_for_job(seen);
-            if self.stop.load(Ordering::SeqCst) {
-                return;
-            }
+        while let Some(number) = self.join_next_job(seen) {
+            seen = number;
             let words =
                 [self.task[0].load(Ordering::Relaxed), self.task[1].load(Ordering::Relaxed)];
-            // SAFETY: `run` stored the two words of a live reference before it changed the epoch, and
-            // it does not return before `busy` counts this worker out.
+            // SAFETY: `run` stored the two words of a live reference before it opened the job that this
+            // worker has joined, and does not return before it has left.
             let task: &Task<'_> = unsafe { std::mem::transmute::<[usize; 2], &Task<'_>>(words) };
             let outcome = catch_unwind(AssertUnwindSafe(|| self.take_tasks(thread, task)));
             if let Err(payload) = outcome {
                 *self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(payload);
             }
-            self.busy.fetch_sub(1, Ordering::Release);
+            self.job.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// Waits for a job with another number than `seen` and joins it. `None` when the pool goes.
+    fn join_next_job(&self, seen: u64) -> Option<u64> {
+        let mut spins = 0;
+        loop {
+            let job = self.job.load(Ordering::Acquire);
+            let number = job >> NUMBER_SHIFT;
+            if job & OPEN > 0 && number != seen {
+                let joined = self.job.compare_exchange_weak(
+                    job,
+                    job + 1,
+                    Ordering::Acquire,
+                    Ordering::Relaxed,
+                );
+                if joined.is_ok() {
+                    return Some(number);
+                }
+                continue;
+            }
+            if self.stop.load(Ordering::SeqCst) {
+                return None;
+            }
+            if spins < SPINS_BEFORE_SLEEP {
+                wait_a_little(&mut spins);
+                continue;
+            }
+            self.asleep.fetch_add(1, Ordering::SeqCst);
+            while self.job.load(Ordering::SeqCst) == job && !self.stop.load(Ordering::SeqCst) {
+                thread::park();
+            }
+            self.asleep.fetch_sub(1, Ordering::SeqCst);
+            spins = 0;
         }
     }
 
@@ -188,25 +225,6 @@ impl Shared {
             if let Some(index) = range.take_last() {
                 task(thread, index as usize);
             }
-        }
-    }
-
-    fn wait_for_job(&self, seen: usize) -> usize {
-        let mut spins = 0;
-        loop {
-            let epoch = self.epoch.load(Ordering::Acquire);
-            if epoch != seen {
-                return epoch;
-            }
-            if spins < SPINS_BEFORE_SLEEP {
-                wait_a_little(&mut spins);
-                continue;
-            }
-            self.asleep.fetch_add(1, Ordering::SeqCst);
-            while self.epoch.load(Ordering::SeqCst) == seen {
-                thread::park();
-            }
-            self.asleep.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }

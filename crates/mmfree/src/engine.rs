@@ -92,8 +92,10 @@ pub struct Engine {
 #[derive(Debug)]
 struct Buffers {
     lookup: LookupScratch,
-    /// Quantised inputs of up to three layers that run together.
+    /// Quantised inputs [rows, D] of up to three layers that run together.
     quantized: [QuantizedRows; 3],
+    /// Quantised input [rows, F] of the last layer of a block. Apart, so that buffers keep their shape.
+    quantized_inner: [QuantizedRows; 1],
     /// Residual stream, [rows, D].
     x: Vec<f32>,
     /// Normalised residual stream; later a mixer's output, [rows, D].
@@ -133,6 +135,7 @@ impl Engine {
         let buffers = Buffers {
             lookup: LookupScratch::new(pool.threads()),
             quantized: Default::default(),
+            quantized_inner: Default::default(),
             x: Vec::new(),
             u: Vec::new(),
             i: Vec::new(),
@@ -360,6 +363,9 @@ impl Engine {
     }
 }
 
+/// Turns the inputs [rows, D] into states, given the forget gates [rows, D].
+type Recurrence<'a> = dyn FnMut(&mut [f32], &[f32], &Pool) + 'a;
+
 impl Buffers {
     fn resize(&mut self, rows: usize, width: usize, inner: usize) {
         for buffer in [&mut self.x, &mut self.u, &mut self.i, &mut self.f, &mut self.g] {
@@ -376,7 +382,7 @@ impl Buffers {
         pool: &Pool,
         block: &Block,
         eps: f32,
-        recur: &mut dyn FnMut(&mut [f32], &[f32], &Pool),
+        recur: &mut Recurrence<'_>,
     ) {
         rms_norm::forward(backend, pool, &self.x, &block.attn_norm, eps, &mut self.u);
         let layers = [
@@ -399,7 +405,15 @@ impl Buffers {
         let inner = block.down_proj.norm.len();
         swiglu::forward(backend, pool, &self.ab, inner, &mut self.y);
         let layers = [(&block.down_proj, &mut self.u[..])];
-        bit_linears(backend, pool, &mut self.lookup, &mut self.quantized, &self.y, layers);
+        bit_linears(
+            backend,
+            pool,
+            &mut self.lookup,
+            &mut self.quantized_inner,
+            &self.y,
+            layers,
+            soon,
+        );
     }
 }
 
@@ -408,13 +422,13 @@ fn bit_linears<const LAYERS: usize>(
     backend: Backend,
     pool: &Pool,
     lookup: &mut LookupScratch,
-    quantized: &mut [QuantizedRows; 3],
+    quantized: &mut [QuantizedRows],
     x: &[f32],
     layers: [(&BitLinear, &mut [f32]); LAYERS],
 ) {
     let mut quantized = quantized.iter_mut();
     let mut products = layers.map(|(layer, output)| {
-        let input = quantized.next().expect("no more than three layers run together");
+        let input = quantized.next().expect("a buffer for each layer");
         input.assign_rms_norm(backend, pool, x, &layer.norm, BIT_LINEAR_EPS);
         Product { weights: &layer.weights, input, output }
     });

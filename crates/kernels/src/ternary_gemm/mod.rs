@@ -241,10 +241,8 @@ impl DotJob<'_> {
             let output = unsafe { self.output.slice((token + i) * rows + row, count) };
             let offset = self.input.sum(token + i);
             let factor = self.weights.scale() / self.input.scale(token + i);
-            let values = sums.map(|sum| (sum - offset) as f32 * factor);
-            match output.first_chunk_mut() {
-                Some(output) => *output = values,
-                None => output.copy_from_slice(&values[..count]),
+            for (y, &sum) in output.iter_mut().zip(sums) {
+                *y = (sum - offset) as f32 * factor;
             }
         }
         M
