@@ -405,15 +405,7 @@ impl Buffers {
         let inner = block.down_proj.norm.len();
         swiglu::forward(backend, pool, &self.ab, inner, &mut self.y);
         let layers = [(&block.down_proj, &mut self.u[..])];
-        bit_linears(
-            backend,
-            pool,
-            &mut self.lookup,
-            &mut self.quantized_inner,
-            &self.y,
-            layers,
-            soon,
-        );
+        bit_linears(backend, pool, &mut self.lookup, &mut self.quantized_inner, &self.y, layers);
     }
 }
 
