@@ -15,3 +15,4 @@ pub mod engine;
 pub mod error;
 pub mod model;
 pub mod state;
+pub mod tokenizer;
