@@ -59,11 +59,11 @@ pub(super) fn encode(
     path_score: &mut f32,
     emit: &mut dyn FnMut(&str, u32),
 ) {
-    let unknown_score = f64::from(index.min_score - UNKNOWN_PENALTY);
+    let unknown_score = index.min_score - UNKNOWN_PENALTY;
     let mut best: Vec<Option<Node>> = vec![None; text.len() + 1];
-    let relax = |best: &mut Vec<Option<Node>>, end: usize, node: Node, score: f64| {
-        if best[end].is_none_or(|old| score > f64::from(old.score)) {
-            best[end] = Some(Node { score: score as f32, ..node });
+    let relax = |best: &mut Vec<Option<Node>>, end: usize, node: Node, score: f32| {
+        if best[end].is_none_or(|old| score > old.score) {
+            best[end] = Some(Node { score, ..node });
         }
     };
     for (start, char) in text.char_indices() {
@@ -77,17 +77,17 @@ pub(super) fn encode(
                 return;
             }
             let score = if vocabulary.is_user_defined(id) {
-                f64::from(length as f32 * index.max_score) - 0.1
+                (f64::from(length as f32 * index.max_score) - 0.1) as f32
             } else {
-                f64::from(vocabulary.score(id))
+                vocabulary.score(id)
             };
             let node = Node { start, id, score: 0.0 };
-            relax(&mut best, start + length, node, score + f64::from(so_far));
+            relax(&mut best, start + length, node, score + so_far);
             has_single |= length == char.len_utf8();
         });
         if !has_single {
             let node = Node { start, id: vocabulary.unknown(), score: 0.0 };
-            let score = unknown_score + f64::from(so_far);
+            let score = unknown_score + so_far;
             relax(&mut best, start + char.len_utf8(), node, score);
         }
     }
