@@ -14,7 +14,7 @@ use std::error::Error;
 use std::io::{BufRead, Write, stdin, stdout};
 use std::path::Path;
 
-use mmfree::checkpoint::tokenizer_source::{TokenizerKind, TokenizerSource};
+use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
 use mmfree::tokenizer::Tokenizer;
 
 fn main() -> Result<(), Box<dyn Error>> {

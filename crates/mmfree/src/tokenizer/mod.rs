@@ -15,7 +15,7 @@
 //! grow, up to [`MAX_UNCUT_BYTES`]; a longer stretch is an error.
 //!
 //! ```
-//! use mmfree::checkpoint::tokenizer_source::{TokenizerKind, TokenizerSource};
+//! use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
 //! use mmfree::tokenizer::Tokenizer;
 //!
 //! # fn main() -> mmfree::error::Result<()> {
@@ -41,7 +41,7 @@ use serde_json::Value;
 use self::hugging_face::{HuggingFace, TokenDecoder};
 use self::sentencepiece::{PieceDecoder, SentencePiece};
 pub use self::stream::EncodeReader;
-use crate::checkpoint::tokenizer_source::{TokenizerKind, TokenizerSource};
+use crate::checkpoint::{TokenizerKind, TokenizerSource};
 use crate::error::{Error, Result};
 
 /// Largest tokenizer file that is read. The largest in common use have 35 MB.
@@ -291,4 +291,13 @@ fn configured_token<'a>(config: Option<&'a Value>, key: &str) -> Option<&'a str>
 fn char_boundary_before(text: &str, limit: usize) -> usize {
     let limit = limit.max(4).min(text.len());
     (0..=limit).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0)
+}
+
+/// A text that a tokenizer can neither cut nor hold.
+fn uncuttable() -> Error {
+    Error::Tokenizer(format!(
+        "the text has a stretch of more than {} MiB that this tokenizer cannot encode in parts; \
+         put white space or line breaks into it",
+        MAX_UNCUT_BYTES >> 20
+    ))
 }

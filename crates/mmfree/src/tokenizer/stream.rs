@@ -112,7 +112,7 @@ impl<'a, R: BufRead> EncodeReader<'a, R> {
             match self.reader.fill_buf() {
                 Ok(bytes) => break bytes,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(Error::Read(error)),
+                Err(error) => return Err(Error::ReadText(error)),
             }
         };
         let length = buffered.len();

@@ -2,7 +2,7 @@
 
 use super::HuggingFace;
 use crate::error::{Error, Result};
-use crate::tokenizer::{MAX_UNCUT_BYTES, char_boundary_before};
+use crate::tokenizer::{MAX_UNCUT_BYTES, char_boundary_before, uncuttable};
 
 /// The state of one text between parts: text is encoded up to the last place where
 /// [`Cuts`](super::cut::Cuts) allows a cut, the rest waits for more.
@@ -70,7 +70,7 @@ impl<'a> Session<'a> {
             None => {
                 drop(cuts);
                 if self.pending.len() > MAX_UNCUT_BYTES {
-                    return Err(Error::uncuttable());
+                    return Err(uncuttable());
                 }
                 self.cut_from = self.pending.len() * 2;
             }

@@ -151,7 +151,7 @@ impl<'a> Encoder<'a> {
     fn emit(&self, piece: &'a str, emit: &mut dyn FnMut(&str, u32)) {
         let mut stack = vec![piece];
         while let Some(piece) = stack.pop() {
-            let id = self.vocabulary.id(piece);
+            let id = self.vocabulary.mergeable(piece).unwrap_or(self.vocabulary.unknown());
             match self.parts.get(piece) {
                 Some((left, right)) if self.vocabulary.is_unused(id) => {
                     stack.push(right);

@@ -136,7 +136,7 @@ impl SentencePiece {
             Algorithm::Bpe => Segmenter::Bpe,
             Algorithm::Unigram => {
                 let texts = vocabulary.text.iter().map(|(text, &id)| (id, text.clone()));
-                Segmenter::Unigram(PieceIndex::new(texts, score_range(pieces)))
+                Segmenter::Unigram(PieceIndex::new(texts, min_score(pieces)))
             }
         };
         // How BPE takes an unused piece apart depends on every place where it was put together.
@@ -198,12 +198,10 @@ impl SentencePiece {
     }
 }
 
-/// Lowest and highest score of the normal pieces.
-fn score_range(pieces: &[Piece]) -> (f32, f32) {
+/// Lowest score of the normal pieces.
+fn min_score(pieces: &[Piece]) -> f32 {
     let normal = pieces.iter().filter(|piece| piece.kind == PieceKind::Normal);
-    normal.fold((f32::MAX, f32::MIN_POSITIVE), |(low, high), piece| {
-        (low.min(piece.score), high.max(piece.score))
-    })
+    normal.map(|piece| piece.score).fold(f32::MAX, f32::min)
 }
 
 /// Ids of `<0x00>` to `<0xFF>` of a model with byte fallback.

@@ -149,8 +149,8 @@ fn parse_piece(mut reader: Reader) -> Result<Piece> {
     if piece.text.is_empty() {
         return Err(corrupt("empty text"));
     }
-    if piece.score.is_nan() {
-        return Err(corrupt("score is not a number"));
+    if !piece.score.is_finite() {
+        return Err(corrupt(format!("score is {}, expected a finite number", piece.score)));
     }
     Ok(piece)
 }

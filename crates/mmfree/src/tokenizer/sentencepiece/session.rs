@@ -2,8 +2,8 @@
 
 use super::normalizer::Progress;
 use super::{Segmenter, SentencePiece, bpe, unigram};
-use crate::error::{Error, Result};
-use crate::tokenizer::{MAX_UNCUT_BYTES, char_boundary_before};
+use crate::error::Result;
+use crate::tokenizer::{MAX_UNCUT_BYTES, char_boundary_before, uncuttable};
 
 /// The state of one text between parts. Ids are those of the whole text in one piece: normalised text
 /// is segmented up to the last place where [`joined`](SentencePiece::joined) says that no piece
@@ -80,7 +80,7 @@ impl<'a> Session<'a> {
                 self.cut_from = self.normalized.len() + self.chunk_bytes;
             }
             None if self.normalized.len() > MAX_UNCUT_BYTES => {
-                return Err(Error::uncuttable());
+                return Err(uncuttable());
             }
             None => self.cut_from = self.normalized.len() * 2,
         }

@@ -14,20 +14,23 @@ struct Node {
     score: f32,
 }
 
+/// A score this far from zero is taken back to zero, and the open ends with it, so that sums over a long
+/// text keep their precision.
+const SCORE_LIMIT: f32 = 100_000.0;
+
 /// The pieces in byte order, to find all that start at a position.
 #[derive(Debug)]
 pub(super) struct PieceIndex {
     pieces: Vec<(Box<str>, u32)>,
     min_score: f32,
-    max_score: f32,
 }
 
 impl PieceIndex {
-    /// From every piece that text may become (id, text), and the score range of the normal ones.
-    pub(super) fn new(pieces: impl Iterator<Item = (u32, Box<str>)>, range: (f32, f32)) -> Self {
+    /// From every piece that text may become (id, text), and the lowest score of the normal ones.
+    pub(super) fn new(pieces: impl Iterator<Item = (u32, Box<str>)>, min_score: f32) -> Self {
         let mut pieces: Vec<_> = pieces.map(|(id, text)| (text, id)).collect();
         pieces.sort_unstable();
-        Self { pieces, min_score: range.0, max_score: range.1 }
+        Self { pieces, min_score }
     }
 
     /// Calls `found(length, id)` for every piece that `text` starts with, shortest first.
@@ -61,34 +64,39 @@ pub(super) fn encode(
 ) {
     let unknown_score = index.min_score - UNKNOWN_PENALTY;
     let mut best: Vec<Option<Node>> = vec![None; text.len() + 1];
-    let relax = |best: &mut Vec<Option<Node>>, end: usize, node: Node, score: f32| {
-        if best[end].is_none_or(|old| score > old.score) {
-            best[end] = Some(Node { score, ..node });
+    // The furthest position that has a node.
+    let mut frontier = 0;
+    let relax = |best: &mut Vec<Option<Node>>, frontier: &mut usize, end: usize, node: Node| {
+        *frontier = end.max(*frontier);
+        if best[end].is_none_or(|old| node.score > old.score) {
+            best[end] = Some(node);
         }
     };
     for (start, char) in text.char_indices() {
-        let so_far = match best[start] {
-            Some(node) => node.score,
-            None => *path_score,
-        };
+        let mut so_far = best[start].map_or(*path_score, |node| node.score);
+        if so_far.abs() > SCORE_LIMIT {
+            for node in best[start..=frontier.max(start)].iter_mut().flatten() {
+                node.score -= so_far;
+            }
+            so_far = 0.0;
+        }
         let mut has_single = false;
         index.prefixes(&text.as_bytes()[start..], |length, id| {
             if vocabulary.is_unused(id) {
                 return;
             }
             let score = if vocabulary.is_user_defined(id) {
-                (f64::from(length as f32 * index.max_score) - 0.1) as f32
+                user_defined_score(length)
             } else {
                 vocabulary.score(id)
             };
-            let node = Node { start, id, score: 0.0 };
-            relax(&mut best, start + length, node, score + so_far);
+            let node = Node { start, id, score: score + so_far };
+            relax(&mut best, &mut frontier, start + length, node);
             has_single |= length == char.len_utf8();
         });
         if !has_single {
-            let node = Node { start, id: vocabulary.unknown(), score: 0.0 };
-            let score = unknown_score + so_far;
-            relax(&mut best, start + char.len_utf8(), node, score);
+            let node = Node { start, id: vocabulary.unknown(), score: unknown_score + so_far };
+            relax(&mut best, &mut frontier, start + char.len_utf8(), node);
         }
     }
     let mut path = Vec::new();
@@ -103,4 +111,9 @@ pub(super) fn encode(
     for &(start, end, id) in path.iter().rev() {
         emit(&text[start..end], id);
     }
+}
+
+/// Score of a user-defined piece of `length` bytes: positive, so that it wins over what it consists of.
+fn user_defined_score(length: usize) -> f32 {
+    (0.1 * (length as f64 - 1.0)) as f32
 }
