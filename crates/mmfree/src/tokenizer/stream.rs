@@ -106,11 +106,11 @@ impl<'a, R: BufRead> EncodeReader<'a, R> {
         Ok(())
     }
 
-    /// Takes what the reader has buffered; `false` at the end of the stream.
+    /// Takes the next bytes of what the reader has buffered; `false` at the end of the stream.
     fn read(&mut self, ids: &mut Vec<u32>) -> Result<bool> {
         let buffered = loop {
             match self.reader.fill_buf() {
-                Ok(bytes) => break bytes,
+                Ok(bytes) => break &bytes[..bytes.len().min(CHUNK_BYTES)],
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(Error::ReadText(error)),
             }
