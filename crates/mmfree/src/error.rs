@@ -26,7 +26,7 @@ pub enum Error {
     },
     /// Text that was to be encoded could not be read.
     #[error("cannot read the text: {0}")]
-    ReadText(#[source] io::Error),
+    ReadText(io::Error),
     /// A chat template is malformed or refuses the messages.
     #[error("chat template: {0}")]
     ChatTemplate(String),

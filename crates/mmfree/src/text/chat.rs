@@ -127,17 +127,26 @@ impl ChatTemplate {
 
     /// The text between the end of a reply and the start of the next: what ends the reply's turn, the
     /// user's message, and what asks for a reply. A model with recurrent state needs no more, as it
-    /// remembers the rest.
+    /// remembers the rest. `has_seen_stop` if the reply ended with one of the [`stop`](Self::stop)
+    /// strings: the model has then read the start of this text already.
     ///
     /// # Errors
     /// As [`render`](Self::render); a template that leaves out earlier replies.
-    pub fn next_turn(&self, system: Option<&str>, user: &str) -> Result<String> {
+    pub fn next_turn(
+        &self,
+        system: Option<&str>,
+        user: &str,
+        has_seen_stop: bool,
+    ) -> Result<String> {
         let mut messages = opening(system, "Hello");
         messages.push(Message::new("assistant", REPLY));
         messages.push(Message::new("user", user));
         let text = self.render(&messages, true)?;
         match text.split_once(REPLY) {
-            Some((_, rest)) => Ok(rest.to_owned()),
+            Some((_, rest)) => {
+                let seen = if has_seen_stop && self.is_plain() { "\n\nUser:" } else { "" };
+                Ok(rest.strip_prefix(seen).unwrap_or(rest).to_owned())
+            }
             None => Err(Error::ChatTemplate(
                 "it leaves out earlier replies, so a conversation cannot go on with it".into(),
             )),
@@ -247,7 +256,7 @@ mod tests {
         let text = template.render(&messages, true).unwrap();
         assert_eq!(text, "<s>[INST] Hi [/INST] Hello.</s>[INST] Who? [/INST]");
         assert_eq!(template.first_turn(None, "Hi").unwrap(), "<s>[INST] Hi [/INST]");
-        assert_eq!(template.next_turn(None, "Who?").unwrap(), "</s>[INST] Who? [/INST]");
+        assert_eq!(template.next_turn(None, "Who?", false).unwrap(), "</s>[INST] Who? [/INST]");
         assert!(template.stop().is_empty());
     }
 
@@ -280,7 +289,7 @@ mod tests {
         let error = template(endless).unwrap().first_turn(None, "x").unwrap_err().to_string();
         assert!(error.contains("fuel"), "{error}");
         let forgetful = template("{{ messages[-1].content }}").unwrap();
-        assert!(forgetful.next_turn(None, "x").is_err());
+        assert!(forgetful.next_turn(None, "x", false).is_err());
     }
 
     #[test]
@@ -290,7 +299,8 @@ mod tests {
             plain.first_turn(Some("Be kind."), "Hi").unwrap(),
             "System: Be kind.\n\nUser: Hi\n\nAssistant:"
         );
-        assert_eq!(plain.next_turn(None, "Bye").unwrap(), "\n\nUser: Bye\n\nAssistant:");
+        assert_eq!(plain.next_turn(None, "Bye", false).unwrap(), "\n\nUser: Bye\n\nAssistant:");
+        assert_eq!(plain.next_turn(None, "Bye", true).unwrap(), " Bye\n\nAssistant:");
         assert_eq!(plain.stop(), ["\nUser:"]);
     }
 }

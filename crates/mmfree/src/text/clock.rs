@@ -69,7 +69,9 @@ fn at(seconds: u64, format: &str) -> Result<String, String> {
 /// Year, month from 1 and day of the month of a day since 1970, in the Gregorian calendar.
 fn date(days: u64) -> (u64, usize, u64) {
     let (mut year, mut day) = (1970, days);
-    let is_leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let is_leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     while day >= 365 + u64::from(is_leap(year)) {
         day -= 365 + u64::from(is_leap(year));
         year += 1;

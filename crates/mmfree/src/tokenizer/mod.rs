@@ -208,6 +208,11 @@ impl Tokenizer {
         }
     }
 
+    /// Ids that belong before a text that begins a sequence.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
     /// Token that begins a text, if the tokenizer names one.
     pub fn bos(&self) -> Option<u32> {
         self.bos
