@@ -27,7 +27,7 @@ mod token_ids;
 /// Results go to standard output, everything else to standard error. Exit codes: 0 fine, 1 the answer is
 /// no, 2 an error, 130 interrupted.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "mmfree", version, max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

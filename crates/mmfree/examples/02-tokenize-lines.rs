@@ -19,44 +19,51 @@ use mmfree::tokenizer::Tokenizer;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut path = None;
-    let (mut is_json, mut decode, mut chunk_bytes) = (false, false, None);
+    let mut task = Task { is_json: false, decodes: false, chunk_bytes: None };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
-            "--json" => is_json = true,
-            "--decode" => decode = true,
+            "--json" => task.is_json = true,
+            "--decode" => task.decodes = true,
             "--chunk-bytes" => {
-                chunk_bytes =
-                    Some(arguments.next().ok_or("--chunk-bytes needs a number")?.parse()?);
+                let bytes = arguments.next().ok_or("--chunk-bytes needs a number")?;
+                task.chunk_bytes = Some(bytes.parse()?);
             }
             _ => path = Some(argument),
         }
     }
-    let path =
-        path.ok_or("usage: 02-tokenize-lines TOKENIZER [--json] [--decode] [--chunk-bytes N]")?;
-    let tokenizer = open(Path::new(&path))?;
-
+    let usage = "usage: 02-tokenize-lines TOKENIZER [--json] [--decode] [--chunk-bytes N]";
+    let tokenizer = open(Path::new(&path.ok_or(usage)?))?;
     let mut out = std::io::BufWriter::new(stdout().lock());
     for line in stdin().lock().split(b'\n') {
-        let line = line?;
-        if decode {
-            let ids: Vec<u32> = serde_json::from_str(&format!("[{}]", String::from_utf8(line)?))?;
-            serde_json::to_writer(&mut out, &tokenizer.decode(&ids, true)?)?;
-            writeln!(out)?;
-            continue;
-        }
-        let text = if is_json { serde_json::from_slice(&line)? } else { String::from_utf8(line)? };
-        let ids = match chunk_bytes {
-            None => tokenizer.encode(&text, false)?,
-            Some(bytes) => {
-                let chunks =
-                    tokenizer.encode_reader(text.as_bytes(), false).with_chunk_bytes(bytes);
-                chunks.collect::<Result<Vec<_>, _>>()?.concat()
-            }
-        };
-        writeln!(out, "{}", ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","))?;
+        writeln!(out, "{}", task.line(&tokenizer, &String::from_utf8(line?)?)?)?;
     }
     Ok(())
+}
+
+/// What is done with a line.
+struct Task {
+    is_json: bool,
+    decodes: bool,
+    chunk_bytes: Option<usize>,
+}
+
+impl Task {
+    fn line(&self, tokenizer: &Tokenizer, line: &str) -> Result<String, Box<dyn Error>> {
+        if self.decodes {
+            let ids: Vec<u32> = serde_json::from_str(&format!("[{line}]"))?;
+            return Ok(serde_json::to_string(&tokenizer.decode(&ids, true)?)?);
+        }
+        let text = if self.is_json { serde_json::from_str(line)? } else { line.to_owned() };
+        let ids = match self.chunk_bytes {
+            None => tokenizer.encode(&text, false)?,
+            Some(bytes) => {
+                let stream = tokenizer.encode_reader(text.as_bytes(), false);
+                stream.with_chunk_bytes(bytes).collect::<Result<Vec<_>, _>>()?.concat()
+            }
+        };
+        Ok(ids.iter().map(u32::to_string).collect::<Vec<_>>().join(","))
+    }
 }
 
 /// A `.json` file is a Hugging Face pipeline, any other a SentencePiece model.
@@ -69,4 +76,16 @@ fn open(path: &Path) -> Result<Tokenizer, Box<dyn Error>> {
     };
     let source = TokenizerSource { kind, tokenizer_config: None, chat_template: None };
     Ok(Tokenizer::from_source(&source)?)
+}
+
+#[test]
+fn a_line_comes_back_as_it_was() {
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tokenizers");
+    for name in ["bpe-byte-fallback.model", "byte-level.json"] {
+        let tokenizer = open(&Path::new(fixtures).join(name)).unwrap();
+        let encode = Task { is_json: false, decodes: false, chunk_bytes: Some(3) };
+        let decode = Task { is_json: false, decodes: true, chunk_bytes: None };
+        let ids = encode.line(&tokenizer, "a wooden\tboy").unwrap();
+        assert_eq!(decode.line(&tokenizer, &ids).unwrap(), r#""a wooden\tboy""#);
+    }
 }

@@ -399,7 +399,7 @@ mod tests {
     fn draws_as_often_as_the_probabilities_say() {
         let mut sampler = Sampler::new(SamplingParams { seed: 7, ..Default::default() }).unwrap();
         let logits = [0.5f32.ln(), 0.3f32.ln(), f32::NEG_INFINITY, 0.2f32.ln()];
-        let mut counts = [0; 4];
+        let mut counts = [0i32; 4];
         for _ in 0..20_000 {
             counts[sampler.sample(&mut logits.clone(), &[]).unwrap() as usize] += 1;
         }
