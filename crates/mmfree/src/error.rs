@@ -15,6 +15,21 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A tokenizer file is corrupt or unsupported, or cannot encode or decode what it was given.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// Text that was to be encoded is not UTF-8.
+    #[error("the text is not UTF-8: invalid byte at offset {offset}; convert it to UTF-8")]
+    NotUtf8 {
+        /// Offset of the first byte that is part of no character.
+        offset: u64,
+    },
+    /// Text that was to be encoded could not be read.
+    #[error("cannot read the text: {0}")]
+    ReadText(io::Error),
+    /// A chat template is malformed or refuses the messages.
+    #[error("chat template: {0}")]
+    ChatTemplate(String),
     /// The caller asked for something that the model or the engine cannot do.
     #[error("{0}")]
     Invalid(String),

@@ -8,6 +8,9 @@
 //! | [`model`] | [`Model`](model::Model): weights as the engine streams them |
 //! | [`engine`] | [`Engine`](engine::Engine): prefill and decode of many sequences |
 //! | [`state`] | [`State`](state::State): the memory of one sequence, to and from bytes |
+//! | [`tokenizer`] | text to token ids and back, whole or as a stream |
+//! | [`sampler`] | [`Sampler`](sampler::Sampler): logits to a token |
+//! | [`text`] | text out of a model: generation, stop strings, chat templates |
 //! | [`benchmark`] | speed of prefill and decode against the machine's memory bandwidth |
 //! | [`output`] | files that appear complete or not at all |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
@@ -24,4 +27,7 @@ pub mod error;
 mod json;
 pub mod model;
 pub mod output;
+pub mod sampler;
 pub mod state;
+pub mod text;
+pub mod tokenizer;

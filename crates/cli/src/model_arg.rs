@@ -1,0 +1,68 @@
+//! The model and the engine that a command runs on.
+
+use std::io::{IsTerminal, stderr};
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Result;
+use mmfree::builtin;
+use mmfree::checkpoint::Checkpoint;
+use mmfree::engine::{Engine, EngineOptions};
+use mmfree::model::Model;
+use mmfree::text::chat::ChatTemplate;
+use mmfree::tokenizer::Tokenizer;
+
+/// How the engine runs.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+    /// Kernels to use: scalar, avx2, avx512 or neon [default: MMFREE_BACKEND, else the fastest that this
+    /// CPU runs]
+    #[arg(long, value_name = "NAME")]
+    backend: Option<String>,
+}
+
+/// A model that is ready to run.
+pub struct Loaded {
+    /// Engine and weights.
+    pub engine: Engine,
+    /// The model's tokenizer, if it has one.
+    pub tokenizer: Option<Tokenizer>,
+    /// The model's chat template, or the plain transcript.
+    pub template: ChatTemplate,
+}
+
+/// Opens a checkpoint: a Hugging Face directory, a GGUF file or a Hugging Face repository id; the
+/// built-in model if none is named.
+pub fn open(model: Option<&Path>) -> Result<Checkpoint> {
+    Ok(match model {
+        Some(model) => Checkpoint::open(model)?,
+        None => builtin::checkpoint()?,
+    })
+}
+
+/// Loads a checkpoint and builds its engine. The tokenizer comes first: it fails fastest.
+pub fn load(checkpoint: &Checkpoint, args: &EngineArgs) -> Result<Loaded> {
+    let source = checkpoint.tokenizer()?;
+    let tokenizer = source.as_ref().map(Tokenizer::from_source).transpose()?;
+    let template = source.as_ref().map(ChatTemplate::from_source).transpose()?;
+    let options = EngineOptions {
+        threads: args.threads.map(NonZeroUsize::get),
+        backend: args.backend.clone(),
+    };
+    let engine = Engine::new(Arc::new(Model::load(checkpoint)?), &options)?;
+    if stderr().is_terminal() {
+        eprintln!("{}", engine.describe());
+    }
+    Ok(Loaded { engine, tokenizer, template: template.unwrap_or_else(ChatTemplate::plain) })
+}
+
+/// Whether a path names a model that is there: a GGUF file, or a directory with a configuration.
+pub fn is_model(path: &Path) -> bool {
+    let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    is_gguf && path.is_file() || path.join("config.json").is_file()
+}
