@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, stdin};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use mmfree::config::ModelConfig;
 use mmfree::tokenizer::Tokenizer;
 
@@ -75,25 +75,28 @@ impl Prompt {
         config: &ModelConfig,
         is_start: bool,
     ) -> Result<Chunks<'a>> {
-        let bos = tokenizer.and_then(Tokenizer::bos).or(config.bos_token_id);
-        let bos = bos.filter(|_| is_start);
         if let Self::Ids(ids) = self {
             token_ids::check(&ids, config.vocab_size)?;
             return Ok(Box::new(std::iter::once(Ok(ids))));
         }
-        if let Self::Text(text) = &self
-            && text.is_empty()
-        {
-            let bos = bos.context(match is_start {
-                true => "the prompt is empty and the model has no BOS token to begin with",
-                false => "the prompt is empty; a restored state needs text to go on with",
-            })?;
-            return Ok(Box::new(std::iter::once(Ok(vec![bos]))));
+        let prefix = tokenizer.filter(|_| is_start).map_or(&[][..], Tokenizer::prefix).to_vec();
+        let bos = tokenizer.and_then(Tokenizer::bos).or(config.bos_token_id);
+        // What an empty text is.
+        let bos = bos.filter(|_| is_start && prefix.is_empty());
+        if matches!(&self, Self::Text(text) if text.is_empty()) {
+            let ids: Vec<u32> = prefix.into_iter().chain(bos).collect();
+            ensure!(
+                !ids.is_empty(),
+                match is_start {
+                    true => "the prompt is empty and the model has no BOS token to begin with",
+                    false => "the prompt is empty; a restored state needs text to go on with",
+                }
+            );
+            return Ok(Box::new(std::iter::once(Ok(ids))));
         }
         let tokenizer = tokenizer.context(
             "this model has no tokenizer: give the prompt by --token-ids, and --print-ids",
         )?;
-        let prefix = if is_start { tokenizer.prefix().to_vec() } else { Vec::new() };
         let prefix = std::iter::once(Ok(prefix));
         Ok(match self {
             Self::Text(text) => {
@@ -102,18 +105,18 @@ impl Prompt {
             Self::Reader(reader, size) => {
                 let mut chunks = tokenizer.encode_reader(reader, false);
                 let progress = size.map(|size| (Progress::new("reading the prompt"), size));
-                let mut is_empty = true;
+                let mut is_first = true;
                 Box::new(prefix.chain(std::iter::from_fn(move || {
                     if let Some((progress, size)) = &progress {
                         progress.set(chunks.bytes_read(), *size);
                     }
                     let chunk = chunks.next();
-                    // An empty file is an empty prompt.
-                    let is_first = std::mem::take(&mut is_empty);
-                    chunk.or_else(|| bos.filter(|_| is_first).map(|bos| Ok(vec![bos])))
+                    // Without a first chunk the file is empty.
+                    let bos = bos.filter(|_| std::mem::take(&mut is_first));
+                    chunk.or_else(|| bos.map(|bos| Ok(vec![bos])))
                 })))
             }
-            Self::Ids(_) => unreachable!("handled above"),
+            Self::Ids(ids) => Box::new(std::iter::once(Ok(ids))),
         })
     }
 }

@@ -127,8 +127,9 @@ impl Sampler {
         &self.params
     }
 
-    /// Draws a token from `logits` [V], which the repetition penalty changes in place. `recent` are the
-    /// tokens so far, of which the last `repetition_window` count. Allocates on the first call only.
+    /// Draws a token from `logits`, one for each of V tokens; the repetition penalty changes them in
+    /// place. `recent` are the tokens so far, of which the last `repetition_window` count. Allocates on
+    /// the first call only.
     ///
     /// # Errors
     /// No logits; a logit that is NaN or +∞; all logits −∞.
