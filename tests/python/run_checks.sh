@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Compares packed files and token ids with what the Python packages make of them, for the repository's
-# fixtures. Wants requirements.txt installed and the programs built by `cargo test --workspace`.
+# fixtures. Wants requirements.txt installed.
 # Each comparison must also reject something wrong.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 mmfree=target/debug/mmfree
 tokenize=target/debug/examples/02-tokenize-lines
+# As the tests are built, so that nothing is built twice.
+cargo build --profile test --workspace --bin mmfree --example 02-tokenize-lines
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
 
