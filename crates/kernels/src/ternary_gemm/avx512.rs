@@ -12,6 +12,8 @@ pub(super) struct Avx512;
 
 impl Kernels for Avx512 {
     type Lanes = Lanes32;
+    const LOOKUP_MIN_ROWS: usize = 512;
+    const LOOKUP_MIN_TOKENS: usize = 28;
 
     #[inline(always)]
     unsafe fn panel_dots<const M: usize>(

@@ -170,18 +170,33 @@ struct Job<'a> {
     blocks: usize,
 }
 
-/// T of a tier.
-pub(super) fn tile_tokens(backend: Backend) -> usize {
-    struct Tokens<'a>(&'a mut usize);
-    impl Work for Tokens<'_> {
-        #[inline(always)]
-        unsafe fn run<K: Kernels>(self) {
-            *self.0 = K::Lanes::TOKENS;
+/// What decides between look-ups and dot products on a tier.
+pub(super) struct Tile {
+    /// T.
+    pub tokens: usize,
+    /// See [`Kernels::LOOKUP_MIN_TOKENS`].
+    pub min_tokens: usize,
+    /// See [`Kernels::LOOKUP_MIN_ROWS`].
+    pub min_rows: usize,
+}
+
+impl Tile {
+    pub fn of(backend: Backend) -> Self {
+        struct Ask<'a>(&'a mut Tile);
+        impl Work for Ask<'_> {
+            #[inline(always)]
+            unsafe fn run<K: Kernels>(self) {
+                *self.0 = Tile {
+                    tokens: K::Lanes::TOKENS,
+                    min_tokens: K::LOOKUP_MIN_TOKENS,
+                    min_rows: K::LOOKUP_MIN_ROWS,
+                };
+            }
         }
+        let mut tile = Tile { tokens: 0, min_tokens: 0, min_rows: 0 };
+        run_on(backend, Ask(&mut tile));
+        tile
     }
-    let mut tokens = 0;
-    run_on(backend, Tokens(&mut tokens));
-    tokens
 }
 
 /// Computes the products of the first `tokens` tokens; shapes were checked by the caller.
@@ -192,7 +207,7 @@ pub(super) fn multiply(
     products: &mut [Product<'_>],
     tokens: usize,
 ) {
-    let tiles = tokens.div_ceil(tile_tokens(backend));
+    let tiles = tokens.div_ceil(Tile::of(backend).tokens);
     let mut tasks = 0;
     let mut jobs = [const { None }; MAX_PRODUCTS];
     for (job, product) in jobs.iter_mut().zip(products) {
