@@ -37,9 +37,11 @@ const PASS_INPUTS: usize = PASS_WORDS * WORD_TRITS;
 const PASSES_IN_16_BITS: usize = 8;
 /// Tokens of the widest tile.
 const MAX_TOKENS: usize = 32;
-/// Panels of one task: enough rows to repay building the tables, few enough that their sums stay in
-/// the second cache level.
-const TASK_PANELS: usize = 128;
+/// Panels of one task, at most: the more rows share a table, the less building it costs, until their
+/// sums no longer fit the second cache level (measured).
+const TASK_PANELS: usize = 352;
+/// Panels of one task, at least, when there are more threads than tiles of tokens.
+const MIN_TASK_PANELS: usize = 64;
 
 /// The 16-bit sums of a tile of tokens, in registers.
 ///
@@ -233,7 +235,9 @@ pub(super) fn multiply(
     let mut tasks = 0;
     let mut jobs = [const { None }; MAX_PRODUCTS];
     for (job, product) in jobs.iter_mut().zip(products) {
-        let blocks = product.weights.panels().div_ceil(TASK_PANELS);
+        let panels = product.weights.panels();
+        let wanted = (2 * pool.threads()).div_ceil(tiles).min(panels.div_ceil(MIN_TASK_PANELS));
+        let blocks = panels.div_ceil(TASK_PANELS).max(wanted);
         *job = Some(Job {
             weights: product.weights,
             input: product.input,
