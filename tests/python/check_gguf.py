@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares packed GGUF files with the Hugging Face directories that they were made from.
 
-    pip install gguf numpy safetensors
+    pip install -r tests/python/requirements.txt
     check_gguf.py PACKED.gguf DIRECTORY [PACKED.gguf DIRECTORY ...]
     check_gguf.py --generate DIRECTORY --hidden-size D --vocab-size V [...]
 

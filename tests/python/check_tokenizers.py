@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares the ids and texts of a tokenizer file with those of the Python packages.
 
-    pip install tokenizers sentencepiece zstandard
-    tests/python/check_tokenizers.py TOKENIZER TEXT [--lines N]
+    pip install -r tests/python/requirements.txt zstandard
+    tests/python/check_tokenizers.py TOKENIZER TEXT [--lines N] [--program PATH]
 
 TOKENIZER is a tokenizer.json (package `tokenizers`) or a SentencePiece model (package
 `sentencepiece`). TEXT is a text file, or JSON lines with a `text` field, plain or .zst. Its lines are
@@ -56,13 +56,12 @@ class Reference:
             self.size = self.inner.get_piece_size()
 
 
-def run_ours(tokenizer, lines, *flags):
-    command = ["cargo", "run", "--quiet", "--release", "-p", "mmfree", "--example", "02-tokenize-lines",
-               "--", str(tokenizer), *flags]
+def run_ours(program, tokenizer, lines, *flags):
+    command = [*program, str(tokenizer), *flags]
     done = subprocess.run(command, cwd=ROOT, input="\n".join(lines) + "\n", capture_output=True,
                           encoding="utf-8")
     if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}: {done.stderr}")
+        sys.exit(f"{' '.join(map(str, command))}: {done.stderr}")
     answers = done.stdout.split("\n")[:-1]
     if len(answers) != len(lines):
         sys.exit(f"{len(answers)} answers to {len(lines)} lines")
@@ -84,8 +83,14 @@ def main():
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--lines", type=int, default=5000, help="lines of text to check (default 5000)")
+    parser.add_argument("--program", type=Path,
+                        help="example 02-tokenize-lines as built (default: cargo builds it)")
     arguments = parser.parse_args()
 
+    if arguments.program:
+        program = [arguments.program.resolve()]
+    else:
+        program = ["cargo", "run", "--quiet", "--release", "-p", "mmfree", "--example", "02-tokenize-lines", "--"]
     reference = Reference(arguments.tokenizer)
     documents = read_documents(arguments.text)
     lines = [line for document in documents for line in document.split("\n")][:arguments.lines]
@@ -93,7 +98,7 @@ def main():
     fine = True
 
     def check_encoding(name, texts, *flags):
-        answers = run_ours(tokenizer, [json.dumps(text) for text in texts], "--json", *flags)
+        answers = run_ours(program, tokenizer, [json.dumps(text) for text in texts], "--json", *flags)
         actual = [json.loads(f"[{answer}]") for answer in answers]
         return compare(name, texts, [reference.encode(text) for text in texts], actual)
 
@@ -116,7 +121,7 @@ def main():
     ids += [[generator.randrange(reference.size) for _ in range(generator.randrange(40))] for _ in range(3000)]
     few = [generator.randrange(reference.size) for _ in range(8)] + list(range(min(300, reference.size)))
     ids += [[generator.choice(few) for _ in range(generator.randrange(12))] for _ in range(3000)]
-    answers = run_ours(tokenizer, [",".join(map(str, line)) for line in ids], "--decode")
+    answers = run_ours(program, tokenizer, [",".join(map(str, line)) for line in ids], "--decode")
     fine &= compare("decoding", ids, [reference.decode(line) for line in ids], list(map(json.loads, answers)))
     sys.exit(0 if fine else 1)
 

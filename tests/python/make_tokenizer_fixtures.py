@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains the small tokenizers of tests/fixtures/tokenizers and writes what they answer.
 
-    pip install tokenizers==0.23.* sentencepiece==0.2.*
+    pip install -r tests/python/requirements.txt
     tests/python/make_tokenizer_fixtures.py
 
 Every tokenizer NAME.model (SentencePiece) or NAME.json (Hugging Face) is trained on pinocchio.txt, two

@@ -6,12 +6,10 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use mmfree::benchmark::{self, DISTINCT_TOKENS, Options, Report, Spread};
-use mmfree::builtin;
-use mmfree::checkpoint::Checkpoint;
 use mmfree::config::ModelConfig;
-use mmfree::engine::EngineOptions;
 use mmfree::model::Model;
 
+use crate::model_arg::{self, EngineArgs};
 use crate::progress::Progress;
 
 /// Measure prefill and decode speed
@@ -21,32 +19,28 @@ use crate::progress::Progress;
 /// between the runs with the same threads.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Packed model, Hugging Face directory or repository id [default: the built-in model]
+    /// Hugging Face directory, GGUF file, or Hugging Face repository id [default: the built-in model]
     model: Option<PathBuf>,
     /// Random weights of a published size instead of a model
     #[arg(long, conflicts_with = "model", value_parser = clap::builder::PossibleValuesParser::new(ModelConfig::preset_names()))]
     size: Option<String>,
     /// Tokens of the prompt
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, value_name = "N", default_value_t = 512)]
     prompt_tokens: usize,
     /// Tokens decoded one by one after it
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64)]
     decode_tokens: usize,
     /// Runs that count
-    #[arg(long, default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
     /// Runs before them that do not count
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: usize,
-    /// Worker threads [default: one for each core]
-    #[arg(long)]
-    threads: Option<usize>,
-    /// Kernel tier: auto, scalar, avx2, avx512 or neon
-    #[arg(long)]
-    backend: Option<String>,
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    engine: EngineArgs,
 }
 
 /// Runs the command.
@@ -56,15 +50,18 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let config = ModelConfig::preset(size).context("unknown preset")?;
             (format!("{size}, random weights"), Model::random(&config, DISTINCT_TOKENS, 0)?)
         }
-        (None, Some(path)) => (path.display().to_string(), Model::load(&Checkpoint::open(path)?)?),
-        (None, None) => ("built-in model".to_owned(), Model::load(&builtin::checkpoint()?)?),
+        (None, path) => {
+            let name =
+                path.as_ref().map_or("built-in model".into(), |path| path.display().to_string());
+            (name, Model::load(&model_arg::open(path.as_deref())?)?)
+        }
     };
     let options = Options {
         prompt_tokens: args.prompt_tokens,
         decode_tokens: args.decode_tokens,
         repetitions: args.repetitions,
         warmup: args.warmup,
-        engine: EngineOptions { threads: args.threads, backend: args.backend.clone() },
+        engine: args.engine.options(),
     };
     let progress = Progress::new("measuring");
     let runs = (args.warmup.max(1) + args.repetitions) as u64;

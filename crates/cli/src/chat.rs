@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use mmfree::error::Error;
+use mmfree::output::OutputFile;
 use mmfree::sampler::SamplingParams;
 use mmfree::state::State;
 use mmfree::text::generate::{Event, FinishReason, GenerateOptions, generate};
@@ -135,9 +136,9 @@ impl Conversation {
                 Ok(())
             }
             ("save" | "load", "") => Err(anyhow::anyhow!("/{name} needs the name of a file")),
-            ("save", file) => {
-                state_file::save(self.loaded.engine.model(), &self.state, Path::new(file))
-            }
+            ("save", file) => OutputFile::create(Path::new(file))
+                .map_err(anyhow::Error::from)
+                .and_then(|file| state_file::save(self.loaded.engine.model(), &self.state, file)),
             ("load", file) => self.load(Path::new(file)),
             _ => Err(anyhow::anyhow!("there is no command {line:?}; /help lists them")),
         };

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use mmfree::error::Error;
+use mmfree::output::OutputFile;
 use mmfree::state::State;
 use mmfree::text::generate::{Event, FinishReason, GenerateOptions, generate};
 use serde_json::json;
@@ -113,6 +114,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         None => State::new(&model),
     };
     let is_start = state.tokens_seen() == 0;
+    // Begun before the work that it is to keep: a name that cannot be written fails now.
+    let state_file = args.save_state.as_deref().map(OutputFile::create).transpose()?;
     let ids = prompt.into_ids(tokenizer, model.config(), is_start)?;
 
     let cancel = interrupt::catch()?;
@@ -123,12 +126,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         })?;
     output.finish(&generation, seed)?;
     let is_cancelled = generation.finish == FinishReason::Cancelled;
-    if let Some(path) = &args.save_state {
+    if let Some(file) = state_file {
         ensure!(
             !is_cancelled || generation.generated_tokens > 0,
             "interrupted while reading the prompt: the state is not saved"
         );
-        state_file::save(&model, &state, path)?;
+        state_file::save(&model, &state, file)?;
     }
     Ok(if is_cancelled { interrupt::EXIT_CODE.into() } else { ExitCode::SUCCESS })
 }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use mmfree::checkpoint::Checkpoint;
 use mmfree::checkpoint::info::{ModelInfo, describe};
 
+use crate::model_arg;
 use crate::progress::Progress;
 
 /// Describe a model
@@ -25,10 +25,7 @@ pub struct Args {
 
 /// Prints the description.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let checkpoint = match &args.model {
-        Some(model) => Checkpoint::open(model)?,
-        None => mmfree::builtin::checkpoint()?,
-    };
+    let checkpoint = model_arg::open(args.model.as_deref())?;
     let progress = Progress::new("reading");
     let mut info = describe(&checkpoint, &mut |done, total| progress.set(done, total))?;
     drop(progress);

@@ -1,7 +1,6 @@
 //! The model and the engine that a command runs on.
 
 use std::io::{IsTerminal, stderr};
-use std::num::NonZeroUsize;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -18,12 +17,19 @@ use mmfree::tokenizer::Tokenizer;
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "N")]
-    threads: Option<NonZeroUsize>,
-    /// Kernels to use: scalar, avx2, avx512 or neon [default: MMFREE_BACKEND, else the fastest that this
-    /// CPU runs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// Kernels to use: auto, scalar, avx2, avx512 or neon [default: MMFREE_BACKEND, else the fastest that
+    /// this CPU runs]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
+}
+
+impl EngineArgs {
+    /// What the library calls them.
+    pub fn options(&self) -> EngineOptions {
+        EngineOptions { threads: self.threads.map(usize::from), backend: self.backend.clone() }
+    }
 }
 
 /// A model that is ready to run.
@@ -50,11 +56,7 @@ pub fn load(checkpoint: &Checkpoint, args: &EngineArgs) -> Result<Loaded> {
     let source = checkpoint.tokenizer()?;
     let tokenizer = source.as_ref().map(Tokenizer::from_source).transpose()?;
     let template = source.as_ref().map(ChatTemplate::from_source).transpose()?;
-    let options = EngineOptions {
-        threads: args.threads.map(NonZeroUsize::get),
-        backend: args.backend.clone(),
-    };
-    let engine = Engine::new(Arc::new(Model::load(checkpoint)?), &options)?;
+    let engine = Engine::new(Arc::new(Model::load(checkpoint)?), &args.options())?;
     if stderr().is_terminal() {
         eprintln!("{}", engine.describe());
     }

@@ -28,9 +28,8 @@ pub fn load(model: &Model, path: &Path) -> Result<State> {
     State::from_bytes(model, &bytes).with_context(context)
 }
 
-/// Writes a state; the file appears complete or not at all.
-pub fn save(model: &Model, state: &State, path: &Path) -> Result<()> {
-    let mut file = OutputFile::create(path)?;
+/// Writes a state into a file that was begun for it.
+pub fn save(model: &Model, state: &State, mut file: OutputFile) -> Result<()> {
     file.put(&state.to_bytes(model))?;
     Ok(file.commit()?)
 }

@@ -30,7 +30,7 @@ fn sampling_values_have_ranges() {
     assert_error(&["generate", "x", "--top-k=-1"], &["--top-k"]);
     assert_error(&["generate", "x", "--seed", "x"], &["--seed"]);
     assert_error(&["generate", "x", "--greedy", "--temperature", "1"], &["cannot be used with"]);
-    assert_error(&["generate", "x", "--threads", "0"], &["--threads"]);
+    assert_error(&["generate", "x", "--threads", "0"], &["--threads", "1..=1024"]);
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn commands_and_flags_are_known() {
 
 #[test]
 fn help_goes_to_standard_output() {
-    for command in ["generate", "chat", "logits"] {
+    for command in ["generate", "chat", "logits", "bench"] {
         let output = mmfree(&[command, "--help"]);
         assert_eq!(output.status.code(), Some(0));
         let help = String::from_utf8(output.stdout).unwrap();

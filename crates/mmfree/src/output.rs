@@ -148,7 +148,7 @@ impl OutputDirectory {
 /// An error of the temporary file, told without the temporary name.
 fn plain(error: io::Error, path: &Path) -> io::Error {
     match error.kind() {
-        io::ErrorKind::NotFound => {
+        io::ErrorKind::NotFound if !parent(path).is_dir() => {
             io::Error::other(format!("there is no directory {}", parent(path).display()))
         }
         io::ErrorKind::Other => error,

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Compares packed files and token ids with what the Python packages make of them, for the repository's
+# fixtures. Wants requirements.txt installed and the programs built by `cargo test --workspace`.
+# Each comparison must also reject something wrong.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+mmfree=target/debug/mmfree
+tokenize=target/debug/examples/02-tokenize-lines
+work=$(mktemp -d)
+trap 'rm -r "$work"' EXIT
+
+must_reject() {
+    if "$@" >"$work/rejected.log" 2>&1; then
+        echo "accepted, but should have been rejected: $*"
+        exit 1
+    fi
+    grep -qE 'differ' "$work/rejected.log" || { cat "$work/rejected.log"; exit 1; }
+    echo "rejected, as it must be: $(grep -m1 differ "$work/rejected.log")"
+}
+
+cp -r tests/fixtures/tiny "$work/tiny"
+cp tests/fixtures/tokenizers/byte-level.json "$work/tiny/tokenizer.json"
+tests/python/check_gguf.py --generate "$work/odd" --hidden-size 192 --vocab-size 509 --dtype f16
+tests/python/check_gguf.py --generate "$work/other" --hidden-size 192 --vocab-size 509 --dtype f16 --seed 1
+for format in tq1_0 tq2_0; do
+    for source in tiny odd; do
+        "$mmfree" pack "$work/$source" -o "$work/$source.gguf" --format "$format"
+        tests/python/check_gguf.py "$work/$source.gguf" "$work/$source"
+    done
+    must_reject tests/python/check_gguf.py "$work/odd.gguf" "$work/other"
+done
+
+fixtures=tests/fixtures/tokenizers
+for tokenizer in "$fixtures"/*.json "$fixtures"/*.model; do
+    echo "$tokenizer"
+    tests/python/check_tokenizers.py "$tokenizer" "$fixtures/pinocchio.txt" --program "$tokenize"
+done
+printf '#!/bin/sh\nshift\nexec %q %q "$@"\n' "$PWD/$tokenize" "$PWD/$fixtures/unigram.model" >"$work/wrong"
+chmod +x "$work/wrong"
+must_reject tests/python/check_tokenizers.py "$fixtures/bpe-byte-fallback.model" "$fixtures/pinocchio.txt" --program "$work/wrong"
