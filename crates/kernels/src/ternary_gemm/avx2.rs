@@ -16,6 +16,8 @@ pub(super) struct Avx2;
 
 impl Kernels for Avx2 {
     type Lanes = Lanes16;
+    const LOOKUP_MIN_ROWS: usize = 64;
+    const LOOKUP_MIN_TOKENS: usize = 11;
 
     #[inline(always)]
     unsafe fn panel_dots<const M: usize>(

@@ -35,9 +35,13 @@ const PASS_TABLES: usize = 4 * PASS_WORDS;
 const PASS_INPUTS: usize = PASS_WORDS * WORD_TRITS;
 /// Passes whose sums fit 16 bits: `8 · 8 · 4 · 127` = 32,512.
 const PASSES_IN_16_BITS: usize = 8;
-/// Panels of one task: enough rows to repay building the tables, few enough that their sums stay in
-/// the second cache level.
-const TASK_PANELS: usize = 128;
+/// Tokens of the widest tile.
+const MAX_TOKENS: usize = 32;
+/// Panels of one task, at most: the more rows share a table, the less building it costs, until their
+/// sums no longer fit the second cache level (measured).
+const TASK_PANELS: usize = 352;
+/// Panels of one task, at least, when there are more threads than tiles of tokens.
+const MIN_TASK_PANELS: usize = 64;
 
 /// The 16-bit sums of a tile of tokens, in registers.
 ///
@@ -54,7 +58,27 @@ pub(super) trait Lanes: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     /// Adds the lanes to 32-bit sums, or sets these if `INIT`.
     unsafe fn add_to<const INIT: bool>(self, sums: *mut i32);
+
+    /// Turns the sums of a panel, `[row][token]`, into `[token][row]`. `out` has as many.
+    #[inline(always)]
+    unsafe fn transpose_panel(sums: &[i32], out: &mut [i32]) {
+        for (token, out) in out.chunks_exact_mut(PANEL_ROWS).enumerate() {
+            for (row, out) in out.iter_mut().enumerate() {
+                *out = sums[row * Self::TOKENS + token];
+            }
+        }
+    }
+
+    /// Turns each byte of the words into the offset of its table entry, in units of eight bytes: four
+    /// 16-bit offsets to a `u64`, the word's first byte lowest.
+    #[inline(always)]
+    unsafe fn table_offsets(words: &PassWords) -> Offsets {
+        table_offsets(words, Self::TOKENS)
+    }
 }
+
+/// The code words of a panel for one pass.
+pub(super) type PassWords = [u32; PASS_WORDS * PANEL_ROWS];
 
 /// Lanes of the scalar tier.
 #[derive(Clone, Copy)]
@@ -170,18 +194,33 @@ struct Job<'a> {
     blocks: usize,
 }
 
-/// T of a tier.
-pub(super) fn tile_tokens(backend: Backend) -> usize {
-    struct Tokens<'a>(&'a mut usize);
-    impl Work for Tokens<'_> {
-        #[inline(always)]
-        unsafe fn run<K: Kernels>(self) {
-            *self.0 = K::Lanes::TOKENS;
+/// What decides between look-ups and dot products on a tier.
+pub(super) struct Tile {
+    /// T.
+    pub tokens: usize,
+    /// See [`Kernels::LOOKUP_MIN_TOKENS`].
+    pub min_tokens: usize,
+    /// See [`Kernels::LOOKUP_MIN_ROWS`].
+    pub min_rows: usize,
+}
+
+impl Tile {
+    pub fn of(backend: Backend) -> Self {
+        struct Ask<'a>(&'a mut Tile);
+        impl Work for Ask<'_> {
+            #[inline(always)]
+            unsafe fn run<K: Kernels>(self) {
+                *self.0 = Tile {
+                    tokens: K::Lanes::TOKENS,
+                    min_tokens: K::LOOKUP_MIN_TOKENS,
+                    min_rows: K::LOOKUP_MIN_ROWS,
+                };
+            }
         }
+        let mut tile = Tile { tokens: 0, min_tokens: 0, min_rows: 0 };
+        run_on(backend, Ask(&mut tile));
+        tile
     }
-    let mut tokens = 0;
-    run_on(backend, Tokens(&mut tokens));
-    tokens
 }
 
 /// Computes the products of the first `tokens` tokens; shapes were checked by the caller.
@@ -192,11 +231,13 @@ pub(super) fn multiply(
     products: &mut [Product<'_>],
     tokens: usize,
 ) {
-    let tiles = tokens.div_ceil(tile_tokens(backend));
+    let tiles = tokens.div_ceil(Tile::of(backend).tokens);
     let mut tasks = 0;
     let mut jobs = [const { None }; MAX_PRODUCTS];
     for (job, product) in jobs.iter_mut().zip(products) {
-        let blocks = product.weights.panels().div_ceil(TASK_PANELS);
+        let panels = product.weights.panels();
+        let wanted = (2 * pool.threads()).div_ceil(tiles).min(panels.div_ceil(MIN_TASK_PANELS));
+        let blocks = panels.div_ceil(TASK_PANELS).max(wanted);
         *job = Some(Job {
             weights: product.weights,
             input: product.input,
@@ -285,12 +326,17 @@ impl Job<'_> {
                 (false, false, _) => sweep!(false, false, false),
             }
         }
-        self.write_outputs::<V>(first_panel, first_token, tokens, buffers.sums);
+        let sums = &buffers.sums[..rows * V::TOKENS];
+        // SAFETY: the caller's promise about features.
+        unsafe { self.write_outputs::<V>(first_panel, first_token, tokens, sums) };
     }
 
     /// `y = sum · (γ / s)`, from `[row][token]` to `[token][row]`.
+    ///
+    /// # Safety
+    /// As for [`Lanes`].
     #[inline(always)]
-    fn write_outputs<V: Lanes>(
+    unsafe fn write_outputs<V: Lanes>(
         &self,
         first_panel: usize,
         first_token: usize,
@@ -298,17 +344,21 @@ impl Job<'_> {
         sums: &[i32],
     ) {
         let all_rows = self.weights.rows();
+        let mut transposed = [0i32; PANEL_ROWS * MAX_TOKENS];
+        let transposed = &mut transposed[..PANEL_ROWS * V::TOKENS];
         for (panel, sums) in sums.chunks_exact(PANEL_ROWS * V::TOKENS).enumerate() {
+            // SAFETY: the caller's promise about features.
+            unsafe { V::transpose_panel(sums, transposed) };
             let row = (first_panel + panel) * PANEL_ROWS;
             let count = PANEL_ROWS.min(all_rows - row);
-            for token in 0..tokens {
+            for (token, sums) in transposed.chunks_exact(PANEL_ROWS).take(tokens).enumerate() {
                 let factor = self.weights.scale() / self.input.scale(first_token + token);
                 // SAFETY: tasks have disjoint tiles or disjoint panels, so these outputs are written by
                 // this task alone, and `multiply` holds the output borrowed until all tasks are done.
                 let output =
                     unsafe { self.output.slice((first_token + token) * all_rows + row, count) };
-                for (i, y) in output.iter_mut().enumerate() {
-                    *y = sums[i * V::TOKENS + token] as f32 * factor;
+                for (y, &sum) in output.iter_mut().zip(sums) {
+                    *y = sum as f32 * factor;
                 }
             }
         }
@@ -327,10 +377,15 @@ fn transpose_inputs<V: Lanes>(
     if tokens < V::TOKENS {
         out.fill(0);
     }
-    for token in 0..tokens {
-        let row = &input.padded_row(first_token + token)[..passes * PASS_INPUTS];
-        for (lanes, &q) in out.chunks_exact_mut(V::TOKENS).zip(row) {
-            lanes[token] = i16::from(q);
+    // Eight inputs of every token, then the next eight: the lines that are written stay in the cache.
+    for (block, out) in
+        out.chunks_exact_mut(8 * V::TOKENS).take(passes * PASS_INPUTS / 8).enumerate()
+    {
+        for token in 0..tokens {
+            let row = &input.padded_row(first_token + token)[8 * block..][..8];
+            for (i, &q) in row.iter().enumerate() {
+                out[i * V::TOKENS + token] = i16::from(q);
+            }
         }
     }
 }
@@ -398,10 +453,12 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
     // Offsets are made one panel ahead: a scalar load cannot be served from a wide store that is still
     // on its way to the cache, and waiting for it would stall every panel.
     let mut pair = [Aligned([0; PASS_WORDS * PANEL_ROWS]); 2];
-    pair[0] = pass_offsets::<V>(words, units, pass, 0);
+    // SAFETY: the caller's promise about features, here and below.
+    pair[0] = unsafe { pass_offsets::<V>(words, units, pass, 0) };
     for panel in 0..panels {
         if panel + 1 < panels {
-            pair[(panel + 1) % 2] = pass_offsets::<V>(words, units, pass, panel + 1);
+            // SAFETY: as above.
+            pair[(panel + 1) % 2] = unsafe { pass_offsets::<V>(words, units, pass, panel + 1) };
         }
         let offsets = &pair[panel % 2];
         for row in 0..PANEL_ROWS {
@@ -434,30 +491,38 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
 /// loads that follow could not be served from the store buffer.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Aligned<T>(T);
+pub(super) struct Aligned<T>(pub T);
 
-type Offsets = Aligned<[u64; PASS_WORDS * PANEL_ROWS]>;
+pub(super) type Offsets = Aligned<[u64; PASS_WORDS * PANEL_ROWS]>;
 
 /// The table offsets of a panel's words of one pass; words beyond the end of the rows are zero trits.
+///
+/// # Safety
+/// As for [`Lanes`].
 #[inline(always)]
-fn pass_offsets<V: Lanes>(words: &[u32], units: usize, pass: usize, panel: usize) -> Offsets {
+unsafe fn pass_offsets<V: Lanes>(
+    words: &[u32],
+    units: usize,
+    pass: usize,
+    panel: usize,
+) -> Offsets {
     let from = pass * PASS_WORDS;
     let panel_words = &words[(panel * units + from) * PANEL_ROWS..];
     if let Some(pass_words) = panel_words.first_chunk()
         && from + PASS_WORDS <= units
     {
-        return table_offsets::<V>(pass_words);
+        // SAFETY: the caller's promise about features.
+        return unsafe { V::table_offsets(pass_words) };
     }
     let mut pass_words = [ZERO_WORD; PASS_WORDS * PANEL_ROWS];
     let present = (units - from) * PANEL_ROWS;
     pass_words[..present].copy_from_slice(&panel_words[..present]);
-    table_offsets::<V>(&pass_words)
+    table_offsets(&pass_words, V::TOKENS)
 }
 
-/// Turns each byte of the words into the offset of its table entry, in units of eight bytes: four
-/// 16-bit offsets to a `u64`, the word's first byte lowest.
+/// [`Lanes::table_offsets`] for any width.
 #[inline(always)]
-fn table_offsets<V: Lanes>(words: &[u32; PASS_WORDS * PANEL_ROWS]) -> Offsets {
+fn table_offsets(words: &PassWords, tokens: usize) -> Offsets {
     const BYTES: usize = 4 * PASS_WORDS * PANEL_ROWS;
     let bytes: &[u8; BYTES] = bytemuck::cast_ref(words);
     let mut offsets = Aligned([0u16; BYTES]);
@@ -467,7 +532,7 @@ fn table_offsets<V: Lanes>(words: &[u32; PASS_WORDS * PANEL_ROWS]) -> Offsets {
         // inside the table.
         let nibbles = (byte & 0x33) + 3 * ((byte >> 2) & 0x33);
         let code = (nibbles - 7 * (nibbles >> 4)).min(ENTRIES as u8 - 1);
-        *offset = u16::from(code) * (V::TOKENS / 4) as u16;
+        *offset = u16::from(code) * (tokens / 4) as u16;
     }
     Aligned(bytemuck::cast(offsets.0))
 }

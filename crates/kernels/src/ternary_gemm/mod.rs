@@ -29,14 +29,13 @@ use crate::tier::{Backend, Tier};
 
 pub use lookup::LookupScratch;
 
-/// Look-ups cost as much for a few tokens as for a whole tile, so the tokens beyond the last whole tile
-/// take the dot-product path unless they fill at least this share of one, in eighths (measured).
-const LOOKUP_MIN_EIGHTHS: usize = 7;
 /// Tokens that one pass over a panel's code words serves in the dot-product path.
 const DOT_TOKENS: usize = 4;
-/// Weights that one task of the dot-product path streams, at least: long enough for the prefetchers,
-/// short enough that threads finish together.
+/// Weights that one task of the dot-product path passes over, at least: short enough that threads finish
+/// together.
 const DOT_TASK_BYTES: usize = 32 << 10;
+/// Below this many bytes of weights a second thread costs more than it brings.
+const SHARED_MIN_BYTES: usize = 160 << 10;
 
 /// Products that one call computes, at most.
 pub const MAX_PRODUCTS: usize = 4;
@@ -59,6 +58,11 @@ pub struct Product<'a> {
 trait Kernels {
     /// Registers of the look-up path.
     type Lanes: lookup::Lanes;
+    /// Fewer outputs than this do not repay building tables (measured).
+    const LOOKUP_MIN_ROWS: usize;
+    /// Look-ups cost as much for a few tokens as for a whole tile: tokens beyond the last whole one are
+    /// looked up only if there are at least this many (measured).
+    const LOOKUP_MIN_TOKENS: usize;
 
     /// Dot products of the sixteen rows of a panel with `M` tokens' activations:
     /// `Σ_k q[k] · (t[row, k] + 1)`. `words` are the panel's code words `[unit][row]`; every input has
@@ -136,9 +140,16 @@ pub fn multiply(
     }
     let tokens = products.first().map_or(0, |product| product.input.rows());
     assert!(products.iter().all(|product| product.input.rows() == tokens), "token counts differ");
-    let tile = lookup::tile_tokens(backend);
-    let rest = tokens % tile;
-    let looked_up = if rest * 8 >= tile * LOOKUP_MIN_EIGHTHS { tokens } else { tokens - rest };
+    let rows = products.iter().map(|product| product.weights.rows()).min().unwrap_or(0);
+    let tile = lookup::Tile::of(backend);
+    let rest = tokens % tile.tokens;
+    let looked_up = if rows < tile.min_rows {
+        0
+    } else if rest >= tile.min_tokens {
+        tokens
+    } else {
+        tokens - rest
+    };
     if looked_up > 0 {
         lookup::multiply(backend, pool, scratch, products, looked_up);
     }
@@ -156,10 +167,12 @@ fn multiply_by_dots(
 ) {
     // An array, since decoding must not allocate.
     let mut jobs = [const { None }; MAX_PRODUCTS];
-    let mut tasks = 0;
+    let (mut tasks, mut bytes) = (0, 0);
     for (job, product) in jobs.iter_mut().zip(products) {
+        let passes = (product.input.rows() - first_token).div_ceil(DOT_TOKENS);
         let panel_bytes = product.weights.units() * PANEL_ROWS * 4;
-        let panels = DOT_TASK_BYTES.div_ceil(panel_bytes);
+        let panels = DOT_TASK_BYTES.div_ceil(panel_bytes * passes);
+        bytes += product.weights.packed_bytes() * passes;
         *job = Some(DotJob {
             weights: product.weights,
             input: product.input,
@@ -170,11 +183,16 @@ fn multiply_by_dots(
         });
         tasks += product.weights.panels().div_ceil(panels);
     }
-    pool.run(tasks, &|_, task| {
+    let run = |_, task| {
         if let Some(job) = jobs.iter().flatten().rfind(|job| job.first_task <= task) {
             run_on(backend, DotTask { job, task: task - job.first_task });
         }
-    });
+    };
+    if bytes < SHARED_MIN_BYTES {
+        (0..tasks).for_each(|task| run(0, task));
+    } else {
+        pool.run(tasks, &run);
+    }
 }
 
 struct DotJob<'a> {

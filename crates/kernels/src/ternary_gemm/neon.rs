@@ -12,6 +12,8 @@ pub(super) struct Neon;
 
 impl Kernels for Neon {
     type Lanes = Lanes16;
+    const LOOKUP_MIN_ROWS: usize = 64;
+    const LOOKUP_MIN_TOKENS: usize = 11;
 
     #[inline(always)]
     unsafe fn panel_dots<const M: usize>(

@@ -9,6 +9,8 @@ pub(super) struct Scalar;
 
 impl Kernels for Scalar {
     type Lanes = PlainLanes;
+    const LOOKUP_MIN_ROWS: usize = 64;
+    const LOOKUP_MIN_TOKENS: usize = 4;
 
     #[inline(always)]
     unsafe fn panel_dots<const M: usize>(
