@@ -10,6 +10,7 @@ use mmfree::checkpoint::Checkpoint;
 use mmfree::engine::{Activation, Engine, EngineOptions, Sequence};
 use mmfree::model::Model;
 use mmfree::state::State;
+use mmfree_kernels::tier::Tier;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -283,6 +284,28 @@ fn prefill_equals_decode_equals_any_chunks_to_the_bit() {
     let found = bits(engine.prefill(&mut alone, parts[3], &cancel).expect("runs"));
     assert_eq!(logits[3 * 97..4 * 97], found);
     assert_eq!(states[3], alone);
+}
+
+#[test]
+fn every_tier_gives_the_same_bits() {
+    let model = trained();
+    let tokens: Vec<u32> = (0..45).map(|i| (i * i * 37 + 11) % 8192).collect();
+    let mut first: Option<(Vec<u32>, State)> = None;
+    for tier in Tier::available() {
+        let options = EngineOptions { threads: Some(2), backend: Some(tier.name().to_owned()) };
+        let mut engine = Engine::new(Arc::clone(&model), &options).expect("engine");
+        assert_eq!(engine.backend(), tier.name());
+        let mut state = State::new(&model);
+        let logits = engine.prefill(&mut state, &tokens, &AtomicBool::new(false)).expect("runs");
+        let bits = logits.iter().map(|x| x.to_bits()).collect();
+        println!("{tier} ran");
+        match &first {
+            None => first = Some((bits, state)),
+            Some((expected, expected_state)) => {
+                assert!(*expected == bits && *expected_state == state, "{tier} differs");
+            }
+        }
+    }
 }
 
 #[test]
