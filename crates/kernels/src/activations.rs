@@ -32,7 +32,7 @@ impl QuantizedRows {
         Self::default()
     }
 
-    /// A matrix of given integers [M, K] and scales [M] (divide), for tests and tools.
+    /// A matrix of given integers [M, K] and scales `[M]` (divide), for tests and tools.
     ///
     /// Returns `None` if the lengths do not fit the shape or a value is −128.
     pub fn from_parts(rows: usize, cols: usize, values: &[i8], scales: &[f32]) -> Option<Self> {
@@ -61,7 +61,7 @@ impl QuantizedRows {
         self.cols
     }
 
-    /// The integers of a row [K].
+    /// The integers of a row `[K]`.
     pub fn row(&self, row: usize) -> &[i8] {
         &self.padded_row(row)[..self.cols]
     }

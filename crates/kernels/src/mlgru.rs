@@ -18,7 +18,7 @@ const CHANNELS: usize = 128;
 const SHARED_MIN_ELEMENTS: usize = 16 << 10;
 
 /// Steps one sequence: replaces the input `i` [T, D] by the states `h_t`, reads the forget gate before
-/// its sigmoid from `f` [T, D], and leaves `state` [D] at `h_T`.
+/// its sigmoid from `f` [T, D], and leaves `state` `[D]` at `h_T`.
 ///
 /// # Panics
 /// If the shapes do not fit together.

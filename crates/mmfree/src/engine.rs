@@ -168,7 +168,7 @@ impl Engine {
         format!("cpu {}, {} thread{plural}", self.backend(), self.threads())
     }
 
-    /// Feeds tokens, in chunks, and returns the logits [V] after the last one. Checks `cancel` between
+    /// Feeds tokens, in chunks, and returns the logits `[V]` after the last one. Checks `cancel` between
     /// chunks; a cancelled prefill leaves the state after the last whole chunk.
     ///
     /// # Errors
@@ -192,7 +192,7 @@ impl Engine {
         Ok(&mut self.logits)
     }
 
-    /// Feeds one token and returns the logits [V] after it.
+    /// Feeds one token and returns the logits `[V]` after it.
     ///
     /// # Errors
     /// An id outside the vocabulary, logits that are not finite.
@@ -221,7 +221,7 @@ impl Engine {
         Ok(&mut self.logits)
     }
 
-    /// Feeds tokens and hands the logits [V] of every position to `sink(position, logits)`.
+    /// Feeds tokens and hands the logits `[V]` of every position to `sink(position, logits)`.
     ///
     /// # Errors
     /// As [`prefill`](Self::prefill), and whatever the sink reports.

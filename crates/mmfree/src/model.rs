@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 /// A dense layer: `BitLinear(x) = (Σ q · t) · γ / s` with `q, s = Q8(RMSNorm(x; norm, 1e-6))`.
 #[derive(Debug)]
 pub(crate) struct BitLinear {
-    /// [K]
+    /// `[K]`
     pub norm: Vec<f32>,
     /// [N, K]
     pub weights: TernaryMatrix,
@@ -33,7 +33,7 @@ pub(crate) struct Block {
     pub g_proj: BitLinear,
     pub g_norm: Vec<f32>,
     pub o_proj: BitLinear,
-    /// β of this layer, [D].
+    /// β of this layer, `[D]`.
     pub lower_bound: Vec<f32>,
     pub mlp_norm: Vec<f32>,
     pub gate_proj: BitLinear,
@@ -45,7 +45,7 @@ pub struct Model {
     config: ModelConfig,
     pub(crate) embeddings: EmbeddingTable,
     pub(crate) blocks: Vec<Block>,
-    /// The last norm, [D].
+    /// The last norm, `[D]`.
     pub(crate) norm: Vec<f32>,
     pub(crate) lm_head: BitLinear,
     fingerprint: OnceLock<u64>,

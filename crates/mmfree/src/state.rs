@@ -36,7 +36,7 @@ impl State {
         self.tokens_seen
     }
 
-    /// The `h` [D] of a layer.
+    /// The `h` `[D]` of a layer.
     pub(crate) fn layer_mut(&mut self, layer: usize, width: usize) -> &mut [f32] {
         &mut self.hidden[layer * width..][..width]
     }

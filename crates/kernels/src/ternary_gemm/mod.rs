@@ -4,7 +4,7 @@
 //! y[m, n] = (Σ_k q[m, k] · t[n, k]) · γ / s[m]
 //! ```
 //!
-//! with activations `q` [M, K] i8 and their scales `s` [M] (divide), trits `t` [N, K] and their scale γ
+//! with activations `q` [M, K] i8 and their scales `s` `[M]` (divide), trits `t` [N, K] and their scale γ
 //! (multiplies). The sum is an exact i32 on every tier; then one conversion and one product in f32.
 //!
 //! * Few tokens: **dot products** stream the packed weights once and meet each code word with the

@@ -168,7 +168,7 @@ pub(super) struct TritRows<'a> {
 }
 
 impl TritRows<'_> {
-    /// Writes the trits [K] of a row.
+    /// Writes the trits `[K]` of a row.
     pub(super) fn read(
         &mut self,
         row: usize,
