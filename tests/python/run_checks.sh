@@ -22,21 +22,21 @@ must_reject() {
 
 cp -r tests/fixtures/tiny "$work/tiny"
 cp tests/fixtures/tokenizers/byte-level.json "$work/tiny/tokenizer.json"
-tests/python/check_gguf.py --generate "$work/odd" --hidden-size 192 --vocab-size 509 --dtype f16
-tests/python/check_gguf.py --generate "$work/other" --hidden-size 192 --vocab-size 509 --dtype f16 --seed 1
+python3 tests/python/check_gguf.py --generate "$work/odd" --hidden-size 192 --vocab-size 509 --dtype f16
+python3 tests/python/check_gguf.py --generate "$work/other" --hidden-size 192 --vocab-size 509 --dtype f16 --seed 1
 for format in tq1_0 tq2_0; do
     for source in tiny odd; do
         "$mmfree" pack "$work/$source" -o "$work/$source.gguf" --format "$format"
-        tests/python/check_gguf.py "$work/$source.gguf" "$work/$source"
+        python3 tests/python/check_gguf.py "$work/$source.gguf" "$work/$source"
     done
-    must_reject tests/python/check_gguf.py "$work/odd.gguf" "$work/other"
+    must_reject python3 tests/python/check_gguf.py "$work/odd.gguf" "$work/other"
 done
 
 fixtures=tests/fixtures/tokenizers
 for tokenizer in "$fixtures"/*.json "$fixtures"/*.model; do
     echo "$tokenizer"
-    tests/python/check_tokenizers.py "$tokenizer" "$fixtures/pinocchio.txt" --program "$tokenize"
+    python3 tests/python/check_tokenizers.py "$tokenizer" "$fixtures/pinocchio.txt" --program "$tokenize"
 done
 printf '#!/bin/sh\nshift\nexec %q %q "$@"\n' "$PWD/$tokenize" "$PWD/$fixtures/unigram.model" >"$work/wrong"
 chmod +x "$work/wrong"
-must_reject tests/python/check_tokenizers.py "$fixtures/bpe-byte-fallback.model" "$fixtures/pinocchio.txt" --program "$work/wrong"
+must_reject python3 tests/python/check_tokenizers.py "$fixtures/bpe-byte-fallback.model" "$fixtures/pinocchio.txt" --program "$work/wrong"
