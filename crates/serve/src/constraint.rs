@@ -8,7 +8,7 @@ use llguidance::toktrie::{
 };
 use llguidance::{Matcher, ParserFactory};
 use mmfree::tokenizer::Tokenizer;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::vocabulary::Vocabulary;
 
@@ -76,10 +76,8 @@ impl Grammars {
     /// Why it cannot be followed.
     pub(crate) fn compile(&self, format: &Format) -> Result<Matcher, String> {
         let grammar = match format {
-            Format::JsonObject => {
-                TopLevelGrammar::from_json_schema(serde_json::json!({"type": "object"}))
-            }
-            Format::JsonSchema(schema) => TopLevelGrammar::from_json_schema(schema.clone()),
+            Format::JsonObject => json_grammar(json!({"type": "object"})),
+            Format::JsonSchema(schema) => json_grammar(schema.clone()),
             Format::Regex(regex) => TopLevelGrammar::from_regex(regex),
             Format::Grammar(lark) => TopLevelGrammar::from_lark(lark.clone()),
         };
@@ -92,6 +90,19 @@ impl Grammars {
             Some(error) => Err(error),
         }
     }
+}
+
+/// JSON with one space where people put one and no other white space: a model that is unsure would otherwise
+/// fill its text with line breaks, which every schema allows.
+fn json_grammar(mut schema: Value) -> TopLevelGrammar {
+    if let Some(object) = schema.as_object_mut() {
+        object.entry("x-guidance").or_insert(json!({
+            "whitespace_flexible": false,
+            "item_separator": ", ",
+            "key_separator": ": ",
+        }));
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 /// The tokenizer as the grammar library sees it.
@@ -113,8 +124,6 @@ impl TokenizerEnv for Environment {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn grammars() -> (Grammars, Arc<Tokenizer>) {
