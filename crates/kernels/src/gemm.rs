@@ -95,30 +95,32 @@ pub fn multiply_alone(
 ) {
     assert!(a.cols == b.rows && out.len() == a.rows * b.cols, "shapes of a product do not fit");
     let stride = |stride: usize| isize::try_from(stride).expect("strides lie inside a slice");
+    // The crate wants columns of C to be contiguous, so it computes Cᵀ = Bᵀ Aᵀ.
+    let (lhs, rhs) = (b.transposed(), a.transposed());
     // SAFETY: `Matrix` is only made of slices that hold all its elements (`new` checks the length,
     // transposing keeps the set of elements, `rows` stays inside), and `out` has M N elements.
     // `out` is borrowed mutably, so it overlaps neither input.
     unsafe {
-        gemm::gemm(
-            a.rows,
-            b.cols,
-            a.cols,
+        gemm_f32::gemm::f32::get_gemm_fn()(
+            lhs.rows,
+            rhs.cols,
+            lhs.cols,
             out.as_mut_ptr(),
-            1,
             stride(b.cols),
+            1,
             accumulate,
-            a.values.as_ptr(),
-            stride(a.col_stride),
-            stride(a.row_stride),
-            b.values.as_ptr(),
-            stride(b.col_stride),
-            stride(b.row_stride),
+            lhs.values.as_ptr(),
+            stride(lhs.col_stride),
+            stride(lhs.row_stride),
+            rhs.values.as_ptr(),
+            stride(rhs.col_stride),
+            stride(rhs.row_stride),
             1.0,
             factor,
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            gemm_common::Parallelism::None,
         );
     }
 }

@@ -7,10 +7,14 @@
 //! | [`backend`] | [`Backend`](backend::Backend): the fused operations, forward and backward; the CPU |
 //! | [`model`] | [`Model`](model::Model): loss and gradients, written once over a backend |
 //! | [`weights`] | parameters from and to Hugging Face directories |
+//! | [`data`] | raw text to token shards, token shards to batches |
+//! | [`log`] | what a run reports: JSON lines and TensorBoard event files |
 #![forbid(unsafe_code)]
 
 pub mod architecture;
 pub mod backend;
+pub mod data;
+pub mod log;
 pub mod model;
 pub mod parameters;
 pub mod weights;
