@@ -121,10 +121,23 @@ impl OutputDirectory {
     /// # Errors
     /// [`Error::Write`].
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write_with(name, |file| file.write_all(bytes))
+    }
+
+    /// Writes a file of the directory piece by piece.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn write_with(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<()> {
         let write = || {
-            let mut file = File::create_new(self.temporary.path().join(name))?;
-            file.write_all(bytes)?;
-            file.sync_all()
+            let file = File::create_new(self.temporary.path().join(name))?;
+            let mut writer = BufWriter::with_capacity(1 << 20, file);
+            fill(&mut writer)?;
+            writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
         };
         write().map_err(|reason| Error::Write {
             file: self.path.join(name).display().to_string(),
