@@ -171,8 +171,11 @@ pub fn remove_unfinished(directory: &Path) -> Result<()> {
         let entry = entry.map_err(error)?;
         if entry.file_name().to_string_lossy().starts_with(PREFIX) {
             let is_directory = entry.file_type().map_err(error)?.is_dir();
-            let remove =
-                if is_directory { fs::remove_dir_all(entry.path()) } else { fs::remove_file(entry.path()) };
+            let remove = if is_directory {
+                fs::remove_dir_all(entry.path())
+            } else {
+                fs::remove_file(entry.path())
+            };
             remove.map_err(error)?;
         }
     }
@@ -186,7 +189,8 @@ pub fn remove_unfinished(directory: &Path) -> Result<()> {
 /// [`Error::Write`].
 pub fn remove_directory(path: &Path) -> Result<()> {
     let error = |reason| Error::Write { file: path.display().to_string(), reason };
-    let name = path.file_name().ok_or_else(|| error(io::Error::other("this is no directory's name")))?;
+    let name =
+        path.file_name().ok_or_else(|| error(io::Error::other("this is no directory's name")))?;
     let doomed = parent(path).join(format!("{PREFIX}{}", name.to_string_lossy()));
     fs::rename(path, &doomed).map_err(error)?;
     fs::remove_dir_all(&doomed).map_err(error)

@@ -21,10 +21,10 @@ use crate::output::OutputDirectory;
 pub(super) const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-const TOKENIZER_JSON: &str = "tokenizer.json";
-const TOKENIZER_MODEL: &str = "tokenizer.model";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
+pub(super) const TOKENIZER_JSON: &str = "tokenizer.json";
+pub(super) const TOKENIZER_MODEL: &str = "tokenizer.model";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Every file of a checkpoint but the weights. Those that are not read are written back with the rest.
 pub(super) const SMALL_FILES: [&str; 11] = [
     CONFIG,
@@ -52,13 +52,15 @@ pub(super) fn open_directory(label: &str, directory: &Path) -> Result<Checkpoint
 
 /// Maps files of a directory.
 fn in_directory(directory: &Path) -> impl Fn(&str) -> Result<Option<Bytes>> {
-    |name| {
-        let path = directory.join(name);
-        match Bytes::map(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(reason) => Err(Error::Read { file: path.display().to_string(), reason }),
-        }
+    |name| map_if_there(&directory.join(name))
+}
+
+/// Maps a file, `None` if there is none.
+pub(super) fn map_if_there(path: &Path) -> Result<Option<Bytes>> {
+    match Bytes::map(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(reason) => Err(Error::Read { file: path.display().to_string(), reason }),
     }
 }
 

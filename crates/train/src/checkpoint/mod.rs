@@ -96,12 +96,12 @@ impl Checkpoints {
     /// # Errors
     /// The directory cannot be read.
     pub fn steps(&self) -> Result<Vec<u64>> {
-        let error =
-            |reason| Error::Read { file: self.directory.display().to_string(), reason };
+        let error = |reason| Error::Read { file: self.directory.display().to_string(), reason };
         let mut steps = Vec::new();
         for entry in fs::read_dir(&self.directory).map_err(error)? {
             let name = entry.map_err(error)?.file_name();
-            let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+            let step: Option<u64> =
+                name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
             steps.extend(step);
         }
         steps.sort_unstable();
@@ -198,7 +198,9 @@ impl Checkpoint {
             }
             let found = checksum_of(&path.join(name))?;
             if line != checksum_line(&found, name) {
-                return Err(damaged(format!("{name} is damaged: its checksum is not that of {CHECKSUMS}")));
+                return Err(damaged(format!(
+                    "{name} is damaged: its checksum is not that of {CHECKSUMS}"
+                )));
             }
         }
         let state = State::read(&label, &read_small(&path.join(STATE))?)?;
@@ -267,7 +269,8 @@ impl Writer {
             let mut hashing = Hashing { file, hash: &mut hash };
             safetensors::write(&mut hashing, &weights::tensors(layout, flat), FloatType::F32)
         })?;
-        self.sums += &format!("{}\n", checksum_line(&std::hash::Hasher::finish(&hash), part.file()));
+        self.sums +=
+            &format!("{}\n", checksum_line(&std::hash::Hasher::finish(&hash), part.file()));
         Ok(())
     }
 
@@ -428,7 +431,8 @@ mod tests {
         other.optimizer.learning_rate = 0.1;
         other.checkpoint.every = 77;
         let error = state.require("c", &other, 12, "more", false).unwrap_err().to_string();
-        for part in ["model.hidden_size: 1024, 5", "optimizer.learning_rate: 0.004, 0.1", "11, 12", "more"]
+        for part in
+            ["model.hidden_size: 1024, 5", "optimizer.learning_rate: 0.004, 0.1", "11, 12", "more"]
         {
             assert!(error.contains(part), "{error}");
         }
