@@ -74,8 +74,8 @@ pub trait Communicator<F> {
         self.gather_bytes(&[]).map(drop)
     }
 
-    /// Ends all processes after an error in this one, where the others cannot notice by themselves.
-    fn abort(&mut self, _exit_code: i32) {}
+    /// Takes leave: every process is done. One that ends without this has failed, and the others notice.
+    fn finish(&mut self) {}
 }
 
 /// Elements that are exchanged at a time.
@@ -159,7 +159,7 @@ pub(crate) trait Exchange {
     /// length both know. Own pieces are not touched.
     fn exchange(&mut self, outgoing: &[&[u8]], incoming: &mut [&mut [u8]]) -> Result<()>;
 
-    fn abort(&mut self, _exit_code: i32) {}
+    fn finish(&mut self) {}
 }
 
 impl<F: AsMut<[f32]>, E: Exchange> Communicator<F> for E {
@@ -265,8 +265,8 @@ impl<F: AsMut<[f32]>, E: Exchange> Communicator<F> for E {
         Ok(gathered)
     }
 
-    fn abort(&mut self, exit_code: i32) {
-        Exchange::abort(self, exit_code);
+    fn finish(&mut self) {
+        Exchange::finish(self);
     }
 }
 

@@ -10,8 +10,16 @@ use crate::error::{Error, Result};
 /// Processes joined by MPI. There is one value of it in a process.
 pub struct Mpi {
     world: SimpleCommunicator,
-    /// Finalises MPI when it is dropped.
-    _universe: Universe,
+    /// Finalises MPI when it is dropped, which waits for all processes.
+    universe: Option<Universe>,
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        // After an error the others may never come to finalise: `mpirun` ends them when this process exits
+        // without having done so.
+        std::mem::forget(self.universe.take());
+    }
 }
 
 impl Mpi {
@@ -23,7 +31,7 @@ impl Mpi {
         let universe = mpi::initialize().ok_or_else(|| {
             Error::Communication("MPI has been initialised in this process already".to_owned())
         })?;
-        Ok(Self { world: universe.world(), _universe: universe })
+        Ok(Self { world: universe.world(), universe: Some(universe) })
     }
 }
 
@@ -61,7 +69,7 @@ impl Exchange for Mpi {
         Ok(())
     }
 
-    fn abort(&mut self, exit_code: i32) {
-        self.world.abort(exit_code);
+    fn finish(&mut self) {
+        self.universe = None;
     }
 }

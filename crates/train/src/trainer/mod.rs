@@ -189,6 +189,16 @@ impl<B: Backend + 'static> Trainer<B> {
         Ok(Outcome::Finished)
     }
 
+    /// Takes leave of the other processes.
+    ///
+    /// # Errors
+    /// One of them has failed.
+    pub fn finish(&mut self) -> Result<()> {
+        self.engine.communicator().barrier()?;
+        self.engine.communicator().finish();
+        Ok(())
+    }
+
     /// One optimiser step: mean loss, gradient norm before clipping, learning rate.
     fn train_step(&mut self) -> Result<(f64, f64, f64)> {
         let (step, loader) = (self.step, self.corpus.train());

@@ -16,7 +16,7 @@ pub struct Prepared {
 }
 
 /// Finds the shards of `data.train` and `data.validation`.
-pub fn prepare(config: &TrainConfig) -> Result<Prepared> {
+pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Result<Prepared> {
     let shards = |paths: &[String]| -> Result<Vec<PathBuf>> {
         paths
             .iter()
