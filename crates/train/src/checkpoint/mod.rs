@@ -186,7 +186,8 @@ impl Checkpoint {
         let sums = read_small(&path.join(CHECKSUMS))?;
         let sums = String::from_utf8(sums)
             .map_err(|_| damaged(format!("{CHECKSUMS} is not a list of checksums")))?;
-        let (lines, last) = sums.trim_end().rsplit_once('\n').unwrap_or(("", ""));
+        let body = sums.strip_suffix('\n').unwrap_or("");
+        let (lines, last) = body.rsplit_once('\n').unwrap_or(("", ""));
         let lines = format!("{lines}\n");
         if last != checksum_line(&XxHash3_64::oneshot(lines.as_bytes()), CHECKSUMS) {
             return Err(damaged(format!("{CHECKSUMS} is damaged")));
