@@ -144,6 +144,20 @@ pub trait Backend {
     fn write_flat(&mut self, flat: &mut Self::Flat, from: usize, values: &[f32]) -> Result<()>;
     /// Sets a part of a flat buffer to zero.
     fn clear_flat(&mut self, flat: &mut Self::Flat, range: Range<usize>) -> Result<()>;
+    /// `into += from`, over the first `len` elements. As it is written here it goes through the host:
+    /// a device does better.
+    fn add_flat(&mut self, from: &Self::Flat, into: &mut Self::Flat, len: usize) -> Result<()> {
+        const BLOCK: usize = 1 << 16;
+        let (mut sum, mut addend) = (vec![0.0; BLOCK], vec![0.0; BLOCK]);
+        for start in (0..len).step_by(BLOCK) {
+            let n = BLOCK.min(len - start);
+            self.read_flat(into, start, &mut sum[..n])?;
+            self.read_flat(from, start, &mut addend[..n])?;
+            sum.iter_mut().zip(&addend[..n]).for_each(|(sum, addend)| *sum += addend);
+            self.write_flat(into, start, &sum[..n])?;
+        }
+        Ok(())
+    }
     /// A tensor of `len` elements, contents undefined.
     fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
     /// Sets a tensor to zero.
