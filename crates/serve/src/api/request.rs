@@ -21,6 +21,10 @@ use crate::scheduler::Client;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// How much more than its limit of a body is taken and thrown away: a client that is still sending when the
+/// connection is closed never sees the answer.
+const DRAINED_BYTES: usize = 4 << 20;
+
 /// The other end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Peer(pub SocketAddr);
@@ -87,20 +91,26 @@ impl Bytes {
             .headers()
             .get(header::CONTENT_LENGTH)
             .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-        if announced.is_some_and(|announced| announced > limit as u64) {
+        if announced.is_some_and(|announced| announced > (limit + DRAINED_BYTES) as u64) {
             return Err(too_large());
         }
         let read = async {
             let mut body = request.into_body().into_data_stream();
             let mut bytes = Vec::new();
+            let mut length = 0;
             while let Some(chunk) = body.next().await {
                 let chunk = chunk.map_err(|_| ApiError::bad_request("the body broke off"))?;
-                if bytes.len() + chunk.len() > limit {
+                length += chunk.len();
+                if length > limit + DRAINED_BYTES {
                     return Err(too_large());
                 }
-                bytes.extend_from_slice(&chunk);
+                if length > limit {
+                    bytes = Vec::new();
+                } else {
+                    bytes.extend_from_slice(&chunk);
+                }
             }
-            Ok(Self(bytes))
+            if length > limit { Err(too_large()) } else { Ok(Self(bytes)) }
         };
         let slow = |_| ApiError::slow_request("the body took too long to arrive");
         tokio::time::timeout(app.options.limits.read_timeout, read).await.map_err(slow)?
