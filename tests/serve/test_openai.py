@@ -241,7 +241,6 @@ def test_keys():
                 assert answer_headers["WWW-Authenticate"] == "Bearer"
                 assert json.loads(body)["error"]["code"] == "invalid_api_key"
         assert server.call("GET", "/health")[0] == 200
-        # Two keys never share a session.
 
 
 def test_too_many_at_once_are_refused_with_a_time_to_retry():
