@@ -52,8 +52,13 @@ def settle(page):
     page.locator(".stats").last.wait_for()
 
 
+def has_stats(page, count):
+    """Waits for so many ended texts."""
+    playwright.expect(page.locator(".stats")).to_have_count(count, timeout=20_000)
+
+
 def set_tokens(page, count):
-    page.locator("#max_tokens").evaluate("(node, value) => { node.value = value; node.dispatchEvent(new Event('input')); }", count)
+    page.locator("#max_tokens").evaluate("(node, value) => { node.max = 4096; node.value = value; node.dispatchEvent(new Event('input')); }", count)
 
 
 def picture(page, name):
@@ -85,16 +90,17 @@ def test_write_stop_reload_and_go_on(open_page, server, size, theme):
 
     # Go on without a word: the session goes on.
     page.locator("#send").click()
-    page.wait_for_function("document.querySelectorAll('.stats').length === 2")
+    has_stats(page, 2)
     seen = re.findall(r"for (\d+) tokens", page.locator(".log").inner_text())
     assert int(seen[1]) == int(seen[0]) + 64
 
     # Stop.
-    set_tokens(page, 1024)
+    set_tokens(page, 4096)
+    page.locator("#seed").evaluate("node => { node.value = 1; }")
     page.locator("#input").fill("The captain said:")
     page.locator("#send").click()
     page.locator("#stop").wait_for()
-    page.wait_for_function("document.querySelectorAll('.entry.model').length === 3 && document.querySelector('.running .text').textContent.length > 20")
+    playwright.expect(page.locator(".running .text")).to_have_text(re.compile(r"\S.{20}", re.S), timeout=20_000)
     picture(page, f"writing-{size}-{theme}")
     page.keyboard.press("Escape")
     settle(page)
@@ -109,7 +115,7 @@ def test_write_stop_reload_and_go_on(open_page, server, size, theme):
     assert page.locator(".log").inner_text() == before
     set_tokens(page, 32)
     page.locator("#send").click()
-    page.wait_for_function("document.querySelectorAll('.stats').length === 4")
+    has_stats(page, 4)
     seen = re.findall(r"for (\d+) tokens", page.locator(".log").inner_text())
     assert int(seen[-1]) > int(seen[1]), "after a stop the whole text is read again"
 
@@ -124,7 +130,7 @@ def test_write_stop_reload_and_go_on(open_page, server, size, theme):
     settle(page)
     page.locator("#input").fill("Where do you live?")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('.stats').length === 2")
+    has_stats(page, 2)
     picture(page, f"chat-{size}-{theme}")
     page.locator("#open-settings").click()
     picture(page, f"settings-{size}-{theme}")
@@ -150,7 +156,7 @@ def test_a_chat_tells_the_server_only_what_is_new(open_page):
     for number, message in enumerate(["Hello!", "And you?"]):
         page.locator("#input").fill(message)
         page.keyboard.press("Enter")
-        page.wait_for_function(f"document.querySelectorAll('.stats').length === {number + 1}")
+        has_stats(page, number + 1)
     assert [len(body["messages"]) for body in bodies] == [1, 1]
     assert bodies[0]["session_id"] == bodies[1]["session_id"]
 
