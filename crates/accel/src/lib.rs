@@ -1,0 +1,28 @@
+//! An accelerator for MatMul-free language models: instruction set, assembler, compiler, simulator.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`isa`] | instructions and their encoding: the single source of `docs/isa.md` and of the RTL's package |
+//! | [`arith`] | arithmetic, to the bit |
+//! | [`config`] | [`Configuration`](config::Configuration): sizes of one accelerator; packing of trits |
+//! | [`asm`] | assembler and disassembler |
+//! | [`image`] | program images: files of a program and its memories |
+//! | [`compiler`] | a model to a program image |
+//! | [`machine`] | [`Machine`](machine::Machine): the functional simulator |
+//! | [`generate`] | the host's part: tokens in, tokens out |
+//! | [`package`] | writes the SystemVerilog package |
+//! | [`error`] | [`Error`](error::Error), the one error type of this crate |
+//!
+//! Letters: D hidden size, F intermediate size, L layers, V vocabulary; N rows and K columns of a matrix.
+#![forbid(unsafe_code)]
+
+pub mod arith;
+pub mod asm;
+pub mod compiler;
+pub mod config;
+pub mod error;
+pub mod generate;
+pub mod image;
+pub mod isa;
+pub mod machine;
+pub mod package;
