@@ -43,7 +43,10 @@ impl Scale {
             mantissa = (value * (exponent as f64).exp2()).round();
         }
         if exponent > 63 {
-            return Self { mantissa: (mantissa / ((exponent - 63) as f64).exp2()) as u32, exponent: 63 };
+            return Self {
+                mantissa: (mantissa / ((exponent - 63) as f64).exp2()) as u32,
+                exponent: 63,
+            };
         }
         if exponent < 0 {
             return Self { mantissa: (1 << 31) - 1, exponent: 0 };
@@ -188,7 +191,8 @@ pub fn recurrence(sigmoid: &Sigmoid, i: i32, gate: i32, h: i32) -> i32 {
 
 /// A real number as an element.
 pub fn from_f32(value: f32) -> i32 {
-    (f64::from(value) * f64::from(ONE)).round().clamp(f64::from(i32::MIN), f64::from(i32::MAX)) as i32
+    (f64::from(value) * f64::from(ONE)).round().clamp(f64::from(i32::MIN), f64::from(i32::MAX))
+        as i32
 }
 
 /// An element as a real number.

@@ -97,7 +97,8 @@ pub fn assemble(file: &str, text: &str) -> Result<Vec<Instruction>, Box<Assembly
         let mnemonic = code.split(char::is_whitespace).next().unwrap_or(code);
         let span = start..start + mnemonic.len();
         let Some(&opcode) = mnemonics.get(&mnemonic.to_ascii_lowercase()[..]) else {
-            problems.push(Problem { span, message: format!("there is no instruction {mnemonic:?}") });
+            problems
+                .push(Problem { span, message: format!("there is no instruction {mnemonic:?}") });
             continue;
         };
         match opcode {
@@ -106,7 +107,10 @@ pub fn assemble(file: &str, text: &str) -> Result<Vec<Instruction>, Box<Assembly
                 message: format!("more than {LOOP_DEPTH} loops inside one another"),
             }),
             Opcode::End if open_loops.is_empty() => {
-                problems.push(Problem { span: span.clone(), message: "no loop is open here".to_owned() });
+                problems.push(Problem {
+                    span: span.clone(),
+                    message: "no loop is open here".to_owned(),
+                });
             }
             _ => {}
         }
@@ -116,14 +120,17 @@ pub fn assemble(file: &str, text: &str) -> Result<Vec<Instruction>, Box<Assembly
             open_loops.pop();
         }
         if program.len() == PROGRAM_LIMIT {
-            problems.push(Problem { span, message: format!("more than {PROGRAM_LIMIT} instructions") });
+            problems
+                .push(Problem { span, message: format!("more than {PROGRAM_LIMIT} instructions") });
             break;
         }
         let operands = start + mnemonic.len()..start + code.len();
         program.push(parse_operands(opcode, text, operands, &mut problems));
     }
     problems.extend(
-        open_loops.into_iter().map(|span| Problem { span, message: "this loop has no end".to_owned() }),
+        open_loops
+            .into_iter()
+            .map(|span| Problem { span, message: "this loop has no end".to_owned() }),
     );
     if problems.is_empty() {
         return Ok(program);
@@ -142,7 +149,8 @@ fn parse_operands(
     let mut instruction = Instruction::new(opcode);
     let expected = opcode.operands();
     let source = &text[range.clone()];
-    let parts: Vec<&str> = if source.trim().is_empty() { Vec::new() } else { source.split(',').collect() };
+    let parts: Vec<&str> =
+        if source.trim().is_empty() { Vec::new() } else { source.split(',').collect() };
     if parts.len() != expected.len() {
         let names: Vec<_> = expected.iter().map(|operand| operand.name).collect();
         let message = format!(
@@ -174,7 +182,11 @@ fn parse_operands(
     instruction
 }
 
-fn parse_operand(text: &str, operand: &Operand, instruction: &mut Instruction) -> Result<(), String> {
+fn parse_operand(
+    text: &str,
+    operand: &Operand,
+    instruction: &mut Instruction,
+) -> Result<(), String> {
     let lower = text.to_ascii_lowercase();
     let expected = |form: &str| format!("{} must be {form}, found {text:?}", operand.name);
     let register = |text: &str, letter: char, form: &str| {
@@ -237,11 +249,15 @@ pub fn disassemble(instruction: &Instruction) -> String {
         .map(|operand| {
             let value = instruction.get(operand.field);
             match operand.kind {
-                Kind::Destination => format!("v{value}{}", if instruction.indexed { "+o" } else { "" }),
+                Kind::Destination => {
+                    format!("v{value}{}", if instruction.indexed { "+o" } else { "" })
+                }
                 Kind::Source => format!("v{value}"),
                 Kind::Scalar => format!("s{value}"),
                 Kind::Address => format!("a{value}"),
-                Kind::AddressPost => format!("a{value}{}", if instruction.sd & 1 != 0 { "+" } else { "" }),
+                Kind::AddressPost => {
+                    format!("a{value}{}", if instruction.sd & 1 != 0 { "+" } else { "" })
+                }
                 Kind::Packing => (if value & 1 != 0 { "t5" } else { "t2" }).to_owned(),
                 Kind::Number => value.to_string(),
             }
@@ -279,7 +295,8 @@ mod tests {
             let mut instruction = Instruction::new(Opcode::ALL[opcode]);
             for (&field, value) in Field::ALL.iter().zip(values).skip(1) {
                 if let Some(limit) = Instruction::field_limit(instruction.opcode, field) {
-                    instruction.set(field, if limit == u32::MAX { value } else { value % (limit + 1) });
+                    instruction
+                        .set(field, if limit == u32::MAX { value } else { value % (limit + 1) });
                 }
             }
             instruction
@@ -322,7 +339,13 @@ mod tests {
         let found: Vec<_> = error
             .problems()
             .iter()
-            .map(|problem| (position(text, problem.span.start), &text[problem.span.clone()], &problem.message[..]))
+            .map(|problem| {
+                (
+                    position(text, problem.span.start),
+                    &text[problem.span.clone()],
+                    &problem.message[..],
+                )
+            })
             .collect();
         let expected = [
             ((2, 12), "a9+", "address is 9, the largest possible is 7"),

@@ -40,8 +40,18 @@ const PRESETS: [(&str, [u32; 7]); 4] = [
 impl Configuration {
     /// A preset: `tiny`, `ecp5`, `sim` or `d5005`.
     pub fn preset(name: &str) -> Option<Self> {
-        let &(name, [cores, weight_bytes, row_lanes, vector_words, activation_bytes, fifo_beats, burst_beats]) =
-            PRESETS.iter().find(|(preset, _)| preset.eq_ignore_ascii_case(name))?;
+        let &(
+            name,
+            [
+                cores,
+                weight_bytes,
+                row_lanes,
+                vector_words,
+                activation_bytes,
+                fifo_beats,
+                burst_beats,
+            ],
+        ) = PRESETS.iter().find(|(preset, _)| preset.eq_ignore_ascii_case(name))?;
         Some(Self {
             name: name.to_owned(),
             cores,
@@ -216,7 +226,10 @@ mod tests {
             ("cores", Configuration { cores: 0, ..tiny.clone() }),
             ("row_lanes", Configuration { row_lanes: 3, ..tiny.clone() }),
             ("weight_bytes", Configuration { weight_bytes: 4, row_lanes: 8, ..tiny.clone() }),
-            ("activation_bytes", Configuration { activation_bytes: 16, weight_bytes: 32, ..tiny.clone() }),
+            (
+                "activation_bytes",
+                Configuration { activation_bytes: 16, weight_bytes: 32, ..tiny.clone() },
+            ),
             ("burst_beats", Configuration { burst_beats: 32, ..tiny.clone() }),
         ] {
             assert!(changed.check().unwrap_err().to_string().contains(name), "{name}");

@@ -179,7 +179,9 @@ impl Image {
     pub fn from_bytes(file: &str, bytes: &[u8]) -> Result<Self> {
         let wrong = |what: String| Error::Image { file: file.to_owned(), what };
         if !bytes.starts_with(MAGIC) {
-            return Err(wrong("this is no program image: it does not begin with MMFACCEL".to_owned()));
+            return Err(wrong(
+                "this is no program image: it does not begin with MMFACCEL".to_owned(),
+            ));
         }
         if bytes.len() < HEADER_BYTES {
             return Err(wrong(format!(
@@ -196,11 +198,15 @@ impl Image {
             )));
         }
         if word(12) as usize != HEADER_BYTES {
-            return Err(wrong(format!("the header claims {} bytes, expected {HEADER_BYTES}", word(12))));
+            return Err(wrong(format!(
+                "the header claims {} bytes, expected {HEADER_BYTES}",
+                word(12)
+            )));
         }
         let name: Vec<u8> = bytes[NAME].iter().copied().take_while(|&byte| byte != 0).collect();
         let configuration = Configuration {
-            name: String::from_utf8(name).map_err(|_| wrong("the configuration's name is not UTF-8".into()))?,
+            name: String::from_utf8(name)
+                .map_err(|_| wrong("the configuration's name is not UTF-8".into()))?,
             cores: word(16),
             weight_bytes: word(20),
             row_lanes: word(24),
@@ -217,7 +223,9 @@ impl Image {
         };
         let count = word(64) as usize;
         if count > PROGRAM_LIMIT {
-            return Err(wrong(format!("the program has {count} instructions, at most {PROGRAM_LIMIT} fit")));
+            return Err(wrong(format!(
+                "the program has {count} instructions, at most {PROGRAM_LIMIT} fit"
+            )));
         }
         let (data_len, data_bytes, stream_bytes) = (long(72), long(80), long(88));
         let padded = |bytes: u64| bytes.checked_next_multiple_of(PAGE);
@@ -251,20 +259,25 @@ impl Image {
             let end = bytes.and_then(|bytes| address.checked_add(bytes));
             match (bytes, end) {
                 (Some(bytes), Some(end)) if end <= data_bytes => Ok(Region { address, bytes }),
-                _ => Err(wrong(format!("the {name} at {address} lie outside of {data_bytes} bytes of data"))),
+                _ => Err(wrong(format!(
+                    "the {name} at {address} lie outside of {data_bytes} bytes of data"
+                ))),
             }
         };
         let state = region("state's bytes", long(96), Some(long(104)))?;
         let logits = region("logits", long(112), long(120).checked_mul(4))?;
 
         let mut program = Vec::with_capacity(count);
-        for (index, bytes) in
-            bytes[HEADER_BYTES..][..count * INSTRUCTION_BYTES].chunks_exact(INSTRUCTION_BYTES).enumerate()
+        for (index, bytes) in bytes[HEADER_BYTES..][..count * INSTRUCTION_BYTES]
+            .chunks_exact(INSTRUCTION_BYTES)
+            .enumerate()
         {
             let instruction = Instruction::decode(std::array::from_fn(|i| bytes[i]));
-            program.push(
-                instruction.map_err(|reason| Error::Instruction { file: file.to_owned(), index, reason })?,
-            );
+            program.push(instruction.map_err(|reason| Error::Instruction {
+                file: file.to_owned(),
+                index,
+                reason,
+            })?);
         }
         // The sum above fits the file's length, so these fit usize.
         let mut at = HEADER_BYTES + program_bytes.next_multiple_of(PAGE) as usize;
@@ -281,7 +294,16 @@ impl Image {
             intermediate_size: word(56),
             num_hidden_layers: word(60),
         };
-        Ok(Self { configuration, packing, shape, program, data, data_bytes, streams, state, logits })
+        Ok(Self {
+            configuration,
+            packing,
+            shape,
+            program,
+            data,
+            data_bytes,
+            streams,
+            state,
+            logits,
+        })
     }
 }
-

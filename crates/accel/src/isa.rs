@@ -207,7 +207,7 @@ opcodes! {
         "`vd = va / sqrt(mean(va^2) + epsilon) * vb`, epsilon in Q28. Computed in two steps: the product with the \
          inverse root is rounded to an element first.";
     Quant = 12, "quant", [SD, VA, SA, N],
-        "`q = clamp(round(va * 127 / max|va|), -127, 127)` into the activation buffers; `sd = sa * max|va|`.";
+        "`q = clamp(round(va * 127 / max abs(va)), -127, 127)` into the activation buffers; `sd = sa * max abs(va)`.";
     MatVec = 13, "matvec", [VD, SA, operand("k", Field::Vc, Kind::Number), N, operand("packing", Field::Sd, Kind::Packing)],
         "`vd[0..n] = sa * (sum_k q[k] * t[n, k])` with the next weights of the streams.";
     Add = 14, "add", [VD, VA, VB, N],
@@ -328,9 +328,9 @@ impl Instruction {
 
     /// The 16 bytes.
     pub fn encode(&self) -> [u8; INSTRUCTION_BYTES] {
-        let bits = Field::ALL.iter().fold(0u128, |bits, &field| {
-            bits | u128::from(self.get(field)) << field.bits().0
-        });
+        let bits = Field::ALL
+            .iter()
+            .fold(0u128, |bits, &field| bits | u128::from(self.get(field)) << field.bits().0);
         bits.to_le_bytes()
     }
 
@@ -373,4 +373,26 @@ pub fn markdown_table() -> String {
         );
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_table_is_current() {
+        let page = include_str!("../../../docs/isa.md");
+        assert!(page.contains(&markdown_table()), "docs/isa.md should have:\n{}", markdown_table());
+    }
+
+    #[test]
+    fn opcodes_are_dense_and_their_operands_distinct() {
+        for (code, &opcode) in Opcode::ALL.iter().enumerate() {
+            assert_eq!((opcode as usize, Opcode::from_code(code as u8)), (code, Some(opcode)));
+            let fields: Vec<_> = opcode.operands().iter().map(|operand| operand.field).collect();
+            for (i, field) in fields.iter().enumerate() {
+                assert!(!fields[..i].contains(field), "{} uses {field:?} twice", opcode.mnemonic());
+            }
+        }
+    }
 }

@@ -10,7 +10,9 @@
 //! | [`compiler`] | a model to a program image |
 //! | [`machine`] | [`Machine`](machine::Machine): the functional simulator |
 //! | [`generate`] | the host's part: tokens in, tokens out |
+//! | [`compare`] | the accelerator beside the float engine |
 //! | [`package`] | writes the SystemVerilog package |
+//! | [`trace`] | digests of the state, for comparison with the RTL |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
 //!
 //! Letters: D hidden size, F intermediate size, L layers, V vocabulary; N rows and K columns of a matrix.
@@ -18,6 +20,7 @@
 
 pub mod arith;
 pub mod asm;
+pub mod compare;
 pub mod compiler;
 pub mod config;
 pub mod error;
@@ -26,3 +29,4 @@ pub mod image;
 pub mod isa;
 pub mod machine;
 pub mod package;
+pub mod trace;

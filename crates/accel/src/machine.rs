@@ -8,7 +8,8 @@ use crate::config::{Configuration, Packing};
 use crate::error::{Error, Result};
 use crate::image::Image;
 use crate::isa::{
-    ADDRESS_REGISTERS, ADDRESS_UNIT, Instruction, LOOP_DEPTH, Opcode, SCALAR_REGISTERS, VECTOR_LIMIT,
+    ADDRESS_REGISTERS, ADDRESS_UNIT, Instruction, LOOP_DEPTH, Opcode, SCALAR_REGISTERS,
+    VECTOR_LIMIT,
 };
 
 /// Instructions after which a run is given up: no model of the family comes near.
@@ -106,6 +107,11 @@ impl Machine {
         &self.scalars
     }
 
+    /// Address registers.
+    pub fn addresses(&self) -> &[u32; ADDRESS_REGISTERS] {
+        &self.addresses
+    }
+
     /// The token register: the last best index, or what was set.
     pub fn token(&self) -> u32 {
         self.token
@@ -162,7 +168,9 @@ impl Machine {
                 Opcode::Halt => {
                     if self.stream_at != self.stream_end {
                         let left = self.stream_end - self.stream_at;
-                        return Err(fail(format!("{left} bytes of weights were streamed and not used")));
+                        return Err(fail(format!(
+                            "{left} bytes of weights were streamed and not used"
+                        )));
                     }
                     self.token = self.best.1;
                     observer(here, self);
@@ -170,7 +178,9 @@ impl Machine {
                 }
                 Opcode::Loop => {
                     if loops.len() == LOOP_DEPTH {
-                        return Err(fail(format!("more than {LOOP_DEPTH} loops inside one another")));
+                        return Err(fail(format!(
+                            "more than {LOOP_DEPTH} loops inside one another"
+                        )));
                     }
                     loops.push((pc, instruction.imm.max(1) - 1));
                 }
@@ -218,7 +228,9 @@ impl Machine {
             Opcode::Store => {
                 let source = self.words_of("va", i.va, n)?;
                 let target = self.memory(self.addresses[usize::from(i.sa)], source.len() * 4)?;
-                for (bytes, value) in self.data[target].chunks_exact_mut(4).zip(&self.vectors[source]) {
+                for (bytes, value) in
+                    self.data[target].chunks_exact_mut(4).zip(&self.vectors[source])
+                {
                     bytes.copy_from_slice(&value.to_le_bytes());
                 }
                 self.advance(i);
@@ -233,7 +245,9 @@ impl Machine {
                 let (d, a, b) = self.three(i)?;
                 let sum = self.vectors[a..a + n].iter().map(|&x| arith::square(x)).sum();
                 let factor = arith::inverse_rms(sum, n as u32, i.imm);
-                each(&mut self.vectors, padded, |v, j| v[d + j] = arith::mul(factor.apply(v[a + j]), v[b + j]));
+                each(&mut self.vectors, padded, |v, j| {
+                    v[d + j] = arith::mul(factor.apply(v[a + j]), v[b + j])
+                });
             }
             Opcode::Quant => self.quant(i)?,
             Opcode::MatVec => self.matvec(i)?,
@@ -257,13 +271,15 @@ impl Machine {
             Opcode::SwiGlu => {
                 let (d, a, b) = self.three(i)?;
                 let sigmoid = &self.sigmoid;
-                each(&mut self.vectors, padded, |v, j| v[d + j] = arith::mul(sigmoid.silu(v[a + j]), v[b + j]));
+                each(&mut self.vectors, padded, |v, j| {
+                    v[d + j] = arith::mul(sigmoid.silu(v[a + j]), v[b + j])
+                });
             }
             Opcode::Mlgru => self.mlgru(i)?,
             Opcode::ArgMax => {
                 let a = self.words_of("va", i.va, n)?.start;
                 for j in 0..n {
-                    if self.vectors[a + j] > self.best.0 || self.next_index == 0 {
+                    if self.vectors[a + j] > self.best.0 {
                         self.best = (self.vectors[a + j], self.next_index);
                     }
                     self.next_index = self.next_index.wrapping_add(1);
@@ -291,7 +307,10 @@ impl Machine {
         }
         let (first, end) = (usize::from(word), usize::from(word) + words);
         if end > limit {
-            return Err(format!("{name} is words {first} to {} of a vector memory of {limit}", end - 1));
+            return Err(format!(
+                "{name} is words {first} to {} of a vector memory of {limit}",
+                end - 1
+            ));
         }
         let lanes = self.configuration.row_lanes as usize;
         Ok(first * lanes..end * lanes)
@@ -317,11 +336,18 @@ impl Machine {
     }
 
     /// Bytes of data memory.
-    fn memory(&self, address: u32, bytes: usize) -> std::result::Result<std::ops::Range<usize>, String> {
+    fn memory(
+        &self,
+        address: u32,
+        bytes: usize,
+    ) -> std::result::Result<std::ops::Range<usize>, String> {
         let start = u64::from(address) * ADDRESS_UNIT;
         let end = start + bytes as u64;
         if end > self.data.len() as u64 {
-            return Err(format!("bytes {start} to {end} lie outside of {} bytes of data memory", self.data.len()));
+            return Err(format!(
+                "bytes {start} to {end} lie outside of {} bytes of data memory",
+                self.data.len()
+            ));
         }
         Ok(start as usize..end as usize)
     }
@@ -329,7 +355,8 @@ impl Machine {
     fn load(&mut self, i: &Instruction, address: u32) -> std::result::Result<(), String> {
         let target = self.words_of("vd", self.destination(i), i.n.into())?;
         let source = self.memory(address, target.len() * 4)?;
-        for (value, bytes) in self.vectors[target].iter_mut().zip(self.data[source].chunks_exact(4)) {
+        for (value, bytes) in self.vectors[target].iter_mut().zip(self.data[source].chunks_exact(4))
+        {
             *value = i32::from_le_bytes(std::array::from_fn(|i| bytes[i]));
         }
         Ok(())
@@ -353,10 +380,14 @@ impl Machine {
         let limit = self.streams.iter().map(Vec::len).min().unwrap_or(0) as u64;
         let whole = u64::from(self.configuration.burst_beats * self.configuration.weight_bytes);
         if start % whole != 0 {
-            return Err(format!("streams begin at multiples of a burst of {whole} bytes, found {start}"));
+            return Err(format!(
+                "streams begin at multiples of a burst of {whole} bytes, found {start}"
+            ));
         }
         if end > limit {
-            return Err(format!("bytes {start} to {end} lie outside of {limit} bytes of weight memory"));
+            return Err(format!(
+                "bytes {start} to {end} lie outside of {limit} bytes of weight memory"
+            ));
         }
         (self.stream_at, self.stream_end) = (start as usize, end as usize);
         Ok(())
@@ -369,12 +400,14 @@ impl Machine {
             let limit = self.activations.len();
             return Err(format!("{} activations do not fit a buffer of {limit}", a.len()));
         }
-        let maximum = self.vectors[a.start..a.start + n].iter().map(|x| x.unsigned_abs()).max().unwrap_or(0);
+        let maximum =
+            self.vectors[a.start..a.start + n].iter().map(|x| x.unsigned_abs()).max().unwrap_or(0);
         let factor = arith::quant_factor(maximum);
         for (j, q) in self.activations[..a.len()].iter_mut().enumerate() {
             *q = if j < n { arith::quantize(self.vectors[a.start + j], factor) } else { 0 };
         }
-        self.scalars[usize::from(i.sd)] = arith::dequant_scale(maximum, self.scalars[usize::from(i.sa)]);
+        self.scalars[usize::from(i.sd)] =
+            arith::dequant_scale(maximum, self.scalars[usize::from(i.sa)]);
         Ok(())
     }
 
@@ -385,17 +418,24 @@ impl Machine {
         let columns = k.next_multiple_of(width);
         if n == 0 || k == 0 || columns > self.activations.len() {
             let limit = self.activations.len();
-            return Err(format!("{n} rows of {k} activations: expected at least 1, and at most {limit} activations"));
+            return Err(format!(
+                "{n} rows of {k} activations: expected at least 1, and at most {limit} activations"
+            ));
         }
         let lanes = self.configuration.row_lanes as usize;
         let target = usize::from(self.destination(i)) * lanes;
         if target + n.next_multiple_of(lanes) > self.vectors.len() {
-            return Err(format!("{n} results from word {} on do not fit vector memory", target / lanes));
+            return Err(format!(
+                "{n} results from word {} on do not fit vector memory",
+                target / lanes
+            ));
         }
         let bytes = self.configuration.beats(packing, n, k) * width;
         if self.stream_end - self.stream_at < bytes {
             let left = self.stream_end - self.stream_at;
-            return Err(format!("it needs {bytes} bytes of weights a core, but {left} are left of the stream"));
+            return Err(format!(
+                "it needs {bytes} bytes of weights a core, but {left} are left of the stream"
+            ));
         }
         let scale = self.scalars[usize::from(i.sa)];
         let rows = packing.trits();
@@ -424,15 +464,22 @@ impl Machine {
             self.words_of("vc", i.vc, n)?,
         ];
         for (index, first) in ranges.iter().enumerate() {
-            if ranges[..index].iter().any(|second| first.start < second.end && second.start < first.end) {
+            if ranges[..index]
+                .iter()
+                .any(|second| first.start < second.end && second.start < first.end)
+            {
                 return Err("its four vectors must not overlap".to_owned());
             }
         }
         let padded = ranges[0].len();
         let [h, input, gate, bound] = ranges.map(|range| range.start);
         let sigmoid = &self.sigmoid;
-        each(&mut self.vectors, padded, |v, j| v[gate + j] = arith::forget_gate(sigmoid, v[gate + j], v[bound + j]));
-        each(&mut self.vectors, padded, |v, j| v[h + j] = arith::recurrence(sigmoid, v[input + j], v[gate + j], v[h + j]));
+        each(&mut self.vectors, padded, |v, j| {
+            v[gate + j] = arith::forget_gate(sigmoid, v[gate + j], v[bound + j])
+        });
+        each(&mut self.vectors, padded, |v, j| {
+            v[h + j] = arith::recurrence(sigmoid, v[input + j], v[gate + j], v[h + j])
+        });
         Ok(())
     }
 }

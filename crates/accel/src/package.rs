@@ -10,7 +10,8 @@ use crate::isa::{self, Field, Opcode};
 fn words(values: impl DoubleEndedIterator<Item = u64>, bits: u32, per_line: usize) -> String {
     let digits = bits.div_ceil(4) as usize;
     let items: Vec<_> = values.rev().map(|value| format!("{bits}'h{value:0digits$x}")).collect();
-    let lines: Vec<_> = items.chunks(per_line).map(|line| format!("    {}", line.join(", "))).collect();
+    let lines: Vec<_> =
+        items.chunks(per_line).map(|line| format!("    {}", line.join(", "))).collect();
     lines.join(",\n")
 }
 
@@ -24,7 +25,10 @@ pub fn system_verilog() -> String {
 
 fn render(out: &mut String) -> std::fmt::Result {
     writeln!(out, "// Constants that hardware and software share.")?;
-    writeln!(out, "// Written by mmfree-accel (crates/accel/src/package.rs): change it there. A test compares.")?;
+    writeln!(
+        out,
+        "// Written by mmfree-accel (crates/accel/src/package.rs): change it there. A test compares."
+    )?;
     writeln!(out, "package mmfree_pkg;")?;
     writeln!(out, "  // Instruction set")?;
     for (name, value) in [
@@ -48,7 +52,13 @@ fn render(out: &mut String) -> std::fmt::Result {
     writeln!(out, "\n  typedef enum logic [OpcodeWidth-1:0] {{")?;
     for (index, &opcode) in Opcode::ALL.iter().enumerate() {
         let comma = if index + 1 < Opcode::ALL.len() { "," } else { "" };
-        writeln!(out, "    Op{} = {}'d{}{comma}", opcode.name(), Field::Opcode.bits().1, opcode as u8)?;
+        writeln!(
+            out,
+            "    Op{} = {}'d{}{comma}",
+            opcode.name(),
+            Field::Opcode.bits().1,
+            opcode as u8
+        )?;
     }
     writeln!(out, "  }} opcode_e;")?;
 
@@ -62,21 +72,31 @@ fn render(out: &mut String) -> std::fmt::Result {
         writeln!(out, "  localparam int unsigned {name} = {value};")?;
     }
     writeln!(out, "\n  // A factor: mantissa * 2^-exponent")?;
-    writeln!(out, "  typedef struct packed {{\n    logic [30:0] mantissa;\n    logic [5:0] exponent;\n  }} scale_t;")?;
+    writeln!(
+        out,
+        "  typedef struct packed {{\n    logic [30:0] mantissa;\n    logic [5:0] exponent;\n  }} scale_t;"
+    )?;
 
     let table = arith::sigmoid_table();
-    writeln!(out, "\n  // Sigmoid on [0, 16) in steps of 1/16: value (21 bits) and rise (15 bits) of each segment, Q20.")?;
+    writeln!(
+        out,
+        "\n  // Sigmoid on [0, 16) in steps of 1/16: value (21 bits) and rise (15 bits) of each segment, Q20."
+    )?;
     writeln!(out, "  localparam logic [SigmoidSegments-1:0][35:0] SigmoidTable = {{")?;
     let entries = table.iter().map(|&(value, rise)| u64::from(value) << 15 | u64::from(rise));
     writeln!(out, "{}\n  }};", words(entries, 36, 6))?;
 
-    writeln!(out, "\n  // Five trits of a byte, base 3: for each two bits, {{is negative, is not zero}}, lowest trit first.")?;
+    writeln!(
+        out,
+        "\n  // Five trits of a byte, base 3: for each two bits, {{is negative, is not zero}}, lowest trit first."
+    )?;
     writeln!(out, "  localparam logic [255:0][9:0] TritTable5 = {{")?;
-    let entries = (0..=255u8).map(|byte| {
-        Packing::T5.decode(byte).iter().rev().fold(0u64, |bits, &trit| {
-            bits << 2 | u64::from(trit < 0) << 1 | u64::from(trit != 0)
-        })
-    });
+    let entries =
+        (0..=255u8).map(|byte| {
+            Packing::T5.decode(byte).iter().rev().fold(0u64, |bits, &trit| {
+                bits << 2 | u64::from(trit < 0) << 1 | u64::from(trit != 0)
+            })
+        });
     writeln!(out, "{}\n  }};", words(entries, 10, 10))?;
     writeln!(out, "endpackage")
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mmfree::error::Error;
 
+mod accel;
 mod bench;
 mod chat;
 mod generate;
@@ -44,6 +45,7 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Accel(accel::Args),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Accel(args) => accel::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

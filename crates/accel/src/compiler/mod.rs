@@ -46,10 +46,17 @@ struct Tile {
 /// A vector of parameters in data memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Parameter {
-    Norm { name: String, len: usize },
-    LowerBound { layer: usize },
+    Norm {
+        name: String,
+        len: usize,
+    },
+    LowerBound {
+        layer: usize,
+    },
     /// γ / 127 of these matrices.
-    Scales { matrices: Vec<usize> },
+    Scales {
+        matrices: Vec<usize>,
+    },
 }
 
 /// A part of a memory, for the report.
@@ -92,7 +99,11 @@ impl Plan {
     ///
     /// # Errors
     /// [`Error::DoesNotFit`] and [`Error::Configuration`].
-    pub fn new(model: &ModelConfig, configuration: &Configuration, packing: Packing) -> Result<Self> {
+    pub fn new(
+        model: &ModelConfig,
+        configuration: &Configuration,
+        packing: Packing,
+    ) -> Result<Self> {
         configuration.check()?;
         let (d, f) = (model.hidden_size, model.intermediate_size);
         let layers = model.num_hidden_layers;
@@ -201,7 +212,11 @@ impl Plan {
     ///
     /// # Panics
     /// If the checkpoint has other sizes than the plan.
-    pub fn image(&self, checkpoint: &Checkpoint, progress: &mut dyn FnMut(u64, u64)) -> Result<Image> {
+    pub fn image(
+        &self,
+        checkpoint: &Checkpoint,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Image> {
         assert_eq!(checkpoint.config(), &self.model, "the plan is for another model");
         let cores = self.configuration.cores as usize;
         let total = self.stream_bytes * cores as u64 + self.embeddings.bytes;

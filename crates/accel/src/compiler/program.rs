@@ -188,9 +188,12 @@ impl<'a> Builder<'a> {
 
     /// `vd = RMSNorm(va)` with a weight that is loaded into `w`.
     fn norm(&mut self, vd: u16, va: u16, w: u16, name: &str, n: usize, epsilon: f64) {
-        let epsilon = (epsilon * f64::from(1u32 << arith::MEAN_FRACTION_BITS)).round().max(1.0) as u32;
+        let epsilon =
+            (epsilon * f64::from(1u32 << arith::MEAN_FRACTION_BITS)).round().max(1.0) as u32;
         self.parameter(w, Parameter::Norm { name: format!("{name}.weight"), len: n }, n);
-        self.emit(Opcode::RmsNorm, |i| (i.vd, i.va, i.vb, i.n, i.imm) = (vd, va, w, n as u16, epsilon));
+        self.emit(Opcode::RmsNorm, |i| {
+            (i.vd, i.va, i.vb, i.n, i.imm) = (vd, va, w, n as u16, epsilon)
+        });
     }
 
     /// The input of BitLinear: its norm and quantiser. `t` may be `va`.
@@ -269,7 +272,9 @@ impl<'a> Builder<'a> {
 
         self.scales(v, (first..first + LAYER_SCALES).collect());
         self.norm(v.u, v.x, v.w, &name("attn_norm"), d, epsilon);
-        for (m, (matrix, target)) in [(i_proj, v.i), (f_proj, v.f), (g_proj, v.g)].into_iter().enumerate() {
+        for (m, (matrix, target)) in
+            [(i_proj, v.i), (f_proj, v.f), (g_proj, v.g)].into_iter().enumerate()
+        {
             self.bit_input(matrix, m as u8 + 1, v.u, v.t, v.w);
             self.matvec(matrix, target, 0, d);
         }
@@ -329,4 +334,3 @@ impl<'a> Builder<'a> {
         }
     }
 }
-
