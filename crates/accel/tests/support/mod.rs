@@ -69,6 +69,8 @@ pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configura
         ])
         .args(["--assert", "-DMMFREE_ASSERTIONS", "--no-timing", "-Wno-fatal"])
         .args(["--top-module", "mmfree_tb", "-CFLAGS", "-O2 -std=c++17"])
+        // PyPI's package leaves this unset: GCC then takes the precompiled header for a file to link.
+        .args(["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include"])
         .arg("--Mdir")
         .arg(&target)
         .arg("-y")
