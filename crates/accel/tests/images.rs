@@ -153,7 +153,7 @@ fn the_builtin_model_fits_small_and_large_hardware() {
         let streamed = plan.stream_bytes * u64::from(configuration.cores) * 5;
         let weights = checkpoint.config().parameters().ternary as u64;
         assert!(
-            streamed >= weights && streamed < weights * 102 / 100,
+            streamed >= weights && streamed < weights * 103 / 100,
             "{name}: {streamed} {weights}"
         );
     }
