@@ -13,6 +13,9 @@
 //! | [`compare`] | the accelerator beside the float engine |
 //! | [`package`] | writes the SystemVerilog package |
 //! | [`trace`] | digests of the state, for comparison with the RTL |
+//! | [`timing`] | cycles of a program |
+//! | [`energy`] | joules of a run, with the range of the estimate |
+//! | [`report`] | a model on a board: speed, bandwidth, power |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
 //!
 //! Letters: D hidden size, F intermediate size, L layers, V vocabulary; N rows and K columns of a matrix.
@@ -23,10 +26,13 @@ pub mod asm;
 pub mod compare;
 pub mod compiler;
 pub mod config;
+pub mod energy;
 pub mod error;
 pub mod generate;
 pub mod image;
 pub mod isa;
 pub mod machine;
 pub mod package;
+pub mod report;
+pub mod timing;
 pub mod trace;

@@ -16,6 +16,7 @@ use crate::progress::Progress;
 mod compare;
 mod compile;
 mod program;
+mod report;
 mod run;
 
 /// A processor for MatMul-free models, simulated
@@ -42,6 +43,7 @@ enum Command {
     Asm(program::AsmArgs),
     Disasm(program::DisasmArgs),
     Package(program::PackageArgs),
+    Report(report::Args),
 }
 
 /// Runs the command.
@@ -53,6 +55,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Command::Asm(args) => program::assemble(args),
         Command::Disasm(args) => program::disassemble(args),
         Command::Package(args) => program::package(args),
+        Command::Report(args) => report::run(args),
     }
 }
 
@@ -60,9 +63,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Hardware")]
 pub struct HardwareArgs {
-    /// Hardware configuration: tiny, ecp5, sim or d5005
-    #[arg(long, value_name = "NAME", default_value = "sim")]
-    config: String,
+    /// Hardware configuration: tiny, ecp5, sim or d5005 [default: sim; of a report, the board's]
+    #[arg(long, value_name = "NAME")]
+    config: Option<String>,
     /// Cores, each with a memory channel, which share the rows of a matrix
     #[arg(long, value_name = "N")]
     cores: Option<u32>,
@@ -99,11 +102,16 @@ impl HardwareArgs {
         }
     }
 
-    /// The preset with what the options change.
+    /// The preset, `sim` if none is named, with what the options change.
     fn configuration(&self) -> Result<Configuration> {
-        let preset = Configuration::preset(&self.config).with_context(|| {
+        self.configuration_or("sim")
+    }
+
+    fn configuration_or(&self, default: &str) -> Result<Configuration> {
+        let name = self.config.as_deref().unwrap_or(default);
+        let preset = Configuration::preset(name).with_context(|| {
             let names: Vec<_> = Configuration::preset_names().collect();
-            format!("there is no configuration {:?}; choose from {}", self.config, names.join(", "))
+            format!("there is no configuration {name:?}; choose from {}", names.join(", "))
         })?;
         let mut configuration = Configuration {
             cores: self.cores.unwrap_or(preset.cores),
