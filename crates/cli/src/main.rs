@@ -15,11 +15,14 @@ mod interrupt;
 mod logits;
 mod model_arg;
 mod pack;
+mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
 mod state_file;
 mod token_ids;
+mod tokenize;
+mod tokenizer;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -44,6 +47,9 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Tokenize(tokenize::Args),
+    Tokenizer(tokenizer::Args),
+    Plot(plot::Args),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +60,9 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

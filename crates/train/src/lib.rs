@@ -9,6 +9,7 @@
 //! | [`weights`] | parameters from and to Hugging Face directories |
 //! | [`data`] | raw text to token shards, token shards to batches |
 //! | [`log`] | what a run reports: JSON lines and TensorBoard event files |
+//! | [`plot`] | loss curves of runs |
 #![forbid(unsafe_code)]
 
 pub mod architecture;
@@ -17,4 +18,5 @@ pub mod data;
 pub mod log;
 pub mod model;
 pub mod parameters;
+pub mod plot;
 pub mod weights;
