@@ -15,6 +15,12 @@
 use std::ops::Range;
 
 use mmfree::error::Result;
+pub use mmfree_kernels::adamw::AdamW;
+pub use mmfree_kernels::cross_entropy::IGNORED;
+
+mod cpu;
+
+pub use cpu::{CpuBackend, CpuWeights};
 
 /// Sequences of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -112,32 +118,6 @@ pub enum Precision {
     Activation,
 }
 
-/// One step of AdamW, as PyTorch defines it:
-///
-/// ```text
-/// g = gradient · gradient_scale
-/// p = p · (1 − lr · weight_decay)
-/// m = β₁ m + (1 − β₁) g        v = β₂ v + (1 − β₂) g²
-/// p = p − lr / (1 − β₁ᵗ) · m / (sqrt(v) / sqrt(1 − β₂ᵗ) + eps)
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// lr.
-    pub learning_rate: f64,
-    /// β₁.
-    pub beta1: f64,
-    /// β₂.
-    pub beta2: f64,
-    /// ε.
-    pub eps: f64,
-    /// Decoupled decay; the caller gives each parameter group its own.
-    pub weight_decay: f64,
-    /// t, 1 for the first step.
-    pub step: u64,
-    /// Multiplies gradients first: the clipping factor.
-    pub gradient_scale: f32,
-}
-
 /// A device that trains.
 pub trait Backend {
     /// f32 values in the layout of the parameters: parameters, gradients, moments.
@@ -164,6 +144,20 @@ pub trait Backend {
     fn write_flat(&mut self, flat: &mut Self::Flat, from: usize, values: &[f32]) -> Result<()>;
     /// Sets a part of a flat buffer to zero.
     fn clear_flat(&mut self, flat: &mut Self::Flat, range: Range<usize>) -> Result<()>;
+    /// `into += from`, over the first `len` elements. As it is written here it goes through the host:
+    /// a device does better.
+    fn add_flat(&mut self, from: &Self::Flat, into: &mut Self::Flat, len: usize) -> Result<()> {
+        const BLOCK: usize = 1 << 16;
+        let (mut sum, mut addend) = (vec![0.0; BLOCK], vec![0.0; BLOCK]);
+        for start in (0..len).step_by(BLOCK) {
+            let n = BLOCK.min(len - start);
+            self.read_flat(into, start, &mut sum[..n])?;
+            self.read_flat(from, start, &mut addend[..n])?;
+            sum.iter_mut().zip(&addend[..n]).for_each(|(sum, addend)| *sum += addend);
+            self.write_flat(into, start, &sum[..n])?;
+        }
+        Ok(())
+    }
     /// A tensor of `len` elements, contents undefined.
     fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
     /// Sets a tensor to zero.
@@ -424,6 +418,3 @@ pub trait Backend {
         second_moment: &mut Self::Flat,
     ) -> Result<()>;
 }
-
-/// Target of a token that has none.
-pub const IGNORED: u32 = u32::MAX;
