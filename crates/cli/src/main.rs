@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mmfree::error::Error;
 
+mod accel;
 mod bench;
 mod chat;
 mod generate;
@@ -15,12 +16,15 @@ mod interrupt;
 mod logits;
 mod model_arg;
 mod pack;
+mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
 mod serve;
 mod state_file;
 mod token_ids;
+mod tokenize;
+mod tokenizer;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -46,6 +50,10 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Accel(accel::Args),
+    Tokenize(tokenize::Args),
+    Tokenizer(tokenizer::Args),
+    Plot(plot::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +65,10 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Accel(args) => accel::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }
