@@ -214,8 +214,8 @@ impl Engine {
     }
 }
 
-/// `VmHWM` of this process.
-fn peak_rss_bytes() -> Option<u64> {
+/// Largest resident memory of this process so far (`VmHWM`), where the system tells.
+pub fn peak_rss_bytes() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)

@@ -8,6 +8,7 @@
 //! W ≈ t · γ                                    γ multiplies
 //! ```
 
+mod assign;
 pub(crate) mod base3;
 mod layout;
 pub mod tq;
@@ -194,6 +195,14 @@ impl TernaryMatrix {
         })
     }
 
+    /// A matrix of zero trits at two bits a trit, to be [assigned](Self::assign) later.
+    ///
+    /// # Errors
+    /// An impossible shape, or no memory.
+    pub fn new(arena: &WeightArena, rows: usize, cols: usize) -> Result<Self, TernaryError> {
+        Self::from_panels(arena, Layout::TwoBit, rows, cols, 1.0, |_, _| Ok(()))
+    }
+
     /// Storage for a matrix, all bytes 0, which stands for no trits yet.
     fn uninitialized(
         arena: &WeightArena,
@@ -374,6 +383,7 @@ pub(crate) fn decode_trit(word: u32, k: usize) -> i8 {
 }
 
 /// Lowest bit of trit `k` = 4·field + byte in a word.
+#[inline(always)]
 fn bit_of(k: usize) -> usize {
     8 * (k % 4) + 2 * (k / 4)
 }
