@@ -60,7 +60,7 @@ fn a_job_that_is_killed_again_and_again_ends_in_the_same_bytes() {
     let path = |name: &str| scratch.path().join(name);
     let command = |output: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mmfree"));
-        command.args(["tokenize", &corpus, "--shard-tokens", "30000", "--sync-seconds", "0"]);
+        command.args(["tokenize", &corpus, "--shard-tokens", "30000", "--sync-seconds", "0.02"]);
         command.arg("-o").arg(output).stderr(Stdio::null()).stdout(Stdio::null());
         command
     };

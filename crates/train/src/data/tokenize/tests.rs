@@ -230,7 +230,8 @@ fn an_interrupted_job_goes_on_to_the_same_bytes() {
             if let Event::Resumed(documents) = event {
                 resumed = documents;
             }
-            if *events.borrow() > 3 {
+            // More each time: a long document has many parts.
+            if *events.borrow() > 3 + interruptions / 4 {
                 cancel.store(true, Ordering::Relaxed);
             }
         });
@@ -316,13 +317,16 @@ fn an_output_of_something_else_is_left_alone() {
     bench.tokenize(std::slice::from_ref(&input), "out");
     let other = bench.file("b.jsonl", b"{\"text\": \"two\"}\n");
     let refused = |options: &TokenizeOptions, expected: &str| {
+        let files = |directory: &Path| {
+            let mut files = files(directory);
+            files.retain(|(name, _)| !name.starts_with("lock-of"));
+            files
+        };
         let before = files(&options.output);
         let error =
             tokenize(options, &AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
-        let mut after = files(&options.output);
-        after.retain(|(name, _)| !name.starts_with("lock-of"));
-        assert!(after == before);
+        assert!(files(&options.output) == before);
     };
     refused(&bench.options(&[other], "out"), "complete corpus of other files");
     let mut options = bench.options(std::slice::from_ref(&input), "out");
