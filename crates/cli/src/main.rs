@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mmfree::error::Error;
 
+mod accel;
 mod bench;
 mod chat;
 mod generate;
@@ -49,6 +50,7 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Accel(accel::Args),
     Tokenize(tokenize::Args),
     Tokenizer(tokenizer::Args),
     Plot(plot::Args),
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Accel(args) => accel::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Plot(args) => plot::run(&args),
