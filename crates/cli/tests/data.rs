@@ -56,7 +56,7 @@ fn files(directory: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn a_job_that_is_killed_again_and_again_ends_in_the_same_bytes() {
     let scratch = tempfile::tempdir().expect("a directory");
-    let corpus = corpus(scratch.path(), 12);
+    let corpus = corpus(scratch.path(), 60);
     let path = |name: &str| scratch.path().join(name);
     let command = |output: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mmfree"));
@@ -73,7 +73,7 @@ fn a_job_that_is_killed_again_and_again_ends_in_the_same_bytes() {
         let mut child = command(&output).spawn().expect("runs");
         // Anywhere from the start to well into the work.
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-        std::thread::sleep(whole_time.mul_f64(f64::from(state >> 8) / f64::from(1 << 24) * 0.3));
+        std::thread::sleep(whole_time.mul_f64(f64::from(state >> 8) / f64::from(1 << 24) * 0.9));
         child.kill().expect("killed");
         let status = child.wait().expect("ends");
         if status.success() {

@@ -231,7 +231,7 @@ fn an_interrupted_job_goes_on_to_the_same_bytes() {
                 resumed = documents;
             }
             // More each time: a long document has many parts.
-            if *events.borrow() > 3 + interruptions / 4 {
+            if *events.borrow() > 6 + interruptions {
                 cancel.store(true, Ordering::Relaxed);
             }
         });
@@ -240,7 +240,7 @@ fn an_interrupted_job_goes_on_to_the_same_bytes() {
         interruptions += 1;
         assert!(interruptions < 200);
     }
-    assert!(interruptions > 10, "{interruptions}");
+    assert!(interruptions > 4, "{interruptions}");
     assert!(files(&options("parts").output) == whole);
     // Once more changes nothing.
     let mut was_done = false;
@@ -332,6 +332,7 @@ fn an_output_of_something_else_is_left_alone() {
     let mut options = bench.options(std::slice::from_ref(&input), "out");
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers");
     options.tokenizer = TokenizerSource::open(&fixtures.join("llama-3.json")).unwrap();
+    options.eos_token = Some("<|end|>".to_owned());
     refused(&options, "another tokenizer");
 
     let options = bench.options(std::slice::from_ref(&input), "stopped");
