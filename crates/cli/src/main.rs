@@ -10,6 +10,7 @@ use mmfree::error::Error;
 mod bench;
 mod chat;
 mod generate;
+mod gradients;
 mod info;
 mod interrupt;
 mod logits;
@@ -41,6 +42,7 @@ enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
     Logits(logits::Args),
+    Gradients(gradients::Args),
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Gradients(args) => gradients::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
