@@ -193,11 +193,12 @@ fn outputs_agree_with_pytorch() {
 
     let oracle = Oracle { config: &fixture.config, layout: &fixture.layout };
     let parameters = widen(&fixture.parameters);
+    // PyTorch keeps norms and angles in f32 even in a model of f64.
     let sequences = fixture.ids.chunks(LENGTH);
     let found = sequences.flat_map(|ids| oracle.logits(&parameters, ids));
     for (found, expected) in found.zip(&expected) {
         for (found, expected) in log_softmax(&found).iter().zip(expected) {
-            assert!((found - expected).abs() < 2e-6, "f64: {found} instead of {expected}");
+            assert!((found - expected).abs() < 1e-5, "f64: {found} instead of {expected}");
         }
     }
 
