@@ -10,6 +10,7 @@
 //! | [`weights`] | parameters from and to Hugging Face directories |
 //! | [`data`] | raw text to token shards, token shards to batches |
 //! | [`log`] | what a run reports: JSON lines and TensorBoard event files |
+//! | [`plot`] | loss curves of runs |
 //! | [`optimizer`] | AdamW over parameter groups, its moments sharded over processes |
 //! | [`schedule`] | learning rate and weight decay over the steps |
 //! | [`communicator`] | [`Communicator`](communicator::Communicator): processes that train together |
@@ -29,6 +30,7 @@ pub mod log;
 pub mod model;
 pub mod optimizer;
 pub mod parameters;
+pub mod plot;
 pub mod schedule;
 pub mod trainer;
 pub mod weights;
