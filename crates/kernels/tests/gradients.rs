@@ -11,7 +11,7 @@ use mmfree_kernels::gemm::{self, Matrix};
 use mmfree_kernels::memory::WeightArena;
 use mmfree_kernels::pool::Pool;
 use mmfree_kernels::rope::RopeTable;
-use mmfree_kernels::ternary::{TernaryMatrix, absmean_scale, quantize_trits};
+use mmfree_kernels::ternary::{Layout, TernaryMatrix, absmean_scale, quantize_trits};
 use mmfree_kernels::tier::Backend;
 use mmfree_kernels::{adamw, embedding, mlgru, norm_gate, rms_norm, swiglu};
 
@@ -25,7 +25,8 @@ fn widen(x: &[f32]) -> Vec<f64> {
 }
 
 fn detected() -> (Backend, Pool) {
-    (Backend::detect(), pools().pop().expect("a pool"))
+    let [_, pool] = pools();
+    (Backend::detect(), pool)
 }
 
 fn dot(x: &[f64], y: &[f32]) -> f64 {
@@ -356,8 +357,9 @@ fn a_ternary_matrix_takes_new_weights_in_place() {
                     matrix.assign(backend, &pool, &weights).expect("finite");
                     let (expected, scale) = trits(&weights);
                     assert_eq!(matrix.scale(), scale);
-                    let same = TernaryMatrix::from_trits(&arena, n, k, scale, &expected);
-                    assert_eq!(matrix.words(), same.expect("packs").words());
+                    let same =
+                        TernaryMatrix::from_trits(&arena, Layout::TwoBit, n, k, scale, &expected);
+                    assert_eq!(matrix.codes(), same.expect("packs").codes());
                 }
                 assert!(matrix.assign(backend, &pool, &vec![f32::NAN; n * k]).is_err());
                 assert!(matrix.assign(backend, &pool, &vec![1.0; n * k + 1]).is_err());

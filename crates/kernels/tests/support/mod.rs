@@ -17,8 +17,8 @@ pub fn backends() -> Vec<Backend> {
     tiers.into_iter().map(|tier| Backend::new(tier).expect("available")).collect()
 }
 
-pub fn pools() -> Vec<Pool> {
-    [1, 3].map(|threads| Pool::new(NonZeroUsize::new(threads).expect("not zero"))).into()
+pub fn pools() -> [Pool; 2] {
+    [1, 3].map(|threads| Pool::new(NonZeroUsize::new(threads).expect("not zero")))
 }
 
 /// A small generator with a good spread (splitmix64).
