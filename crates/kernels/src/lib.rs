@@ -1,7 +1,8 @@
-//! CPU kernels of MatMul-free language models, and the only crate of the workspace with unsafe code.
+//! CPU and CUDA kernels of MatMul-free language models, and the only crate of the workspace with unsafe code.
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`cuda`] | GPU: device, memory, kernels compiled at first use |
 //! | [`memory`] | files mapped into memory, and the arena that holds packed weights |
 //! | [`ternary`] | ternary quantiser, packed formats, [`TernaryMatrix`](ternary::TernaryMatrix) |
 //!
@@ -9,6 +10,9 @@
 
 pub mod activations;
 pub mod bandwidth;
+pub mod cuda;
+pub mod decode;
+pub mod fused_rows;
 mod lanes;
 pub mod memory;
 pub mod mlgru;

@@ -7,6 +7,8 @@
 //!
 //! Channels are independent, so threads share the channels and each walks through time.
 
+pub mod cuda;
+
 use crate::lanes::{sigmoid, silu};
 use crate::pool::{Pool, SharedMut};
 use crate::tier::{Backend, compiled_for_each_tier};
