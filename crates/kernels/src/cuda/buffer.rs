@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
+use cudarc::driver::result::memset_d8_async;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits};
 
@@ -32,6 +33,20 @@ impl<T: Element> Buffer<T> {
             .map_err(|error| allocation_error::<T>(device, len, error))?;
         device.count_allocated(memory.num_bytes());
         Ok(Self { device: Arc::clone(device), memory })
+    }
+
+    /// `len` elements whose every byte is `byte`.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn filled(device: &Arc<Device>, len: usize, byte: u8) -> Result<Self, CudaError> {
+        let buffer = Self::zeros(device, len)?;
+        // SAFETY: the memory is alive, of that size, and any bytes are a valid element (`Pod`).
+        unsafe {
+            memset_d8_async(buffer.address(0), byte, buffer.bytes(), device.stream().cu_stream())
+        }
+        .map_err(|error| CudaError::driver("filling memory", error))?;
+        Ok(buffer)
     }
 
     /// A copy of host memory.

@@ -40,12 +40,13 @@ pub struct Source {
 }
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 5] = [
+pub const SOURCES: [Source; 6] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
     crate::mlgru::cuda::SOURCE,
     crate::ternary_gemm::cuda::SOURCE,
+    crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
 ];
 
 /// A GPU, opened: context, stream and compiled modules.
@@ -311,4 +312,14 @@ impl Kernel {
         }
         .map_err(failed)
     }
+}
+
+/// Tries to launch a kernel with more threads a block than any device has: what a failing launch looks like.
+///
+/// # Errors
+/// Always the driver's.
+pub fn launch_impossible(device: &Arc<Device>) -> Result<(), CudaError> {
+    let kernel = device.kernel(crate::bandwidth::cuda::SOURCE, "read_all", 0)?;
+    // SAFETY: no block of so many threads ever starts, so the arguments are not used.
+    unsafe { kernel.launch(Launch::new([1, 1, 1], 4096, 0), &[0u64; 3]) }
 }

@@ -60,8 +60,38 @@ __device__ __forceinline__ float4 load(const float* vector, u32 k) { return __ld
 
 // ---- Weight stream ----
 
-// The tiles of a phase that a warp works on: all tiles of the phase, row by row, in equal contiguous parts.
+// All tiles of a phase, row by row, in equal contiguous parts.
 __device__ __forceinline__ u32 part_begin(u32 tiles, u32 part, u32 parts) { return (u32)((u64)tiles * part / parts); }
+
+// What a warp does in a phase; computed once, for divisions are slow.
+struct Work {
+    u32 begin, end;         // tiles
+    u32 row_tile, col_tile; // of the first
+};
+
+struct Plan {
+    Work work[PHASES][WARPS];
+    u32 clear_begin[PHASES], clear_end[PHASES];  // this block's share of the accumulators, in int4
+
+    __device__ __forceinline__ void make(const Args& a) {
+        if (threadIdx.x < PHASES * WARPS) {
+            u32 phase = threadIdx.x / WARPS, warp = threadIdx.x % WARPS, parts = gridDim.x * WARPS;
+            u32 tiles = a.row_tiles[phase] * a.col_tiles[phase], part = blockIdx.x * WARPS + warp;
+            Work w;
+            w.begin = part_begin(tiles, part, parts);
+            w.end = part_begin(tiles, part + 1, parts);
+            w.row_tile = w.begin / a.col_tiles[phase];
+            w.col_tile = w.begin % a.col_tiles[phase];
+            work[phase][warp] = w;
+            if (warp == 0) {
+                u32 words = a.row_tiles[phase] * (TILE_ROWS / 4);
+                clear_begin[phase] = part_begin(words, blockIdx.x, gridDim.x);
+                clear_end[phase] = part_begin(words, blockIdx.x + 1, gridDim.x);
+            }
+        }
+        __syncthreads();
+    }
+};
 
 #if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
@@ -74,21 +104,20 @@ struct Stream {
     uint4* ring;
     u64* full;
 
-    __device__ __forceinline__ void find_work(const Args& a, u32 part, u32 parts) {
+    __device__ __forceinline__ void find_work(const Args& a, const Plan& plan) {
         while (at == end && phase != PHASES) {
             if (phase < DOWN) ++phase;
             else if (phase == DOWN && layer + 1 < a.layers) ++layer, phase = MIX;
             else ++phase;
             if (phase < PHASES) {
-                u32 tiles = a.row_tiles[phase] * a.col_tiles[phase];
-                at = part_begin(tiles, part, parts);
-                end = part_begin(tiles, part + 1, parts);
+                const Work& w = plan.work[phase][threadIdx.x / 32];
+                at = w.begin, end = w.end;
             }
         }
     }
 
-    __device__ __forceinline__ void fetch(const Args& a, u32 part, u32 parts) {
-        find_work(a, part, parts);
+    __device__ __forceinline__ void fetch(const Args& a, const Plan& plan) {
+        find_work(a, plan);
         if (phase == PHASES) return;
         u32 count = min(CHUNK_TILES, end - at);
         u64 tile = a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles) + at;
@@ -103,17 +132,17 @@ struct Stream {
         fetch_slot = fetch_slot + 1 == a.slots ? 0 : fetch_slot + 1;
     }
 
-    __device__ __forceinline__ void begin(const Args& a, u32 part, u32 parts, uint4* my_ring, u64* my_full) {
+    __device__ __forceinline__ void begin(const Args& a, const Plan& plan, uint4* my_ring, u64* my_full) {
         ring = my_ring, full = my_full;
         layer = phase = slot = parity = fetch_slot = 0;
-        u32 tiles = a.row_tiles[MIX] * a.col_tiles[MIX];
-        at = part_begin(tiles, part, parts), end = part_begin(tiles, part + 1, parts);
+        const Work& w = plan.work[MIX][threadIdx.x / 32];
+        at = w.begin, end = w.end;
         if (threadIdx.x % 32 == 0) {
             for (u32 s = 0; s < a.slots; ++s)
                 asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
             asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-            for (u32 s = 0; s < a.slots; ++s) fetch(a, part, parts);
+            for (u32 s = 0; s < a.slots; ++s) fetch(a, plan);
         }
         __syncwarp();
     }
@@ -131,9 +160,9 @@ struct Stream {
     }
 
     // Gives the chunk back and fetches another into its place.
-    __device__ __forceinline__ void release(const Args& a, u32 part, u32 parts) {
+    __device__ __forceinline__ void release(const Args& a, const Plan& plan) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) fetch(a, part, parts);
+        if (threadIdx.x % 32 == 0) fetch(a, plan);
         if (++slot == a.slots) slot = 0, parity ^= 1;
     }
 };
@@ -142,28 +171,30 @@ struct Stream {
 // Adds this warp's part of a phase's product to the accumulators. `q` are the quantised inputs in shared memory, one
 // behind the other for each `segment` of row tiles, `totals` their sums.
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void product(const Args& a, Phase phase, u32, u32 part, u32 parts, const i8* q,
+__device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase phase, u32, const i8* q,
                                         const int* totals, u32 segment, Stream& stream) {
 #else
-__device__ __forceinline__ void product(const Args& a, Phase phase, u32 layer, u32 part, u32 parts, const i8* q,
+__device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase phase, u32 layer, const i8* q,
                                         const int* totals, u32 segment) {
 #endif
     u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 col_tiles = a.col_tiles[phase], tiles = a.row_tiles[phase] * col_tiles;
-    u32 at = part_begin(tiles, part, parts), end = part_begin(tiles, part + 1, parts);
+    const Work& work = plan.work[phase][threadIdx.x / 32];
+    u32 col_tiles = a.col_tiles[phase], at = work.begin, end = work.end;
     if (at == end) return;
-    u32 row_tile = at / col_tiles, col_tile = at % col_tiles;
+    u32 row_tile = work.row_tile, col_tile = work.col_tile;
     int* sums = a.sums + a.sums_at[phase];
     int c[4][4] = {};
     bool first = col_tile == 0;
-    const uint4* input = (const uint4*)(q + (size_t)(row_tile / segment) * col_tiles * TILE_COLS) + 2 * t;
+    // Of at most three segments.
+    u32 input_of = (row_tile >= segment) + (row_tile >= 2 * segment);
+    const uint4* input = (const uint4*)(q + input_of * col_tiles * TILE_COLS) + 2 * t;
 
     auto flush = [&] {
         // All eight columns of the result are the same; field f's sums are 4^f times too large.
         u32 half = 2 * (t & 1);
         int sum = half ? c[0][2] + (c[1][2] >> 2) + (c[2][2] >> 4) + (c[3][2] >> 6)
                        : c[0][0] + (c[1][0] >> 2) + (c[2][0] >> 4) + (c[3][0] >> 6);
-        if (first) sum -= totals[row_tile / segment];
+        if (first) sum -= totals[input_of];
         if (t < 2) atomicAdd(sums + row_tile * TILE_ROWS + g + 4 * half, sum);
 #pragma unroll
         for (u32 f = 0; f < 4; ++f) c[f][0] = c[f][1] = c[f][2] = c[f][3] = 0;
@@ -181,7 +212,8 @@ __device__ __forceinline__ void product(const Args& a, Phase phase, u32 layer, u
             col_tile = 0;
             first = true;
             ++row_tile;
-            input = (const uint4*)(q + (size_t)(row_tile / segment) * col_tiles * TILE_COLS) + 2 * t;
+            input_of = (row_tile >= segment) + (row_tile >= 2 * segment);
+            input = (const uint4*)(q + input_of * col_tiles * TILE_COLS) + 2 * t;
         }
     };
 #if __CUDA_ARCH__ >= 900
@@ -191,7 +223,7 @@ __device__ __forceinline__ void product(const Args& a, Phase phase, u32 layer, u
         uint4 w[CHUNK_TILES];
 #pragma unroll
         for (u32 i = 0; i < CHUNK_TILES; ++i) w[i] = chunk[i * 32];
-        stream.release(a, part, parts);
+        stream.release(a, plan);
 #pragma unroll
         for (u32 i = 0; i < CHUNK_TILES; ++i)
             if (i < count) multiply(w[i]);
@@ -226,10 +258,8 @@ __device__ __forceinline__ void grid_barrier(const Args& a, u32& arrivals) {
 }
 
 // Clears this block's share of a phase's accumulators.
-__device__ __forceinline__ void clear(const Args& a, Phase phase) {
-    u32 words = a.row_tiles[phase] * (TILE_ROWS / 4);
-    u32 end = part_begin(words, blockIdx.x + 1, gridDim.x);
-    for (u32 k = part_begin(words, blockIdx.x, gridDim.x) + threadIdx.x; k < end; k += THREADS)
+__device__ __forceinline__ void clear(const Args& a, const Plan& plan, Phase phase) {
+    for (u32 k = plan.clear_begin[phase] + threadIdx.x; k < plan.clear_end[phase]; k += THREADS)
         __stcg((int4*)(a.sums + a.sums_at[phase]) + k, make_int4(0, 0, 0, 0));
 }
 
@@ -252,8 +282,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ u32 parts[3 * WARPS];
     __shared__ int totals[3];
     __shared__ u64 best;
-    u32 d = a.width, warp = threadIdx.x / 32;
-    uint4* ring = (uint4*)memory;
+    __shared__ Plan plan;
+    plan.make(a);
+    u32 d = a.width;
     float4* x = (float4*)(memory + WARPS * a.slots * CHUNK_BYTES);
     float4* row = x + d / 4;                        // [row_floats]
     float* row_values = (float*)row;
@@ -262,17 +293,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     u32* q = (u32*)(new_state + (d / 4 + gridDim.x - 1) / gridDim.x);
     u32 padded = a.col_tiles[MIX] * TILE_COLS, padded_inner = a.col_tiles[DOWN] * TILE_COLS;
     u32 q_bytes = max(3 * padded, padded_inner);
-    u64* full = (u64*)((u8*)q + q_bytes);
-    u32 part = blockIdx.x * WARPS + warp, parts_count = gridDim.x * WARPS;
     u32 arrivals = a.barrier_base;
 
 #if __CUDA_ARCH__ >= 900
+    u32 warp = threadIdx.x / 32;
+    u64* full = (u64*)((u8*)q + q_bytes);
+    uint4* ring = (uint4*)memory;
     Stream stream;
-    stream.begin(a, part, parts_count, ring + warp * a.slots * (CHUNK_BYTES / 16), full + warp * a.slots);
+    stream.begin(a, plan, ring + warp * a.slots * (CHUNK_BYTES / 16), full + warp * a.slots);
 #define PRODUCT(phase, layer, segment) \
-    product(a, phase, layer, part, parts_count, (const i8*)q, totals, segment, stream)
+    product(a, plan, phase, layer, (const i8*)q, totals, segment, stream)
 #else
-#define PRODUCT(phase, layer, segment) product(a, phase, layer, part, parts_count, (const i8*)q, totals, segment)
+#define PRODUCT(phase, layer, segment) product(a, plan, phase, layer, (const i8*)q, totals, segment)
 #endif
 
     u32 token = a.token >= 0 ? (u32)a.token : ~(u32)__ldcg(a.best);
@@ -290,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             float4 value = layer == 0 ? embedding(a, token, k) : x[k] + sums_of(a, DOWN, 0, k, down_factor);
             x[k] = value;
         }
-        clear(a, GLU);
+        clear(a, plan, GLU);
         float r = inverse_rms((float*)x, d, a.eps, &scalar);
         for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(v.attn_norm, k);
         float scale_mix[3];
@@ -320,7 +352,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             row[d / 4 + k] = silu(h);
             if (own_begin <= k && k < own_end) new_state[k - own_begin] = h;
         }
-        clear(a, DOWN);
+        clear(a, plan, DOWN);
         r = inverse_rms(row_values, d, a.eps, &scalar);
         for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = row[k] * r * load(v.g_norm, k) * row[d / 4 + k];
         float scale[1];
@@ -333,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         float out_factor = __ldg(gammas + 3) / scale[0];
         for (u32 k = threadIdx.x; k < d / 4; k += THREADS) x[k] = x[k] + sums_of(a, OUT, 0, k, out_factor);
         for (u32 k = own_begin + threadIdx.x; k < own_end; k += THREADS) ((float4*)state)[k] = new_state[k - own_begin];
-        clear(a, MIX);
+        clear(a, plan, MIX);
         r = inverse_rms((float*)x, d, a.eps, &scalar);
         for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(v.mlp_norm, k);
         const float* glu_weights[1] = {v.gate};
@@ -345,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         float glu_factor = __ldg(gammas + 4) / scale[0];
         for (u32 k = threadIdx.x; k < a.inner / 4; k += THREADS)
             row[k] = silu(sums_of(a, GLU, 0, k, glu_factor)) * sums_of(a, GLU, a.inner, k, glu_factor);
-        clear(a, OUT);
+        clear(a, plan, OUT);
         const float* down_weights[1] = {v.down};
         norm_quantize<THREADS>(row_values, a.inner, padded_inner, down_weights, &scalar, parts, scale_down, totals,
                                store);
@@ -358,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const float* gammas = a.gammas + a.layers * 6;
     float down_factor = __ldg(gammas - 1) / scale_down[0];
     for (u32 k = threadIdx.x; k < d / 4; k += THREADS) x[k] = x[k] + sums_of(a, DOWN, 0, k, down_factor);
-    clear(a, GLU);
+    clear(a, plan, GLU);
     float r = inverse_rms((float*)x, d, a.eps, &scalar);
     for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(last, k);
     const float* head_weights[1] = {last + d};
@@ -368,7 +400,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     PRODUCT(HEAD, 0, a.row_tiles[HEAD]);
     grid_barrier(a, arrivals);
 
-    clear(a, DOWN);
+    clear(a, plan, DOWN);
     float factor = __ldg(gammas) / scale[0];
     u64 mine = 0;
     bool finite = true;

@@ -49,6 +49,8 @@ pub enum Vector {
     Down,
 }
 
+/// Four trits of zero.
+const ZERO_TRITS: u8 = 0x55;
 /// γ of a layer's matrices.
 const GAMMAS: usize = 6;
 
@@ -92,7 +94,8 @@ impl Weights {
         }
         Ok(Self {
             shape,
-            tiles: Buffer::zeros(device, words)?,
+            // Tiles that only fill a matrix up hold zero trits.
+            tiles: Buffer::filled(device, words, ZERO_TRITS)?,
             vectors: Buffer::zeros(device, floats)?,
             gammas: Buffer::zeros(device, layers * GAMMAS + 1)?,
             host_gammas: vec![0.0; layers * GAMMAS + 1],

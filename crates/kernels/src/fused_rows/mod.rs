@@ -41,7 +41,7 @@ impl QuantizedArgs {
             sums: q.sums.address(0),
             rows: q.capacity as u32,
             stride: q.stride() as u32,
-            tiled: 0,
+            tiled: q.tiled.into(),
         }
     }
 }

@@ -6,7 +6,7 @@ constexpr u32 THREADS = 256;
 extern __shared__ float4 row_memory[];
 
 struct Quantized {
-    i8* values;       // natural: [layers][M][stride]; tiled: [layers][token tile][stride / 128][8][128][16]
+    i8* values;       // natural: [layers][M][stride]; tiled: [layers][token tile][stride / 128][8][256][16]
     float* scales;    // [layers][M]
     int* sums;        // [layers][M]
     u32 rows;         // M, padded to whole token tiles where tiled
@@ -20,8 +20,8 @@ __device__ __forceinline__ u32* word_of(const Quantized& q, u32 layer, u32 row, 
     if (!q.tiled) return (u32*)(q.values + base + (size_t)row * q.stride) + n;
     // Natural word 8 t + 4 half + f of a tile is word t of chunk 2 f + half.
     u32 tile = n / 32, t = n / 8 % 4, half = n / 4 % 2, f = n % 4;
-    size_t block = ((size_t)(row / 128) * (q.stride / 128) + tile) * (128 * 128);
-    return (u32*)(q.values + base + block + ((2 * f + half) * 128 + row % 128) * 16) + t;
+    size_t block = ((size_t)(row / 256) * (q.stride / 128) + tile) * (256 * 128);
+    return (u32*)(q.values + base + block + ((2 * f + half) * 256 + row % 256) * 16) + t;
 }
 
 // Quantises a row's BitLinear inputs into row m of q.

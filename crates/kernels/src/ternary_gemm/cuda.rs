@@ -8,6 +8,9 @@ use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 pub(crate) const SOURCE: Source =
     Source { name: "ternary_gemm", text: include_str!("gemm.cu"), hopper_only: false };
 
+pub(crate) const WARPGROUP_SOURCE: Source =
+    Source { name: "ternary_wgmma", text: include_str!("wgmma.cu"), hopper_only: true };
+
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
 /// Inputs of a tile.
@@ -21,6 +24,11 @@ const STAGES: usize = 4;
 /// Products of at most this many tokens may be cut along K: too few blocks otherwise.
 pub const SPLIT_MAX_TOKENS: usize = 256;
 
+// The warpgroup product, as in its source.
+const WARPGROUP_TOKENS: usize = 256;
+const WARPGROUP_THREADS: usize = 288;
+const WARPGROUP_STAGES: usize = 6;
+
 /// Quantised activations [layers][M, K] in device memory.
 #[derive(Debug)]
 pub struct Quantized {
@@ -33,7 +41,10 @@ pub struct Quantized {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) layers: usize,
+    /// Rows from one layer to the next.
     pub(crate) capacity: usize,
+    /// Laid out for the warpgroup product: [layers][token tile][column tile][8][256][16].
+    pub(crate) tiled: bool,
 }
 
 impl Quantized {
@@ -50,6 +61,7 @@ impl Quantized {
             cols: 0,
             layers: 0,
             capacity: 0,
+            tiled: false,
         })
     }
 
@@ -58,10 +70,12 @@ impl Quantized {
     /// # Errors
     /// No memory.
     pub fn reshape(&mut self, layers: usize, rows: usize, cols: usize) -> Result<(), CudaError> {
-        self.values.reserve(layers * rows * cols.next_multiple_of(TILE_COLS))?;
-        self.scales.reserve(layers * rows)?;
-        self.sums.reserve(layers * rows)?;
-        (self.layers, self.rows, self.cols, self.capacity) = (layers, rows, cols, rows);
+        self.tiled = has_warpgroup_product(self.values.device()) && rows > SPLIT_MAX_TOKENS;
+        let capacity = if self.tiled { rows.next_multiple_of(WARPGROUP_TOKENS) } else { rows };
+        self.values.reserve(layers * capacity * cols.next_multiple_of(TILE_COLS))?;
+        self.scales.reserve(layers * capacity)?;
+        self.sums.reserve(layers * capacity)?;
+        (self.layers, self.rows, self.cols, self.capacity) = (layers, rows, cols, capacity);
         Ok(())
     }
 
@@ -86,28 +100,48 @@ impl Quantized {
         }
         self.reshape(layers, rows, cols)?;
         let stride = self.stride();
-        let mut padded = vec![0; layers * rows * stride];
-        for (to, from) in padded.chunks_exact_mut(stride).zip(values.chunks_exact(cols)) {
-            to[..cols].copy_from_slice(from);
+        let mut padded = vec![0; layers * self.capacity * stride];
+        let mut sums = vec![0; layers * self.capacity];
+        for (at, from) in values.chunks_exact(cols).enumerate() {
+            let (layer, row) = (at / rows, at % rows);
+            for (k, &q) in from.iter().enumerate() {
+                padded[layer * self.capacity * stride + self.place(row, k)] = q;
+            }
+            sums[layer * self.capacity + row] = from.iter().map(|&q| i32::from(q)).sum();
         }
         self.values.write(0, &padded)?;
-        let sums: Vec<i32> =
-            values.chunks_exact(cols).map(|row| row.iter().map(|&q| i32::from(q)).sum()).collect();
         self.sums.write(0, &sums)?;
-        self.scales.write(0, &vec![1.0; layers * rows])
+        self.scales.write(0, &vec![1.0; layers * self.capacity])
     }
 
-    /// The integers of a row, for tests.
+    /// Where a value lies within its layer.
+    fn place(&self, row: usize, k: usize) -> usize {
+        let stride = self.stride();
+        if !self.tiled {
+            return row * stride + k;
+        }
+        // As the quantiser's source says: input 32 t + 16 half + 4 f + b of a tile is byte 4 t + b of chunk
+        // 2 f + half.
+        let (tile, t, half, f, b) = (k / TILE_COLS, k / 32 % 4, k / 16 % 2, k / 4 % 4, k % 4);
+        let block = row / WARPGROUP_TOKENS * (stride / TILE_COLS) + tile;
+        let chunk = 2 * f + half;
+        (block * 8 + chunk) * WARPGROUP_TOKENS * 16 + row % WARPGROUP_TOKENS * 16 + 4 * t + b
+    }
+
+    /// s of a row.
     ///
     /// # Errors
     /// The driver's.
-    pub fn read_row(&self, layer: usize, row: usize) -> Result<(Vec<i8>, f32), CudaError> {
-        let at = layer * self.capacity + row;
-        let (mut values, mut scale) = (vec![0; self.cols], [0.0]);
-        self.values.read(at * self.stride(), &mut values)?;
-        self.scales.read(at, &mut scale)?;
-        Ok((values, scale[0]))
+    pub fn read_scale(&self, layer: usize, row: usize) -> Result<f32, CudaError> {
+        let mut scale = [0.0];
+        self.scales.read(layer * self.capacity + row, &mut scale)?;
+        Ok(scale[0])
     }
+}
+
+/// Whether a device runs the warpgroup product.
+fn has_warpgroup_product(device: &Device) -> bool {
+    device.capability() == (9, 0)
 }
 
 /// Sums of a product [M, row tiles · 16] in device memory.
@@ -230,6 +264,8 @@ pub struct Gemm {
     device: Arc<Device>,
     /// Tokens and threads of a block.
     shapes: [(usize, usize, Kernel); 5],
+    /// For many tokens, on devices that have it.
+    warpgroup: Option<Kernel>,
     repack: Kernel,
 }
 
@@ -252,6 +288,12 @@ impl Gemm {
                 shape(64, 128, "gemm_128x64")?,
                 shape(128, 256, "gemm_128x128")?,
             ],
+            warpgroup: has_warpgroup_product(device)
+                .then(|| {
+                    let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
+                    device.kernel(WARPGROUP_SOURCE, "wgmma_128x256", shared)
+                })
+                .transpose()?,
             repack: device.kernel(SOURCE, "repack", 0)?,
         })
     }
@@ -314,10 +356,19 @@ impl Gemm {
             )));
         }
         sums.stride = columns;
-        let (tokens, threads, kernel) =
-            self.shapes.iter().find(|(tokens, ..)| m <= *tokens).unwrap_or(&self.shapes[4]);
+        let (tokens, threads, shared, kernel) = match &self.warpgroup {
+            Some(kernel) if q.tiled => {
+                let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
+                (&WARPGROUP_TOKENS, &WARPGROUP_THREADS, shared, kernel)
+            }
+            _ => {
+                let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
+                let (tokens, threads, kernel) = shape.unwrap_or(&self.shapes[4]);
+                (tokens, threads, shared_bytes(*tokens), kernel)
+            }
+        };
         let grid = [matrix.row_tiles.div_ceil(BLOCK_ROW_TILES), m.div_ceil(*tokens)];
-        let splits = if sums.adds {
+        let splits = if sums.adds && !q.tiled {
             let wanted = 2 * self.device.multiprocessors() / (grid[0] * grid[1]);
             wanted.clamp(1, matrix.col_tiles)
         } else {
@@ -335,7 +386,7 @@ impl Gemm {
             segment_tiles: matrix.segment_tiles as u32,
             splits: splits as u32,
         };
-        let launch = Launch::new([grid[0], grid[1], splits], *threads, shared_bytes(*tokens));
+        let launch = Launch::new([grid[0], grid[1], splits], *threads, shared);
         // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
         unsafe { kernel.launch(launch, &args) }
     }

@@ -456,7 +456,7 @@ impl<'a, 'b> Shown<'a, 'b> {
         let sums_of = sums.read(rows)?;
         self.mixer.clear();
         for (row, sums_of) in sums_of.chunks_exact(sums.stride()).enumerate() {
-            let factor = gamma / input.read_row(0, row)?.1;
+            let factor = gamma / input.read_scale(0, row)?;
             self.mixer.extend(sums_of[..self.width].iter().map(|&sum| sum as f32 * factor));
         }
         for (x, y) in self.x.iter_mut().zip(&self.mixer) {
