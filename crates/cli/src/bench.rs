@@ -126,7 +126,9 @@ fn print_table(report: &Report) {
             println!("energy of decoding     {joules:>10.3}  J a token, {of}")
         }
         None => {
-            println!("energy of decoding        unknown: no readable counter (RAPL, NVML) here")
+            println!(
+                "energy of decoding        unknown: no readable counter (RAPL, NVML), or too short a run"
+            )
         }
     }
 }

@@ -18,6 +18,8 @@ use crate::state::State;
 
 /// Token ids are drawn from the first this many of the vocabulary.
 pub const DISTINCT_TOKENS: usize = 1024;
+/// NVML's energy counter moves about every 0.1 s.
+const GPU_ENERGY_MIN_SECONDS: f64 = 1.0;
 /// Many times the cache of a GPU.
 const DEVICE_READ_BUFFER_BYTES: usize = 4 << 30;
 /// Larger than any cache that a few cores share.
@@ -175,7 +177,7 @@ pub fn run(
             }
         }
         let decode_s = start.elapsed().as_secs_f64();
-        let joules = energy.joules_since(energy_before.as_deref());
+        let joules = energy.joules_since(energy_before.as_deref(), decode_s);
         Ok(Timings { prefill_s, decode_s, joules })
     };
 
@@ -326,10 +328,14 @@ impl EnergyCounters {
         }
     }
 
-    fn joules_since(&self, before: Option<&[u64]>) -> Option<f64> {
+    /// Energy since a reading. `None` for a GPU in a run too short for its counter, which moves in steps.
+    fn joules_since(&self, before: Option<&[u64]>, seconds: f64) -> Option<f64> {
         let after = self.read()?;
         let mut microjoules = 0;
         let Self::Packages(zones) = self else {
+            if seconds < GPU_ENERGY_MIN_SECONDS {
+                return None;
+            }
             return Some(after.first()?.checked_sub(*before?.first()?)? as f64 / 1e6);
         };
         for ((zone, before), after) in zones.iter().zip(before?).zip(after) {

@@ -34,6 +34,25 @@ __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp_f3
 
 __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
 
+// 1 / x, rounded correctly, for x from 1 to 2^125: what the compiler's division does without its checks, which keep it
+// from interleaving several.
+__device__ __forceinline__ float reciprocal_in_range(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
+}
+
+// Four at a time, so that one check serves them all.
+__device__ __forceinline__ float4 sigmoid(float4 a) {
+    float4 d = make_float4(1.0f + exp_f32(-a.x), 1.0f + exp_f32(-a.y), 1.0f + exp_f32(-a.z), 1.0f + exp_f32(-a.w));
+    float4 s = make_float4(reciprocal_in_range(d.x), reciprocal_in_range(d.y), reciprocal_in_range(d.z),
+                           reciprocal_in_range(d.w));
+    // A NaN fails the comparison.
+    if (!(d.x < 4e37f && d.y < 4e37f && d.z < 4e37f && d.w < 4e37f))
+        s = make_float4(1.0f / d.x, 1.0f / d.y, 1.0f / d.z, 1.0f / d.w);
+    return s;
+}
+
 // The forget gate's and the input's part of one step: h = forget * h + input.
 __device__ __forceinline__ void recurrence_gates(float i, float f, float beta, float& forget, float& input) {
     forget = beta + (1.0f - beta) * sigmoid(f);
@@ -123,7 +142,9 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-__device__ __forceinline__ float4 silu(float4 a) { return make_float4(silu(a.x), silu(a.y), silu(a.z), silu(a.w)); }
+__device__ __forceinline__ float4 operator-(float a, float4 b) { return make_float4(a - b.x, a - b.y, a - b.z, a - b.w); }
+
+__device__ __forceinline__ float4 silu(float4 a) { return a * sigmoid(a); }
 
 // Quantises RMSNorm(row; weight_j, 1e-6) for several layers that share a row. `store(layer, n, word)` gets four
 // activations, n < padded / 4, zeros from n on. `scale` is s of each layer; `totals`, in shared memory, the sums of the

@@ -342,12 +342,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         for (u32 k = threadIdx.x; k < d / 4; k += THREADS) {
             float4 i = sums_of(a, MIX, 0, k, i_factor), f = sums_of(a, MIX, segment_columns, k, f_factor);
             float4 g = sums_of(a, MIX, 2 * segment_columns, k, g_factor);
-            float4 h = __ldcg((const float4*)state + k), beta = load(v.beta, k), forget, input;
-            recurrence_gates(i.x, f.x, beta.x, forget.x, input.x);
-            recurrence_gates(i.y, f.y, beta.y, forget.y, input.y);
-            recurrence_gates(i.z, f.z, beta.z, forget.z, input.z);
-            recurrence_gates(i.w, f.w, beta.w, forget.w, input.w);
-            h = forget * h + input;
+            float4 h = __ldcg((const float4*)state + k), beta = load(v.beta, k);
+            float4 forget = beta + (1.0f - beta) * sigmoid(f);
+            h = forget * h + silu(i) * (1.0f - forget);
             row[k] = g;
             row[d / 4 + k] = silu(h);
             if (own_begin <= k && k < own_end) new_state[k - own_begin] = h;
