@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mmfree::error::Error;
 
+mod accel;
 mod bench;
 mod chat;
 mod generate;
@@ -15,11 +16,15 @@ mod interrupt;
 mod logits;
 mod model_arg;
 mod pack;
+mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
+mod serve;
 mod state_file;
 mod token_ids;
+mod tokenize;
+mod tokenizer;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -40,20 +45,30 @@ struct Arguments {
 enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
+    Serve(serve::Args),
     Logits(logits::Args),
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Accel(accel::Args),
+    Tokenize(tokenize::Args),
+    Tokenizer(tokenizer::Args),
+    Plot(plot::Args),
 }
 
 fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Accel(args) => accel::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

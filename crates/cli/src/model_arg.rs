@@ -20,7 +20,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Where to run: auto (a GPU if one is usable, else the CPU), cuda, cpu, or one of the CPU's kernel tiers:
-    /// scalar, avx2, avx512, neon [default: MMFREE_BACKEND, else auto]
+    /// scalar, avx2, avx512, avx512vbmi, neon [default: MMFREE_BACKEND, else auto]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
     /// Number of the GPU; implies --backend cuda [default: 0]
@@ -67,7 +67,9 @@ pub fn load(checkpoint: &Checkpoint, args: &EngineArgs) -> Result<Loaded> {
     let source = checkpoint.tokenizer()?;
     let tokenizer = source.as_ref().map(Tokenizer::from_source).transpose()?;
     let template = source.as_ref().map(ChatTemplate::from_source).transpose()?;
-    let engine = Engine::new(Arc::new(Model::load(checkpoint)?), &args.options()?)?;
+    let options = args.options()?;
+    let model = Model::load_in(checkpoint, options.layout()?)?;
+    let engine = Engine::new(Arc::new(model), &options)?;
     if stderr().is_terminal() {
         eprintln!("{}", engine.describe());
     }

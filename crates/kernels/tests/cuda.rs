@@ -2,7 +2,7 @@
 
 use mmfree_kernels::cuda::{self, Buffer, CudaError, Device};
 use mmfree_kernels::memory::WeightArena;
-use mmfree_kernels::ternary::TernaryMatrix;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
 use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums, TILE_WORDS, TileMatrix};
 
 /// `MMFREE_REQUIRE_NVRTC=1` makes the compiler's absence a failure.
@@ -112,7 +112,14 @@ fn products_are_exact() {
             let mut tiles = Buffer::from_slice(&device, &poison).expect("memory");
             let mut staging = Buffer::zeros(&device, 1).expect("memory");
             for (layer, trits) in trits.chunks(n * k).enumerate() {
-                let matrix = TernaryMatrix::from_trits(&WeightArena::new(), n, k, 1.0, trits);
+                let matrix = TernaryMatrix::from_trits(
+                    &WeightArena::new(),
+                    if extreme { Layout::TwoBit } else { Layout::Base3 },
+                    n,
+                    k,
+                    1.0,
+                    trits,
+                );
                 let first = place.first + layer * place.segment_tiles * place.col_tiles;
                 gemm.upload(&matrix.expect("packs"), &mut staging, &mut tiles, first)
                     .expect("fits");

@@ -1,6 +1,7 @@
 //! Files and directories that appear complete or not at all.
 //!
-//! Everything is written beside its final name and renamed at the end; what is not committed is removed.
+//! Everything is written beside its final name and renamed at the end; what is not committed is removed. Once
+//! `commit` has returned, the new name outlasts a loss of power.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -61,7 +62,7 @@ impl OutputFile {
             .map_err(|failed| error(plain(failed.into_error(), &self.path)))?;
         temporary.as_file().sync_all().map_err(error)?;
         temporary.persist(&self.path).map_err(|failed| error(failed.error))?;
-        Ok(())
+        sync_directory(parent(&self.path)).map_err(error)
     }
 
     /// Writes bytes; as [`Write::write_all`], with the name of the file in the error.
@@ -121,10 +122,23 @@ impl OutputDirectory {
     /// # Errors
     /// [`Error::Write`].
     pub fn write_file(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        self.write_with(name, |file| file.write_all(bytes))
+    }
+
+    /// Writes a file of the directory piece by piece.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
+    pub fn write_with(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+    ) -> Result<()> {
         let write = || {
-            let mut file = File::create_new(self.temporary.path().join(name))?;
-            file.write_all(bytes)?;
-            file.sync_all()
+            let file = File::create_new(self.temporary.path().join(name))?;
+            let mut writer = BufWriter::with_capacity(1 << 20, file);
+            fill(&mut writer)?;
+            writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()
         };
         write().map_err(|reason| Error::Write {
             file: self.path.join(name).display().to_string(),
@@ -137,12 +151,55 @@ impl OutputDirectory {
     /// # Errors
     /// [`Error::Write`]. Nothing is left then.
     pub fn commit(self) -> Result<()> {
-        fs::rename(self.temporary.path(), &self.path)
-            .map_err(|reason| Error::Write { file: self.path.display().to_string(), reason })?;
+        let error = |reason| Error::Write { file: self.path.display().to_string(), reason };
+        sync_directory(self.temporary.path()).map_err(error)?;
+        fs::rename(self.temporary.path(), &self.path).map_err(error)?;
         // It has moved away from where the guard would remove it.
         let _ = self.temporary.keep();
-        Ok(())
+        sync_directory(parent(&self.path)).map_err(error)
     }
+}
+
+/// Removes what was begun in a directory and never committed, because its process was killed. Only to be
+/// called where no other process writes.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn remove_unfinished(directory: &Path) -> Result<()> {
+    let error = |reason| Error::Write { file: directory.display().to_string(), reason };
+    for entry in fs::read_dir(directory).map_err(error)? {
+        let entry = entry.map_err(error)?;
+        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            let is_directory = entry.file_type().map_err(error)?.is_dir();
+            let remove = if is_directory {
+                fs::remove_dir_all(entry.path())
+            } else {
+                fs::remove_file(entry.path())
+            };
+            remove.map_err(error)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a directory that was committed. Killed at any moment it leaves either the whole directory or
+/// something that [`remove_unfinished`] removes.
+///
+/// # Errors
+/// [`Error::Write`].
+pub fn remove_directory(path: &Path) -> Result<()> {
+    let error = |reason| Error::Write { file: path.display().to_string(), reason };
+    let name =
+        path.file_name().ok_or_else(|| error(io::Error::other("this is no directory's name")))?;
+    let doomed = parent(path).join(format!("{PREFIX}{}", name.to_string_lossy()));
+    fs::rename(path, &doomed).map_err(error)?;
+    fs::remove_dir_all(&doomed).map_err(error)
+}
+
+/// Makes the names in a directory outlast a loss of power.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    // Elsewhere a directory cannot be opened as a file.
+    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
 /// An error of the temporary file, told without the temporary name.
@@ -234,5 +291,18 @@ mod tests {
         assert_eq!(entries(&path), ["a"]);
         assert!(OutputDirectory::create(&path).is_err());
         assert_eq!(entries(dir.path()), ["out"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_began_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("whole")).unwrap();
+        std::mem::forget(OutputDirectory::create(&dir.path().join("begun")).unwrap());
+        std::mem::forget(OutputFile::create(&dir.path().join("file")).unwrap());
+        assert_eq!(entries(dir.path()).len(), 3);
+        remove_unfinished(dir.path()).unwrap();
+        assert_eq!(entries(dir.path()), ["whole"]);
+        remove_directory(&dir.path().join("whole")).unwrap();
+        assert_eq!(entries(dir.path()), [""; 0]);
     }
 }

@@ -11,6 +11,7 @@ use mmfree::engine::{Activation, Engine, EngineOptions, Sequence};
 use mmfree::error::Error;
 use mmfree::model::Model;
 use mmfree::state::State;
+use mmfree_kernels::ternary::Layout;
 
 /// An engine on the first GPU; `None` where there is none.
 fn gpu(model: &Arc<Model>) -> Option<Engine> {
@@ -38,8 +39,9 @@ fn models() -> Vec<(&'static str, Arc<Model>)> {
         vocab_size,
         ..ModelConfig::preset("370m").expect("preset")
     };
-    let random =
-        |config| Arc::new(Model::random(&config, DISTINCT_TOKENS, 5).expect("random model"));
+    let random = |config| {
+        Arc::new(Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5).expect("random model"))
+    };
     vec![
         ("tiny", Arc::new(Model::load(&Checkpoint::open(fixture).expect("opens")).expect("loads"))),
         ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),

@@ -2,4 +2,35 @@
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`config`] | [`TrainConfig`](config::TrainConfig): one TOML file, every key with a default |
+//! | [`architecture`] | [`Architecture`](architecture::Architecture): the MatMul-free model or Transformer++ |
+//! | [`parameters`] | [`ParameterLayout`](parameters::ParameterLayout): all parameters in one flat buffer |
+//! | [`backend`] | [`Backend`](backend::Backend): the fused operations, forward and backward; the CPU |
+//! | [`model`] | [`Model`](model::Model): loss and gradients, written once over a backend |
+//! | [`weights`] | parameters from and to Hugging Face directories |
+//! | [`data`] | raw text to token shards, token shards to batches |
+//! | [`log`] | what a run reports: JSON lines and TensorBoard event files |
+//! | [`plot`] | loss curves of runs |
+//! | [`optimizer`] | AdamW over parameter groups, its moments sharded over processes |
+//! | [`schedule`] | learning rate and weight decay over the steps |
+//! | [`communicator`] | [`Communicator`](communicator::Communicator): processes that train together |
+//! | [`checkpoint`] | [`Checkpoints`](checkpoint::Checkpoints): what a run resumes from |
+//! | [`trainer`] | [`Trainer`](trainer::Trainer): the loop |
+//! | [`error`] | [`Error`](error::Error) |
 #![forbid(unsafe_code)]
+
+pub mod architecture;
+pub mod backend;
+pub mod checkpoint;
+pub mod communicator;
+pub mod config;
+pub mod data;
+pub mod error;
+pub mod log;
+pub mod model;
+pub mod optimizer;
+pub mod parameters;
+pub mod plot;
+pub mod schedule;
+pub mod trainer;
+pub mod weights;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
-use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
+use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 
 pub(crate) const SOURCE: Source =
     Source { name: "ternary_gemm", text: include_str!("gemm.cu"), hopper_only: false };
@@ -316,13 +316,21 @@ impl Gemm {
         if (first * TILE_WORDS).checked_add(words).is_none_or(|end| end > tiles.len()) {
             return Err(CudaError::Shape(format!("no room for {words} code words")));
         }
-        staging.reserve(matrix.words().len())?;
-        staging.write(0, matrix.words())?;
+        let mut unpacked = Vec::new();
+        let codes: &[u32] = match matrix.layout() {
+            Layout::TwoBit => bytemuck::cast_slice(matrix.codes()),
+            _ => {
+                matrix.for_each_word(|words| unpacked.extend_from_slice(words));
+                &unpacked
+            }
+        };
+        staging.reserve(codes.len())?;
+        staging.write(0, codes)?;
         let args = RepackArgs {
             words: staging.address(0),
             tiles: tiles.address(first * TILE_WORDS),
             row_tiles: row_tiles as u32,
-            units: matrix.units() as u32,
+            units: matrix.words() as u32,
             col_tiles: col_tiles as u32,
         };
         let launch = Launch::new([words.div_ceil(256), 1, 1], 256, 0);

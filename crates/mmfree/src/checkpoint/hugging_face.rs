@@ -9,20 +9,22 @@ use serde_json::Value;
 
 use super::layout::expected_tensors;
 use super::packed::{Demand, check_tensors};
+use super::safetensors::TensorData;
+use super::tensors::not_finite;
 use super::tokenizer::TokenizerFiles;
-use super::{Checkpoint, Container, Encoding, FileSlice, StoredTensor, safetensors};
+use super::{Checkpoint, Container, Encoding, FileSlice, FloatType, StoredTensor, safetensors};
 use crate::config::ModelConfig;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TensorProblem};
 use crate::json;
 use crate::output::OutputDirectory;
 
 pub(super) const CONFIG: &str = "config.json";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-const TOKENIZER_JSON: &str = "tokenizer.json";
-const TOKENIZER_MODEL: &str = "tokenizer.model";
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-const CHAT_TEMPLATE: &str = "chat_template.jinja";
+pub(super) const TOKENIZER_JSON: &str = "tokenizer.json";
+pub(super) const TOKENIZER_MODEL: &str = "tokenizer.model";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 /// Every file of a checkpoint but the weights. Those that are not read are written back with the rest.
 pub(super) const SMALL_FILES: [&str; 11] = [
     CONFIG,
@@ -45,33 +47,29 @@ type Lookup<'a> = &'a dyn Fn(&str) -> Result<Option<Bytes>>;
 
 /// Opens a directory.
 pub(super) fn open_directory(label: &str, directory: &Path) -> Result<Checkpoint> {
-    open(label, Some(directory), &|name| {
-        let path = directory.join(name);
-        match Bytes::map(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(reason) => Err(Error::Read { file: path.display().to_string(), reason }),
-        }
-    })
+    open(label, Some(directory), &in_directory(directory))
+}
+
+/// Maps files of a directory.
+fn in_directory(directory: &Path) -> impl Fn(&str) -> Result<Option<Bytes>> {
+    |name| map_if_there(&directory.join(name))
+}
+
+/// Maps a file, `None` if there is none.
+pub(super) fn map_if_there(path: &Path) -> Result<Option<Bytes>> {
+    match Bytes::map(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(reason) => Err(Error::Read { file: path.display().to_string(), reason }),
+    }
 }
 
 /// Opens the files that `lookup` finds.
 pub(super) fn open(label: &str, directory: Option<&Path>, lookup: Lookup) -> Result<Checkpoint> {
     let mut files = Files { label, lookup, found: Vec::new() };
-    let Some(config) = files.get(CONFIG)? else {
-        let what = "there is no config.json; expected a Hugging Face directory with config.json and \
-                    model.safetensors";
-        return Err(files.malformed(what));
-    };
+    let config = files.config()?;
     let config = ModelConfig::from_json(&config.file, config.get())?;
-    let tensors = if let Some(single) = files.get(SINGLE)? {
-        tensors_of(&single)?.collect()
-    } else if let Some(index) = files.get(INDEX)? {
-        files.shards(&index)?
-    } else {
-        let what = format!("there is neither {SINGLE} nor {INDEX}");
-        return Err(files.malformed(&what));
-    };
+    let tensors = files.tensors()?;
     let expected = expected_tensors(&config);
     let demands = expected.into_iter().map(|spec| (spec.name, spec.shape, Demand::Float));
     check_tensors(label, demands, &tensors)?;
@@ -108,6 +106,26 @@ impl Files<'_> {
         self.found.push((name.to_owned(), bytes.clone()));
         let file = Path::new(self.label).join(name).display().to_string();
         Ok(Some(FileSlice::whole(&file, bytes)))
+    }
+
+    fn config(&mut self) -> Result<FileSlice> {
+        self.get(CONFIG)?.ok_or_else(|| {
+            self.malformed(
+                "there is no config.json; expected a Hugging Face directory with config.json and \
+                 model.safetensors",
+            )
+        })
+    }
+
+    /// Tensors of the single file of weights, or of all shards.
+    fn tensors(&mut self) -> Result<BTreeMap<String, StoredTensor>> {
+        if let Some(single) = self.get(SINGLE)? {
+            return Ok(tensors_of(&single)?.collect());
+        }
+        match self.get(INDEX)? {
+            Some(index) => self.shards(&index),
+            None => Err(self.malformed(&format!("there is neither {SINGLE} nor {INDEX}"))),
+        }
     }
 
     /// Tensors of every shard that the index names. The index and the shards must agree.
@@ -177,6 +195,97 @@ fn tensors_of(file: &FileSlice) -> Result<impl Iterator<Item = (String, StoredTe
         };
         (name, stored)
     }))
+}
+
+/// The full-precision tensors of a Hugging Face directory, whatever its architecture.
+#[derive(Debug)]
+pub struct FullPrecision {
+    label: String,
+    config: FileSlice,
+    tensors: BTreeMap<String, StoredTensor>,
+}
+
+impl FullPrecision {
+    /// Opens a directory: `config.json` and safetensors in one file or in shards.
+    ///
+    /// # Errors
+    /// Errors of reading, files that are missing, malformed or truncated.
+    pub fn open(directory: &Path) -> Result<Self> {
+        let label = directory.display().to_string();
+        if !directory.is_dir() {
+            let reason = "expected a Hugging Face directory with config.json and model.safetensors";
+            return Err(Error::NoModel { model: label, reason: reason.to_owned() });
+        }
+        let lookup = in_directory(directory);
+        let mut files = Files { label: &label, lookup: &lookup, found: Vec::new() };
+        let (config, tensors) = (files.config()?, files.tensors()?);
+        Ok(Self { config, tensors, label })
+    }
+
+    /// Name and bytes of `config.json`.
+    pub fn config(&self) -> (&str, &[u8]) {
+        (&self.config.file, self.config.get())
+    }
+
+    /// Compares the tensors with those that an architecture demands, by name and shape.
+    ///
+    /// # Errors
+    /// [`Error::Tensors`] with everything that is missing, misshapen or too much.
+    pub fn check(&self, expected: impl Iterator<Item = (String, Vec<usize>)>) -> Result<()> {
+        let demands = expected.map(|(name, shape)| (name, shape, Demand::Float));
+        check_tensors(&self.label, demands, &self.tensors)
+    }
+
+    /// Reads a tensor, widened to f32, row-major.
+    ///
+    /// # Errors
+    /// A tensor that is not there or has another number of elements; a value that is NaN or infinite.
+    pub fn read(&self, name: &str, values: &mut [f32]) -> Result<()> {
+        let tensor = self.tensors.get(name).ok_or_else(|| Error::Tensors {
+            file: self.label.clone(),
+            problems: vec![TensorProblem::Missing { tensor: name.to_owned() }],
+        })?;
+        let elements: usize = tensor.shape.iter().product();
+        match tensor.encoding {
+            Encoding::Float(float) if elements == values.len() => {
+                float.decode(tensor.data.get(), values);
+            }
+            _ => {
+                let problem = TensorProblem::Shape {
+                    tensor: name.to_owned(),
+                    expected: vec![values.len()],
+                    found: tensor.shape.clone(),
+                };
+                return Err(Error::Tensors { file: self.label.clone(), problems: vec![problem] });
+            }
+        }
+        tensor.data.release();
+        match values.iter().position(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(index) => Err(not_finite(tensor, name, index, values[index])),
+        }
+    }
+}
+
+/// Writes a Hugging Face directory: `config.json`, `model.safetensors` with the tensors in the type
+/// `float`, and further `files` by name, for example a tokenizer. It appears complete or not at all.
+///
+/// # Errors
+/// A directory that exists and is not empty; errors of writing.
+pub fn write_full_precision(
+    directory: &Path,
+    config: &Value,
+    tensors: &[TensorData<'_>],
+    float: FloatType,
+    files: &[(String, Vec<u8>)],
+) -> Result<()> {
+    let output = OutputDirectory::create(directory)?;
+    output.write_file(CONFIG, format!("{config:#}\n").as_bytes())?;
+    output.write_with(SINGLE, |file| safetensors::write(file, tensors, float))?;
+    for (name, bytes) in files {
+        output.write_file(name, bytes)?;
+    }
+    output.commit()
 }
 
 /// Writes every file of a full-precision checkpoint to a new directory.

@@ -4,7 +4,7 @@ use crate::config::ModelConfig;
 
 /// What a tensor is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum TensorKind {
+pub enum TensorKind {
     /// Weight of a BitLinear layer [N, K].
     Ternary,
     /// The embedding table [V, D].
@@ -17,9 +17,10 @@ pub(crate) enum TensorKind {
 
 /// A tensor that the configuration demands.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct TensorSpec {
+pub struct TensorSpec {
     /// Name in a Hugging Face checkpoint; packed files keep it.
     pub name: String,
+    /// What it is for.
     pub kind: TensorKind,
     /// Logical shape, outermost dimension first.
     pub shape: Vec<usize>,
@@ -42,7 +43,7 @@ pub(crate) const EMBEDDINGS: &str = "model.embeddings.weight";
 pub(crate) const LOWER_BOUNDS: &str = "model.lower_bounds";
 
 /// Every tensor of a model, in the order in which a forward pass meets them.
-pub(crate) fn expected_tensors(config: &ModelConfig) -> Vec<TensorSpec> {
+pub fn expected_tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let (d, f, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
     let mut tensors = vec![TensorSpec::new(EMBEDDINGS, TensorKind::Embeddings, &[v, d])];
     if config.use_lower_bound {

@@ -28,15 +28,16 @@ mod gguf;
 mod hub;
 mod hugging_face;
 pub mod info;
-pub(crate) mod layout;
+pub mod layout;
 mod pack;
 mod packed;
-mod safetensors;
+pub mod safetensors;
 mod tensors;
 mod tokenizer;
 
 pub use embeddings::EmbeddingTable;
 pub use float::FloatType;
+pub use hugging_face::{FullPrecision, write_full_precision};
 pub use pack::{EmbeddingStorage, PackOptions, pack};
 pub use tokenizer::{TokenizerKind, TokenizerSource};
 

@@ -1,12 +1,13 @@
-//! Headers of safetensors files.
+//! Safetensors files: headers read, files written.
 //!
-//! Read here and not by the `safetensors` crate, which keeps the last of two equal keys and whose
+//! Headers are read here and not by the `safetensors` crate, which keeps the last of two equal keys and whose
 //! errors carry no offsets.
 
 use std::collections::BTreeMap;
+use std::io::{self, Write};
 use std::ops::Range;
 
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 use super::float::FloatType;
 use crate::error::{Error, Result};
@@ -113,6 +114,53 @@ fn sizes(value: Option<&Value>) -> Option<Vec<usize>> {
     value?.as_array()?.iter().map(|size| usize::try_from(size.as_u64()?).ok()).collect()
 }
 
+/// A tensor to write.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorData<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Outermost dimension first.
+    pub shape: &'a [usize],
+    /// Row-major.
+    pub values: &'a [f32],
+}
+
+/// Writes a safetensors file with the tensors in the type `float`, rounded half to even, in the given order.
+///
+/// # Errors
+/// Errors of writing; a tensor whose shape is not that of its values.
+pub fn write(out: &mut dyn Write, tensors: &[TensorData<'_>], float: FloatType) -> io::Result<()> {
+    let mut header = Map::new();
+    header.insert("__metadata__".to_owned(), json!({"format": "pt"}));
+    let mut end = 0;
+    for tensor in tensors {
+        if tensor.shape.iter().product::<usize>() != tensor.values.len() {
+            let TensorData { name, shape, values } = tensor;
+            let len = values.len();
+            return Err(io::Error::other(format!("tensor {name} of {shape:?} has {len} values")));
+        }
+        let start = end;
+        end += tensor.values.len() * float.bytes();
+        let entry =
+            json!({"dtype": float.name(), "shape": tensor.shape, "data_offsets": [start, end]});
+        header.insert(tensor.name.to_owned(), entry);
+    }
+    let mut header = Value::Object(header).to_string();
+    // The data that follow are aligned.
+    header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
+    let mut bytes = Vec::new();
+    for tensor in tensors {
+        for values in tensor.values.chunks(1 << 16) {
+            bytes.clear();
+            float.encode(values, &mut bytes);
+            out.write_all(&bytes)?;
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,6 +189,23 @@ mod tests {
         assert_eq!(entries["a"].shape, [2, 3]);
         assert_eq!(entries["a"].range, start + 4..start + 28);
         assert_eq!(entries["b"].float, FloatType::Bf16);
+    }
+
+    #[test]
+    fn what_is_written_reads_the_same() {
+        let a = TensorData { name: "a", shape: &[2, 2], values: &[1.0, 2.0, 3.0, -0.5] };
+        let b = TensorData { name: "b", shape: &[1], values: &[7.0] };
+        let mut bytes = Vec::new();
+        write(&mut bytes, &[b, a], FloatType::Bf16).unwrap();
+        let entries = parse("x", &bytes).unwrap();
+        assert_eq!(entries["a"].shape, [2, 2]);
+        assert_eq!(bytes.len(), entries["a"].range.end);
+        let mut values = [0.0; 4];
+        FloatType::Bf16.decode(&bytes[entries["a"].range.clone()], &mut values);
+        assert_eq!(values, *a.values);
+        assert!(
+            write(&mut Vec::new(), &[TensorData { shape: &[3], ..b }], FloatType::F32).is_err()
+        );
     }
 
     #[test]

@@ -1,8 +1,12 @@
 //! The tokenizer that comes with a checkpoint.
 
+use std::path::Path;
+
+use mmfree_kernels::memory::Bytes;
 use serde_json::Value;
 
-use super::FileSlice;
+use super::hugging_face::{self, CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL};
+use super::{Checkpoint, FileSlice, gguf};
 use crate::error::{Error, Result};
 
 /// Everything that a checkpoint says about turning text into tokens and back.
@@ -14,6 +18,54 @@ pub struct TokenizerSource {
     pub tokenizer_config: Option<Value>,
     /// Jinja template that turns a conversation into text.
     pub chat_template: Option<String>,
+}
+
+impl TokenizerSource {
+    /// Reads a tokenizer: a `tokenizer.json` or SentencePiece file (of any name, with
+    /// `tokenizer_config.json` and the chat template beside it if they are there), a directory that holds
+    /// one, or a packed model.
+    ///
+    /// # Errors
+    /// Nothing of the kind, or files that are malformed.
+    pub fn open(path: &Path) -> Result<Self> {
+        let label = path.display().to_string();
+        let no_tokenizer = |reason: &str| Error::Tokenizer(format!("{label}: {reason}"));
+        let bytes = if path.is_dir() {
+            None
+        } else {
+            let read = Bytes::map(path);
+            Some(read.map_err(|reason| Error::Read { file: label.clone(), reason })?)
+        };
+        if bytes.as_ref().is_some_and(|bytes| bytes.starts_with(&gguf::MAGIC)) {
+            let source = Checkpoint::open(path)?.tokenizer()?;
+            return source.ok_or_else(|| no_tokenizer("this model has no tokenizer"));
+        }
+        let directory = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+        let file = |name: &str| -> Result<Option<FileSlice>> {
+            let found = hugging_face::map_if_there(&directory.join(name))?;
+            Ok(found
+                .map(|bytes| FileSlice::whole(&directory.join(name).display().to_string(), bytes)))
+        };
+        let mut files = TokenizerFiles {
+            config: file(TOKENIZER_CONFIG)?,
+            chat_template: file(CHAT_TEMPLATE)?,
+            ..TokenizerFiles::default()
+        };
+        match bytes {
+            None => {
+                files.hugging_face = file(TOKENIZER_JSON)?;
+                files.sentence_piece = file(TOKENIZER_MODEL)?;
+            }
+            Some(bytes) => {
+                let is_json = bytes.trim_ascii_start().starts_with(b"{");
+                let slice = Some(FileSlice::whole(&label, bytes));
+                *(if is_json { &mut files.hugging_face } else { &mut files.sentence_piece }) =
+                    slice;
+            }
+        }
+        let missing = "there is neither tokenizer.json nor tokenizer.model";
+        files.read()?.ok_or_else(|| no_tokenizer(missing))
+    }
 }
 
 /// A serialised tokenizer.

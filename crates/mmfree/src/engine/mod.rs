@@ -25,6 +25,7 @@ use std::thread;
 
 use mmfree_kernels::bandwidth::ReadBuffer;
 use mmfree_kernels::cuda::Device;
+use mmfree_kernels::ternary::Layout;
 use mmfree_kernels::tier::Backend;
 
 use crate::error::{Error, Result};
@@ -50,8 +51,27 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Where and how the model runs: `auto` (a GPU if one is usable, otherwise the CPU), `cuda` (GPU 0),
     /// `cuda:N`, `cpu` (the fastest tier that this CPU runs), or a tier by name (`scalar`, `avx2`, `avx512`,
-    /// `neon`). `None` is what the environment variable [`BACKEND_VARIABLE`] names, or `auto`.
+    /// `avx512vbmi`, `neon`). `None` is what the environment variable [`BACKEND_VARIABLE`] names, or `auto`.
     pub backend: Option<String>,
+}
+
+impl EngineOptions {
+    /// The backend's name, from the options or the environment; `None` is `auto`.
+    fn backend_name(&self) -> Option<String> {
+        let name = self.backend.clone().or_else(|| std::env::var(BACKEND_VARIABLE).ok());
+        name.filter(|name| name != "auto")
+    }
+
+    /// The layout of weights that the engine runs fastest.
+    ///
+    /// # Errors
+    /// An unknown or unavailable backend.
+    pub fn layout(&self) -> Result<Layout> {
+        Ok(match self.backend_name() {
+            Some(name) if cuda_ordinal(&name)?.is_some() => Layout::TwoBit,
+            name => Layout::preferred(cpu_backend(name.as_deref())?),
+        })
+    }
 }
 
 /// Some tokens to feed to one sequence.
@@ -108,28 +128,24 @@ impl Engine {
                     Error::Invalid(format!("{threads} threads: expected 1 to {MAX_THREADS}"))
                 })?,
         };
-        let from_environment = || std::env::var(BACKEND_VARIABLE).ok();
-        let name = options.backend.clone().or_else(from_environment);
+        let name = options.backend_name();
         let cpu =
             |backend| Executor::Cpu(Box::new(CpuEngine::new(Arc::clone(&model), backend, threads)));
         let mut fallback = None;
-        let executor = match name.as_deref() {
-            None | Some("auto") => match CudaEngine::if_there_is_a_gpu(&model) {
+        let executor = match &name {
+            None => match CudaEngine::if_there_is_a_gpu(&model) {
                 Some(Ok(engine)) => Executor::Cuda(Box::new(engine)),
                 Some(Err(reason)) => {
                     fallback = Some(reason.to_string());
-                    cpu(Backend::detect())
+                    cpu(cpu_backend(None)?)
                 }
-                None => cpu(Backend::detect()),
+                None => cpu(cpu_backend(None)?),
             },
-            Some("cpu") => cpu(Backend::detect()),
             Some(name) => match cuda_ordinal(name)? {
                 Some(ordinal) => {
                     Executor::Cuda(Box::new(CudaEngine::new(Arc::clone(&model), ordinal)?))
                 }
-                None => cpu(Backend::from_name(name).map_err(|reason| {
-                    Error::Invalid(format!("{reason}, or auto, cpu, cuda, cuda:N"))
-                })?),
+                None => cpu(cpu_backend(Some(name))?),
             },
         };
         Ok(Self { model, executor, fallback })
@@ -386,6 +402,15 @@ impl Engine {
 fn most_likely(logits: &[f32]) -> u32 {
     let best = logits.iter().enumerate().reduce(|best, it| if it.1 > best.1 { it } else { best });
     best.map_or(0, |(id, _)| id as u32)
+}
+
+/// The CPU's kernels of a name; `None` and `cpu` mean the fastest.
+fn cpu_backend(name: Option<&str>) -> Result<Backend> {
+    match name {
+        None | Some("cpu") => Ok(Backend::detect()),
+        Some(name) => Backend::from_name(name)
+            .map_err(|reason| Error::Invalid(format!("{reason}, or auto, cpu, cuda, cuda:N"))),
+    }
 }
 
 /// The GPU that a backend's name means; `None` if it means none.

@@ -1,11 +1,16 @@
 //! Sizes and constants of a model.
 
-use serde::Serialize;
-use serde_json::{Map, Value};
+mod fields;
+mod transformer;
 
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use self::fields::FieldReader;
 use crate::checkpoint::layout::{TensorKind, expected_tensors};
 use crate::error::{Error, Result};
-use crate::json;
+
+pub use transformer::TransformerConfig;
 
 /// Configuration of a MatMul-free language model (`model_type` `hgrn_bit`), validated.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -90,12 +95,7 @@ impl ModelConfig {
     /// [`Error::Malformed`] if it is no JSON object, otherwise one [`Error::Config`] with everything
     /// that is missing, out of bounds or asks for something that is not computed here.
     pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self> {
-        let malformed = |what| Error::Malformed { file: file.to_owned(), what };
-        let fields = match json::parse(bytes) {
-            Ok(Value::Object(fields)) => fields,
-            Ok(_) => return Err(malformed("expected a JSON object".to_owned())),
-            Err(error) => return Err(malformed(format!("not valid JSON: {error}"))),
-        };
+        let fields = fields::parse(file, bytes)?;
         let mut reader = FieldReader { fields: &fields, problems: Vec::new() };
         reader.refuse_unsupported();
         let hidden_size = reader.size("hidden_size").unwrap_or(0);
@@ -151,6 +151,36 @@ impl ModelConfig {
         problems
     }
 
+    /// The `config.json` that the authors' code reads: every field that it knows, with the values that
+    /// this project supports.
+    pub fn to_json(&self) -> Value {
+        json!({
+            "architectures": ["HGRNBitForCausalLM"],
+            "attn_mode": "fused_recurrent",
+            "bos_token_id": self.bos_token_id,
+            "conv_size": 4,
+            "eos_token_id": token_ids_json(&self.eos_token_ids),
+            "expand_ratio": 1,
+            "fuse_cross_entropy": true,
+            "hidden_act": "swish",
+            "hidden_ratio": 4,
+            "hidden_size": self.hidden_size,
+            "initializer_range": 0.02,
+            "intermediate_size": self.intermediate_size,
+            "max_position_embeddings": 2048,
+            "model_type": "hgrn_bit",
+            "num_heads": 1,
+            "num_hidden_layers": self.num_hidden_layers,
+            "rms_norm_eps": float_json(self.rms_norm_eps),
+            "share_conv_kernel": true,
+            "tie_word_embeddings": false,
+            "use_cache": true,
+            "use_lower_bound": self.use_lower_bound,
+            "use_short_conv": false,
+            "vocab_size": self.vocab_size,
+        })
+    }
+
     /// Counts parameters.
     pub fn parameters(&self) -> ParameterCounts {
         let mut counts = ParameterCounts::default();
@@ -168,28 +198,27 @@ impl ModelConfig {
     }
 }
 
+/// An f32 with its shortest decimal digits, not those of the f64 nearest to it.
+fn float_json(value: f32) -> Value {
+    value.to_string().parse::<f64>().map_or(Value::Null, Value::from)
+}
+
+/// As Hugging Face writes them: nothing, one id, or a list.
+fn token_ids_json(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [id] => Value::from(*id),
+        ids => Value::from(ids),
+    }
+}
+
 /// `256 · ceil(int(D · hidden_ratio · 2/3) / 256)`, in the floating-point order of the reference.
 fn default_intermediate_size(hidden_size: usize, hidden_ratio: f64) -> usize {
     let width = (hidden_size as f64 * hidden_ratio * 2.0 / 3.0) as usize;
     width.div_ceil(256).saturating_mul(256)
 }
 
-/// Reads fields and collects what is wrong with them. A field that is null counts as absent.
-struct FieldReader<'a> {
-    fields: &'a Map<String, Value>,
-    problems: Vec<String>,
-}
-
 impl FieldReader<'_> {
-    fn get(&self, name: &str) -> Option<&Value> {
-        self.fields.get(name).filter(|value| !value.is_null())
-    }
-
-    fn problem(&mut self, name: &str, expected: &str) {
-        let found = self.fields.get(name).map_or_else(|| "missing".to_owned(), shortened);
-        self.problems.push(format!("{name} is {found}, expected {expected}"));
-    }
-
     /// Valid configurations of the reference that would compute something else than this project does.
     fn refuse_unsupported(&mut self) {
         if self.get("model_type") != Some(&Value::from("hgrn_bit")) {
@@ -219,14 +248,6 @@ impl FieldReader<'_> {
         }
     }
 
-    fn size(&mut self, name: &str) -> Option<usize> {
-        let value = self.get(name).and_then(Value::as_u64).and_then(|n| usize::try_from(n).ok());
-        if value.is_none() {
-            self.problem(name, "a positive integer");
-        }
-        value
-    }
-
     fn intermediate_size(&mut self, hidden_size: usize) -> usize {
         if self.get("intermediate_size").is_some() {
             return self.size("intermediate_size").unwrap_or(0);
@@ -236,49 +257,6 @@ impl FieldReader<'_> {
             self.problem("hidden_ratio", "a positive number of at most 1024");
         }
         default_intermediate_size(hidden_size, ratio)
-    }
-
-    fn float(&mut self, name: &str, default: f64) -> f64 {
-        let Some(value) = self.get(name) else { return default };
-        value.as_f64().unwrap_or_else(|| {
-            self.problem(name, "a number");
-            default
-        })
-    }
-
-    fn boolean(&mut self, name: &str, default: bool) -> bool {
-        let Some(value) = self.get(name) else { return default };
-        value.as_bool().unwrap_or_else(|| {
-            self.problem(name, "true or false");
-            default
-        })
-    }
-
-    /// An id, a list of ids, or nothing.
-    fn token_ids(&mut self, name: &str) -> Vec<u32> {
-        let ids = match self.get(name) {
-            None => Some(Vec::new()),
-            Some(Value::Array(ids)) => ids.iter().map(token_id).collect(),
-            Some(id) => token_id(id).map(|id| vec![id]),
-        };
-        ids.unwrap_or_else(|| {
-            self.problem(name, "a token id or a list of token ids");
-            Vec::new()
-        })
-    }
-}
-
-fn token_id(value: &Value) -> Option<u32> {
-    value.as_u64().and_then(|id| u32::try_from(id).ok())
-}
-
-/// A value for an error message, cut to a readable length.
-fn shortened(value: &Value) -> String {
-    const SHOWN: usize = 60;
-    let text = value.to_string();
-    match text.char_indices().nth(SHOWN) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
     }
 }
 
@@ -311,6 +289,17 @@ mod tests {
         assert_eq!(config.intermediate_size, 512); // int(64·7·2/3) = 298
         assert_eq!((config.bos_token_id, config.eos_token_ids), (Some(1), vec![2, 5]));
         assert!(!config.use_lower_bound);
+    }
+
+    #[test]
+    fn what_is_written_reads_the_same() {
+        let mut config = ModelConfig::preset("370m").unwrap();
+        for (use_lower_bound, eos_token_ids) in
+            [(true, vec![]), (false, vec![2]), (true, vec![2, 3])]
+        {
+            config = ModelConfig { use_lower_bound, eos_token_ids, rms_norm_eps: 1e-5, ..config };
+            assert_eq!(parse(&config.to_json().to_string()).unwrap(), config);
+        }
     }
 
     #[test]

@@ -1,0 +1,93 @@
+//! Which model is trained: the MatMul-free one or its Transformer++ baseline.
+
+use mmfree::checkpoint::layout::{self, TensorKind};
+use mmfree::config::{ModelConfig, TransformerConfig};
+
+use crate::parameters::{ParameterKind, ParameterLayout};
+
+/// A model that can be trained, with its sizes.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Architecture {
+    /// Ternary weights and the MLGRU recurrence (`model_type` `hgrn_bit`).
+    MatMulFree(ModelConfig),
+    /// The baseline: full-precision weights and softmax attention (`model_type` `llama`).
+    Transformer(TransformerConfig),
+}
+
+impl Architecture {
+    /// `model_type` of `config.json`.
+    pub fn model_type(&self) -> &'static str {
+        match self {
+            Self::MatMulFree(_) => "hgrn_bit",
+            Self::Transformer(_) => "llama",
+        }
+    }
+
+    /// V.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::MatMulFree(config) => config.vocab_size,
+            Self::Transformer(config) => config.vocab_size,
+        }
+    }
+
+    /// L.
+    pub fn layers(&self) -> usize {
+        match self {
+            Self::MatMulFree(config) => config.num_hidden_layers,
+            Self::Transformer(config) => config.num_hidden_layers,
+        }
+    }
+
+    /// Every parameter and its place in the flat buffer.
+    pub fn layout(&self) -> ParameterLayout {
+        match self {
+            Self::MatMulFree(config) => {
+                ParameterLayout::new(layout::expected_tensors(config).into_iter().map(|tensor| {
+                    let kind = match tensor.kind {
+                        TensorKind::Ternary => ParameterKind::Matrix,
+                        TensorKind::Embeddings => ParameterKind::Embedding,
+                        TensorKind::Norm => ParameterKind::Norm,
+                        TensorKind::LowerBounds => ParameterKind::LowerBounds,
+                    };
+                    (tensor.name, tensor.shape, kind)
+                }))
+            }
+            Self::Transformer(config) => ParameterLayout::new(transformer_tensors(config)),
+        }
+    }
+
+    /// The `config.json` of a checkpoint, as the authors' and Hugging Face's code read it.
+    pub fn to_json(&self) -> serde_json::Value {
+        match self {
+            Self::MatMulFree(config) => config.to_json(),
+            Self::Transformer(config) => config.to_json(),
+        }
+    }
+}
+
+/// The tensors of a Llama checkpoint. Projections of one input follow each other, so that q, k, v and
+/// gate, up are each one matrix in the flat buffer.
+fn transformer_tensors(config: &TransformerConfig) -> Vec<(String, Vec<usize>, ParameterKind)> {
+    use ParameterKind::{Embedding, Matrix, Norm};
+    let (d, f, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
+    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![v, d], Embedding)];
+    for layer in 0..config.num_hidden_layers {
+        for (name, shape, kind) in [
+            ("input_layernorm", vec![d], Norm),
+            ("self_attn.q_proj", vec![d, d], Matrix),
+            ("self_attn.k_proj", vec![d, d], Matrix),
+            ("self_attn.v_proj", vec![d, d], Matrix),
+            ("self_attn.o_proj", vec![d, d], Matrix),
+            ("post_attention_layernorm", vec![d], Norm),
+            ("mlp.gate_proj", vec![f, d], Matrix),
+            ("mlp.up_proj", vec![f, d], Matrix),
+            ("mlp.down_proj", vec![d, f], Matrix),
+        ] {
+            tensors.push((format!("model.layers.{layer}.{name}.weight"), shape, kind));
+        }
+    }
+    tensors.push(("model.norm.weight".to_owned(), vec![d], Norm));
+    tensors.push(("lm_head.weight".to_owned(), vec![v, d], Matrix));
+    tensors
+}

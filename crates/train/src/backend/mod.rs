@@ -1,0 +1,420 @@
+//! The fused operations that training is written over, forward and backward.
+//!
+//! A backend owns its memory: parameters, gradients and moments are [`Flat`](Backend::Flat) buffers in
+//! f32, activations are [`Tensor`](Backend::Tensor)s in whatever precision it computes with. Nothing but
+//! [`take_loss`](Backend::take_loss), [`sum_of_squares`](Backend::sum_of_squares) and reads and writes of flat
+//! buffers waits for the device, and after [`reserve`](Backend::reserve) no operation allocates.
+//!
+//! Every operation is deterministic: the same inputs give the same bits on any number of threads.
+//! Backward operations take the forward's inputs and recompute what is cheap. They **add** to
+//! gradients of parameters, and say of each other output whether they set it or add to it.
+//!
+//! Dimension letters: B sequences, T steps, M = B T tokens, D hidden size, F intermediate size, L layers,
+//! V vocabulary; N outputs and K inputs of a projection.
+
+use std::ops::Range;
+
+use mmfree::error::Result;
+pub use mmfree_kernels::adamw::AdamW;
+pub use mmfree_kernels::cross_entropy::IGNORED;
+
+mod cpu;
+
+pub use cpu::{CpuBackend, CpuWeights};
+
+/// Sequences of one batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BatchShape {
+    /// B.
+    pub sequences: usize,
+    /// T.
+    pub length: usize,
+}
+
+impl BatchShape {
+    /// M = B T.
+    pub fn tokens(self) -> usize {
+        self.sequences * self.length
+    }
+}
+
+/// An RMSNorm: `x · (1 / sqrt(mean(x²) + eps)) · weight`.
+#[derive(Clone, Debug)]
+pub struct Norm {
+    /// Place of the weight in the parameters.
+    pub weight: Range<usize>,
+    /// ε.
+    pub eps: f32,
+}
+
+/// A dense layer `y = x Wᵀ` without bias.
+///
+/// With an inner norm it is a BitLinear: `W` becomes trits `t · γ`, its input `q / s` with
+/// `q, s = Q8(RMSNorm(x; norm, 1e-6))`, and gradients pass both quantisers unchanged
+/// (straight-through estimator):
+///
+/// ```text
+/// y = (Σ q t) γ / s        d RMSNorm(x) = dy · (t γ)        dW = dyᵀ · (q / s)
+/// ```
+#[derive(Clone, Debug)]
+pub struct Projection {
+    /// Place of the weight [N, K] in the parameters.
+    pub weight: Range<usize>,
+    /// N.
+    pub outputs: usize,
+    /// K.
+    pub inputs: usize,
+    /// Place of the inner norm's weight `[K]`; none for full-precision layers.
+    pub inner_norm: Option<Range<usize>>,
+    /// Number among the projections of the model.
+    pub index: usize,
+}
+
+/// Heads and sizes of causal attention.
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// B and T.
+    pub batch: BatchShape,
+    /// H.
+    pub heads: usize,
+    /// D / H, even.
+    pub head_size: usize,
+}
+
+/// What the parameters are to an operation: master values and the form in which products stream them.
+#[derive(Debug)]
+pub struct Parameters<'a, B: Backend + ?Sized> {
+    /// Master weights.
+    pub flat: &'a B::Flat,
+    /// Made of `flat` by [`Backend::prepare`].
+    pub weights: &'a B::Weights,
+}
+
+impl<B: Backend + ?Sized> Clone for Parameters<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend + ?Sized> Copy for Parameters<'_, B> {}
+
+/// The output layer: final norm, head and how many tokens' logits exist at a time.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// The final norm.
+    pub norm: Norm,
+    /// The head [V, D].
+    pub projection: Projection,
+    /// Tokens whose logits are computed together.
+    pub chunk: usize,
+}
+
+/// How important the precision of a tensor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// f32 on every backend: the residual stream's gradient, recurrent states, β.
+    Full,
+    /// The backend's precision of activations.
+    Activation,
+}
+
+/// A device that trains.
+pub trait Backend {
+    /// f32 values in the layout of the parameters: parameters, gradients, moments.
+    type Flat;
+    /// Activations.
+    type Tensor;
+    /// Token ids.
+    type Tokens;
+    /// Weights of all projections in the form in which products stream them.
+    type Weights;
+
+    /// Name of the device and how it computes, for the header of a run.
+    fn describe(&self) -> String;
+
+    // Memory.
+
+    /// A flat buffer with given values.
+    fn flat_from(&mut self, values: &[f32]) -> Result<Self::Flat>;
+    /// A flat buffer of zeros.
+    fn flat_zeros(&mut self, len: usize) -> Result<Self::Flat>;
+    /// Copies a part of a flat buffer to the host. Waits for the device.
+    fn read_flat(&mut self, flat: &Self::Flat, from: usize, values: &mut [f32]) -> Result<()>;
+    /// Copies values from the host to a part of a flat buffer.
+    fn write_flat(&mut self, flat: &mut Self::Flat, from: usize, values: &[f32]) -> Result<()>;
+    /// Sets a part of a flat buffer to zero.
+    fn clear_flat(&mut self, flat: &mut Self::Flat, range: Range<usize>) -> Result<()>;
+    /// `into += from`, over the first `len` elements. As it is written here it goes through the host:
+    /// a device does better.
+    fn add_flat(&mut self, from: &Self::Flat, into: &mut Self::Flat, len: usize) -> Result<()> {
+        const BLOCK: usize = 1 << 16;
+        let (mut sum, mut addend) = (vec![0.0; BLOCK], vec![0.0; BLOCK]);
+        for start in (0..len).step_by(BLOCK) {
+            let n = BLOCK.min(len - start);
+            self.read_flat(into, start, &mut sum[..n])?;
+            self.read_flat(from, start, &mut addend[..n])?;
+            sum.iter_mut().zip(&addend[..n]).for_each(|(sum, addend)| *sum += addend);
+            self.write_flat(into, start, &sum[..n])?;
+        }
+        Ok(())
+    }
+    /// A tensor of `len` elements, contents undefined.
+    fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
+    /// Sets a tensor to zero.
+    fn clear(&mut self, tensor: &mut Self::Tensor) -> Result<()>;
+    /// Copies a tensor to the host in f32. Waits for the device; for tests and tools.
+    fn read(&mut self, tensor: &Self::Tensor, values: &mut [f32]) -> Result<()>;
+    /// Memory for `len` token ids.
+    fn tokens(&mut self, len: usize) -> Result<Self::Tokens>;
+    /// Copies token ids to the device.
+    fn write_tokens(&mut self, tokens: &mut Self::Tokens, ids: &[u32]) -> Result<()>;
+    /// Memory for the prepared weights of a model's projections.
+    fn weights(&mut self, projections: &[Projection]) -> Result<Self::Weights>;
+    /// Allocates the scratch memory of every operation of a model: projections, tokens of a batch, head.
+    fn reserve(&mut self, projections: &[Projection], tokens: usize, head: &Head) -> Result<()>;
+
+    // Weights.
+
+    /// Brings prepared weights up to date with the parameters, after each optimiser step. Quantises the
+    /// weights of BitLinear layers.
+    fn prepare(
+        &mut self,
+        projections: &[Projection],
+        flat: &Self::Flat,
+        weights: &mut Self::Weights,
+    ) -> Result<()>;
+
+    // Operations of both architectures.
+
+    /// `x[m] = table[tokens[m]]`, [M, D].
+    fn embed(
+        &mut self,
+        flat: &Self::Flat,
+        table: Range<usize>,
+        tokens: &Self::Tokens,
+        x: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `d table[tokens[m]] += dx[m]`, in the order of m.
+    fn embed_backward(
+        &mut self,
+        tokens: &Self::Tokens,
+        dx: &Self::Tensor,
+        table: Range<usize>,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    /// Several projections of one normalised input: `outputs[j] = Projection_j(RMSNorm(x; norm))`.
+    /// x [M, K], outputs [M, N_j].
+    fn project(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        x: &Self::Tensor,
+        projections: &[&Projection],
+        outputs: &mut [&mut Self::Tensor],
+    ) -> Result<()>;
+
+    /// Gradients of [`project`](Self::project). Adds to `dx`.
+    #[allow(clippy::too_many_arguments)]
+    fn project_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        x: &Self::Tensor,
+        projections: &[&Projection],
+        d_outputs: &[&Self::Tensor],
+        dx: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    /// A projection that writes to the residual stream: `output = residual + Projection(input)`.
+    fn project_residual(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        input: &Self::Tensor,
+        residual: &Self::Tensor,
+        output: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Gradients of [`project_residual`](Self::project_residual). Sets `d_input`; the gradient of
+    /// `residual` is `d_output` itself.
+    fn project_residual_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        input: &Self::Tensor,
+        d_output: &Self::Tensor,
+        d_input: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    /// `y = silu(a) ⊙ b`, [a b] [M, 2F], y [M, F].
+    fn swiglu(&mut self, ab: &Self::Tensor, inner: usize, y: &mut Self::Tensor) -> Result<()>;
+
+    /// Gradients of [`swiglu`](Self::swiglu). Sets `d_ab`.
+    fn swiglu_backward(
+        &mut self,
+        ab: &Self::Tensor,
+        dy: &Self::Tensor,
+        inner: usize,
+        d_ab: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Adds `scale · Σ_m −ln softmax(logits[m])[targets[m]]` to the loss, with
+    /// `logits = Projection(RMSNorm(x; norm))`. Tokens with target [`IGNORED`] count nothing.
+    fn cross_entropy(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &Self::Tensor,
+        targets: &Self::Tokens,
+        scale: f32,
+    ) -> Result<()>;
+
+    /// [`cross_entropy`](Self::cross_entropy) and its gradients, chunk by chunk. Sets `dx`.
+    #[allow(clippy::too_many_arguments)]
+    fn cross_entropy_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &Self::Tensor,
+        targets: &Self::Tokens,
+        scale: f32,
+        dx: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    /// The loss that has been added up since the last call. Waits for the device.
+    fn take_loss(&mut self) -> Result<f64>;
+
+    // Operations of the MatMul-free model.
+
+    /// `β = cumsum_layers(softmax_layers(bounds)) − softmax_layers(bounds)[0]`, [L, D].
+    fn lower_bounds(
+        &mut self,
+        flat: &Self::Flat,
+        bounds: Range<usize>,
+        layers: usize,
+        betas: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Gradients of [`lower_bounds`](Self::lower_bounds).
+    fn lower_bounds_backward(
+        &mut self,
+        flat: &Self::Flat,
+        bounds: Range<usize>,
+        layers: usize,
+        d_betas: &Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    /// The recurrence, from a state of zero, with `β = betas[layer]` and i, f, h [B, T, D]:
+    ///
+    /// ```text
+    /// r = β + (1 − β) sigmoid(f)        h_t = r ⊙ h_{t−1} + silu(i) ⊙ (1 − r)
+    /// ```
+    fn mlgru(
+        &mut self,
+        batch: BatchShape,
+        i: &Self::Tensor,
+        f: &Self::Tensor,
+        betas: &Self::Tensor,
+        layer: usize,
+        h: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Gradients of [`mlgru`](Self::mlgru). Sets `di` and `df`, adds to row `layer` of `d_betas`.
+    #[allow(clippy::too_many_arguments)]
+    fn mlgru_backward(
+        &mut self,
+        batch: BatchShape,
+        i: &Self::Tensor,
+        f: &Self::Tensor,
+        betas: &Self::Tensor,
+        layer: usize,
+        h: &Self::Tensor,
+        dh: &Self::Tensor,
+        di: &mut Self::Tensor,
+        df: &mut Self::Tensor,
+        d_betas: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// `y = RMSNorm(g; norm) ⊙ silu(h)`.
+    fn norm_gate(
+        &mut self,
+        flat: &Self::Flat,
+        norm: &Norm,
+        g: &Self::Tensor,
+        h: &Self::Tensor,
+        y: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Gradients of [`norm_gate`](Self::norm_gate). Sets `dg` and `dh`.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_gate_backward(
+        &mut self,
+        flat: &Self::Flat,
+        norm: &Norm,
+        g: &Self::Tensor,
+        h: &Self::Tensor,
+        dy: &Self::Tensor,
+        dg: &mut Self::Tensor,
+        dh: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()>;
+
+    // Operations of the Transformer++.
+
+    /// Rotates queries and keys of `qkv` [M, 3D] in place by their position (RoPE, halves paired):
+    /// pair (j, j + head_size / 2) turns by `position · theta^(−2j / head_size)`. `inverse` turns
+    /// backward, which is the gradient.
+    fn rope(
+        &mut self,
+        shape: AttentionShape,
+        theta: f32,
+        qkv: &mut Self::Tensor,
+        inverse: bool,
+    ) -> Result<()>;
+
+    /// Causal softmax attention of `qkv` [M, 3D], `y` [M, D]; `log_sums` [M, H] is what the backward
+    /// needs: `ln Σ exp(q·k / sqrt(head_size))`.
+    fn attention(
+        &mut self,
+        shape: AttentionShape,
+        qkv: &Self::Tensor,
+        y: &mut Self::Tensor,
+        log_sums: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    /// Gradients of [`attention`](Self::attention). Sets `d_qkv`.
+    fn attention_backward(
+        &mut self,
+        shape: AttentionShape,
+        qkv: &Self::Tensor,
+        y: &Self::Tensor,
+        log_sums: &Self::Tensor,
+        dy: &Self::Tensor,
+        d_qkv: &mut Self::Tensor,
+    ) -> Result<()>;
+
+    // The optimiser.
+
+    /// Σ x² over a part of a flat buffer, in f64. Waits for the device.
+    fn sum_of_squares(&mut self, flat: &Self::Flat, range: Range<usize>) -> Result<f64>;
+
+    /// One step for the parameters `range`. `gradients` are in the parameters' layout; the moments hold
+    /// `range` from element `moments_from` on, so that a process may keep only its shard of them.
+    #[allow(clippy::too_many_arguments)]
+    fn adamw(
+        &mut self,
+        step: &AdamW,
+        range: Range<usize>,
+        parameters: &mut Self::Flat,
+        gradients: &Self::Flat,
+        moments_from: usize,
+        first_moment: &mut Self::Flat,
+        second_moment: &mut Self::Flat,
+    ) -> Result<()>;
+}

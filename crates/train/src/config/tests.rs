@@ -1,0 +1,129 @@
+use super::*;
+
+const MINIMAL: &str = "[data]\ntrain = [\"a.txt\"]\n";
+
+fn errors(text: &str, overrides: &[&str]) -> String {
+    let overrides: Vec<Override> = overrides.iter().map(|text| text.parse().unwrap()).collect();
+    TrainConfig::parse("x.toml", text, &overrides).unwrap_err().to_string()
+}
+
+#[test]
+fn everything_wrong_is_named_at_once_with_its_line() {
+    let text = "steps = 7
+[optimizr]
+x = 1
+[optimizer]
+lerning_rate = 1
+beta1 = \"high\"
+[model]
+seed = 3
+hidden_size = -5
+colour = 1
+[batch]
+sequences = 10
+sequences = 11
+";
+    let error = errors(text, &["run.stepz=5", "run.steps=many"]);
+    for expected in [
+        "line 1: steps stands outside its section; did you mean run.steps?",
+        "line 2: [optimizr] is not a section; did you mean [optimizer]?",
+        "line 5: optimizer.lerning_rate is not a key; did you mean optimizer.learning_rate?",
+        "line 6: optimizer.beta1 is \"high\", expected a number",
+        "line 8: model.seed is not a key; did you mean run.seed?",
+        "line 9: model.hidden_size is -5, expected a whole number",
+        "line 10: model.colour is not a key",
+        "line 13: not valid TOML: duplicate key",
+        "--set number 1: run.stepz is not a key; did you mean run.steps?",
+        "--set number 2: run.steps is \"many\", expected a whole number",
+    ] {
+        assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
+    }
+}
+
+#[test]
+fn contradictions_are_named_at_once() {
+    let text = "[data]
+train = [\"a\"]
+validation = [\"a\"]
+[model]
+num_attention_heads = 4
+[batch]
+sequences = 10
+micro_batch = 3
+reduction_groups = 6
+[run]
+steps = 5
+[schedule]
+warmup_steps = 6
+second_stage_at = 0.3
+[optimizer]
+learning_rate = 0
+beta2 = 1.0
+";
+    let error = errors(text, &["checkpoint.keep=0"]);
+    for expected in [
+        "line 3: a is in data.train and in data.validation",
+        "line 5: model.num_attention_heads belongs to transformer++",
+        "line 8: batch.micro_batch is 3, which does not divide batch.sequences = 10",
+        "line 9: batch.reduction_groups is 6",
+        "line 13: schedule.warmup_steps is 6, more than run.steps = 5",
+        "line 14: schedule.second_stage_at belongs to",
+        "line 16: optimizer.learning_rate is 0",
+        "line 17: optimizer.beta2 is 1",
+        "--set number 1: checkpoint.keep is 0, expected 1 to",
+    ] {
+        assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
+    }
+    let text =
+        "[data]\ntrain = \"a\"\n[model]\narchitecture = \"transformer++\"\nhidden_size = 64\n";
+    assert!(errors(text, &[]).contains("model.num_attention_heads is 0"));
+    assert!(errors(text, &["model.num_attention_heads=5"]).contains("is 5, which does not divide"));
+    assert!(errors("", &[]).contains("data.train is empty"));
+}
+
+#[test]
+fn overrides_take_toml_and_plain_text() {
+    let overrides: Vec<Override> = [
+        "run.directory=some/where",
+        "run.steps = 1_000",
+        "data.train=[\"x\", \"y\"]",
+        "schedule.kind=two-stage",
+    ]
+    .iter()
+    .map(|text| text.parse().unwrap())
+    .collect();
+    let config = TrainConfig::parse("x", MINIMAL, &overrides).unwrap();
+    assert_eq!(config.run.directory, "some/where");
+    assert_eq!(config.run.steps, 1000);
+    assert_eq!(config.data.train, ["x", "y"]);
+    assert_eq!(config.schedule.kind, ScheduleKind::TwoStage);
+    assert!("nothing".parse::<Override>().is_err());
+}
+
+#[test]
+fn what_is_written_reads_back() {
+    let mut config = TrainConfig::parse("x", MINIMAL, &[]).unwrap();
+    config.run.directory = "a \"b\"\n\\ \u{7f}".to_owned();
+    config.optimizer.learning_rate = 1.5e-9;
+    config.optimizer.clip_grad_norm = 1e12;
+    let again = TrainConfig::parse("x", &config.to_toml(), &[]).unwrap();
+    assert_eq!(again, config);
+    assert_eq!(config.differences(&again), []);
+}
+
+#[test]
+fn differences_are_those_that_decide_the_result() {
+    let config = TrainConfig::default();
+    let mut other = config.clone();
+    other.run.threads = 5;
+    other.model.hidden_size = 5;
+    other.optimizer.beta1 = 0.5;
+    let differences = config.differences(&other);
+    assert_eq!(
+        differences,
+        [
+            ("model.hidden_size", "1024".to_owned(), "5".to_owned()),
+            ("optimizer.beta1", "0.9".to_owned(), "0.5".to_owned())
+        ]
+    );
+}

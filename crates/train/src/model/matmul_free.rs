@@ -1,0 +1,212 @@
+//! Blocks of the MatMul-free model.
+//!
+//! ```text
+//! i, f, g = BitLinear_{i,f,g}(RMSNorm(x))
+//! h = MLGRU(i, f; β)
+//! m = x + BitLinear_o(RMSNorm(g) ⊙ silu(h))
+//! a, b = BitLinear_gate(RMSNorm(m))
+//! output = m + BitLinear_down(silu(a) ⊙ b)
+//! ```
+
+use std::ops::Range;
+
+use mmfree::config::ModelConfig;
+use mmfree::error::Result;
+
+use super::{Blocks, Builder};
+use crate::backend::{Backend, BatchShape, Norm, Parameters, Precision, Projection};
+
+pub(super) struct MatMulFree<B: Backend> {
+    layers: Vec<Layer>,
+    shape: BatchShape,
+    inner: usize,
+    /// Place of the learned lower bounds, if there are any.
+    bounds: Option<Range<usize>>,
+    /// β of every layer, [L, D], and its gradient.
+    betas: B::Tensor,
+    d_betas: B::Tensor,
+    slots: Vec<Activations<B>>,
+    scratch: Scratch<B>,
+}
+
+struct Layer {
+    attn_norm: Norm,
+    i_proj: Projection,
+    f_proj: Projection,
+    g_proj: Projection,
+    g_norm: Norm,
+    o_proj: Projection,
+    mlp_norm: Norm,
+    gate_proj: Projection,
+    down_proj: Projection,
+}
+
+/// What the backward pass of a block needs.
+struct Activations<B: Backend> {
+    i: B::Tensor,
+    f: B::Tensor,
+    g: B::Tensor,
+    h: B::Tensor,
+    /// The residual stream between the mixers.
+    middle: B::Tensor,
+    ab: B::Tensor,
+}
+
+struct Scratch<B: Backend> {
+    /// Output of the norm gate [M, D]; in the backward pass also that of dy and di.
+    y: B::Tensor,
+    dy: B::Tensor,
+    df: B::Tensor,
+    dg: B::Tensor,
+    dh: B::Tensor,
+    /// Output of the gated linear unit [M, F].
+    z: B::Tensor,
+    dz: B::Tensor,
+    d_ab: B::Tensor,
+}
+
+impl<B: Backend> MatMulFree<B> {
+    pub(super) fn new(
+        backend: &mut B,
+        builder: &mut Builder<'_>,
+        config: &ModelConfig,
+        shape: BatchShape,
+        slots: usize,
+    ) -> Result<Self> {
+        let eps = config.rms_norm_eps;
+        let layers = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let name = |part: &str| format!("model.layers.{layer}.{part}");
+                Layer {
+                    attn_norm: builder.norm(&name("attn_norm"), eps),
+                    i_proj: builder.bit_linear(&name("attn.i_proj")),
+                    f_proj: builder.bit_linear(&name("attn.f_proj")),
+                    g_proj: builder.bit_linear(&name("attn.g_proj")),
+                    g_norm: builder.norm(&name("attn.g_norm"), eps),
+                    o_proj: builder.bit_linear(&name("attn.o_proj")),
+                    mlp_norm: builder.norm(&name("mlp_norm"), eps),
+                    gate_proj: builder.bit_linear(&name("mlp.gate_proj")),
+                    down_proj: builder.bit_linear(&name("mlp.down_proj")),
+                }
+            })
+            .collect::<Vec<_>>();
+        let (d, inner) = (config.hidden_size, config.intermediate_size);
+        let bounds = config.use_lower_bound.then(|| builder.layout.range("model.lower_bounds"));
+        let tokens = shape.tokens();
+        let mut betas = backend.tensor(layers.len() * d, Precision::Full)?;
+        backend.clear(&mut betas)?;
+        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
+        let slots = (0..slots)
+            .map(|_| {
+                Ok(Activations {
+                    i: tensor(d)?,
+                    f: tensor(d)?,
+                    g: tensor(d)?,
+                    h: tensor(d)?,
+                    middle: tensor(d)?,
+                    ab: tensor(2 * inner)?,
+                })
+            })
+            .collect::<Result<_>>()?;
+        let scratch = Scratch {
+            y: tensor(d)?,
+            dy: tensor(d)?,
+            df: tensor(d)?,
+            dg: tensor(d)?,
+            dh: tensor(d)?,
+            z: tensor(inner)?,
+            dz: tensor(inner)?,
+            d_ab: tensor(2 * inner)?,
+        };
+        let d_betas = backend.tensor(layers.len() * d, Precision::Full)?;
+        Ok(Self { layers, shape, inner, bounds, betas, d_betas, slots, scratch })
+    }
+}
+
+impl<B: Backend> Blocks<B> for MatMulFree<B> {
+    fn begin(&mut self, backend: &mut B, parameters: Parameters<'_, B>) -> Result<()> {
+        backend.clear(&mut self.d_betas)?;
+        match self.bounds.clone() {
+            None => Ok(()),
+            Some(bounds) => {
+                let layers = self.layers.len();
+                backend.lower_bounds(parameters.flat, bounds, layers, &mut self.betas)
+            }
+        }
+    }
+
+    fn forward(
+        &mut self,
+        backend: &mut B,
+        parameters: Parameters<'_, B>,
+        layer: usize,
+        slot: usize,
+        x: &B::Tensor,
+        output: Option<&mut B::Tensor>,
+    ) -> Result<()> {
+        let (index, layer) = (layer, &self.layers[layer]);
+        let (kept, scratch) = (&mut self.slots[slot], &mut self.scratch);
+        let Activations { i, f, g, h, middle, ab } = kept;
+        let projections = [&layer.i_proj, &layer.f_proj, &layer.g_proj];
+        backend.project(parameters, &layer.attn_norm, x, &projections, &mut [i, f, g])?;
+        backend.mlgru(self.shape, i, f, &self.betas, index, h)?;
+        backend.norm_gate(parameters.flat, &layer.g_norm, g, h, &mut scratch.y)?;
+        backend.project_residual(parameters, &layer.o_proj, &scratch.y, x, middle)?;
+        backend.project(parameters, &layer.mlp_norm, middle, &[&layer.gate_proj], &mut [ab])?;
+        let Some(output) = output else { return Ok(()) };
+        backend.swiglu(ab, self.inner, &mut scratch.z)?;
+        backend.project_residual(parameters, &layer.down_proj, &scratch.z, middle, output)
+    }
+
+    fn backward(
+        &mut self,
+        backend: &mut B,
+        parameters: Parameters<'_, B>,
+        layer: usize,
+        slot: usize,
+        x: &B::Tensor,
+        dx: &mut B::Tensor,
+        gradients: &mut B::Flat,
+    ) -> Result<()> {
+        let (index, layer) = (layer, &self.layers[layer]);
+        let Activations { i, f, g, h, middle, ab } = &self.slots[slot];
+        let Scratch { y, dy, df, dg, dh, z, dz, d_ab } = &mut self.scratch;
+        backend.swiglu(ab, self.inner, z)?;
+        backend.project_residual_backward(parameters, &layer.down_proj, z, dx, dz, gradients)?;
+        backend.swiglu_backward(ab, dz, self.inner, d_ab)?;
+        let projections = [&layer.gate_proj];
+        let norm = &layer.mlp_norm;
+        backend.project_backward(parameters, norm, middle, &projections, &[d_ab], dx, gradients)?;
+
+        backend.norm_gate(parameters.flat, &layer.g_norm, g, h, y)?;
+        backend.project_residual_backward(parameters, &layer.o_proj, y, dx, dy, gradients)?;
+        let norm = &layer.g_norm;
+        backend.norm_gate_backward(parameters.flat, norm, g, h, dy, dg, dh, gradients)?;
+        // The gradient of y is used up: its memory takes that of i.
+        let di = dy;
+        let d_betas = &mut self.d_betas;
+        backend.mlgru_backward(self.shape, i, f, &self.betas, index, h, dh, di, df, d_betas)?;
+        let projections = [&layer.i_proj, &layer.f_proj, &layer.g_proj];
+        let d_outputs = [&*di, &*df, &*dg];
+        let norm = &layer.attn_norm;
+        backend.project_backward(parameters, norm, x, &projections, &d_outputs, dx, gradients)
+    }
+
+    fn finish(
+        &mut self,
+        backend: &mut B,
+        parameters: Parameters<'_, B>,
+        gradients: &mut B::Flat,
+    ) -> Result<()> {
+        match self.bounds.clone() {
+            None => Ok(()),
+            Some(bounds) => backend.lower_bounds_backward(
+                parameters.flat,
+                bounds,
+                self.layers.len(),
+                &self.d_betas,
+                gradients,
+            ),
+        }
+    }
+}

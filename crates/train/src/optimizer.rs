@@ -1,0 +1,164 @@
+//! AdamW over parameter groups, with the moments sharded over the processes (ZeRO-1).
+
+use std::ops::Range;
+
+use mmfree::error::Result;
+
+use crate::backend::{AdamW, Backend};
+use crate::config::OptimizerConfig;
+use crate::parameters::{ParameterKind, ParameterLayout};
+use crate::schedule::Rates;
+
+/// Parameters that follow each other in the flat buffer and have one weight decay.
+#[derive(Clone, Debug, PartialEq)]
+struct Group {
+    range: Range<usize>,
+    weight_decay: f64,
+}
+
+/// The optimiser of one process: it has the moments of its shard, and changes its shard of the parameters.
+#[derive(Debug)]
+pub struct Optimizer<F> {
+    config: OptimizerConfig,
+    shard: Range<usize>,
+    groups: Vec<Group>,
+    /// First and second moment, for the shard only.
+    moments: [F; 2],
+}
+
+impl<F> Optimizer<F> {
+    /// An optimiser that has done no step, for `shard` of the flat buffer.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new<B: Backend<Flat = F>>(
+        backend: &mut B,
+        layout: &ParameterLayout,
+        config: &OptimizerConfig,
+        shard: Range<usize>,
+    ) -> Result<Self> {
+        let moments = [backend.flat_zeros(shard.len())?, backend.flat_zeros(shard.len())?];
+        Ok(Self { config: config.clone(), groups: groups(layout, config, &shard), shard, moments })
+    }
+
+    /// The elements of the flat buffer that this process changes.
+    pub fn shard(&self) -> Range<usize> {
+        self.shard.clone()
+    }
+
+    /// First and second moment of the shard.
+    pub fn moments(&self) -> &[F; 2] {
+        &self.moments
+    }
+
+    /// First and second moment of the shard, to be set from a checkpoint.
+    pub fn moments_mut(&mut self) -> &mut [F; 2] {
+        &mut self.moments
+    }
+
+    /// Step number `step`, from 1, for this process's shard of the parameters.
+    ///
+    /// # Errors
+    /// Errors of the device.
+    pub fn step<B: Backend<Flat = F>>(
+        &mut self,
+        backend: &mut B,
+        step: u64,
+        rates: Rates,
+        gradient_scale: f32,
+        parameters: &mut F,
+        gradients: &F,
+    ) -> Result<()> {
+        let [first_moment, second_moment] = &mut self.moments;
+        for group in &self.groups {
+            let adamw = AdamW {
+                learning_rate: rates.learning_rate,
+                beta1: self.config.beta1,
+                beta2: self.config.beta2,
+                eps: self.config.eps,
+                weight_decay: group.weight_decay * rates.weight_decay_factor,
+                step,
+                gradient_scale,
+            };
+            backend.adamw(
+                &adamw,
+                group.range.clone(),
+                parameters,
+                gradients,
+                self.shard.start,
+                first_moment,
+                second_moment,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+/// What a global gradient norm asks gradients to be multiplied by: `clip / (norm + 1e-6)`, at most 1, as
+/// PyTorch has it. `clip` 0 does not clip.
+pub fn clip_factor(norm: f64, clip: f64) -> f32 {
+    if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 }
+}
+
+/// The groups of a shard, neighbours of one weight decay joined.
+fn groups(layout: &ParameterLayout, config: &OptimizerConfig, shard: &Range<usize>) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for parameter in layout.parameters() {
+        let weight_decay = match parameter.kind {
+            ParameterKind::Matrix => config.weight_decay,
+            ParameterKind::Embedding => config.weight_decay_embeddings,
+            ParameterKind::Norm | ParameterKind::LowerBounds => config.weight_decay_norms,
+        };
+        let start = parameter.range.start.max(shard.start);
+        let end = parameter.range.end.min(shard.end);
+        if start >= end {
+            continue;
+        }
+        match groups.last_mut() {
+            Some(last) if last.weight_decay == weight_decay => last.range.end = end,
+            _ => groups.push(Group { range: start..end, weight_decay }),
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout() -> ParameterLayout {
+        let tensors = [
+            ("e", 10, ParameterKind::Embedding),
+            ("n", 2, ParameterKind::Norm),
+            ("b", 3, ParameterKind::LowerBounds),
+            ("m", 20, ParameterKind::Matrix),
+        ];
+        ParameterLayout::new(
+            tensors.map(|(name, len, kind)| (name.to_owned(), vec![len], kind)).into_iter(),
+        )
+    }
+
+    #[test]
+    fn groups_follow_the_kinds_and_are_cut_to_the_shard() {
+        let config = OptimizerConfig {
+            weight_decay: 0.1,
+            weight_decay_embeddings: 0.2,
+            weight_decay_norms: 0.0,
+            ..OptimizerConfig::default()
+        };
+        let cut = |shard| -> Vec<(Range<usize>, f64)> {
+            let groups = groups(&layout(), &config, &shard);
+            groups.into_iter().map(|group| (group.range, group.weight_decay)).collect()
+        };
+        assert_eq!(cut(0..35), [(0..10, 0.2), (10..15, 0.0), (15..35, 0.1)]);
+        assert_eq!(cut(11..16), [(11..15, 0.0), (15..16, 0.1)]);
+        assert_eq!(cut(35..35), []);
+    }
+
+    #[test]
+    fn clipping_scales_down_only() {
+        assert_eq!(clip_factor(0.5, 1.0), 1.0);
+        assert!((clip_factor(4.0, 1.0) - 0.25).abs() < 1e-6);
+        assert_eq!(clip_factor(4.0, 0.0), 1.0);
+    }
+}

@@ -1,0 +1,372 @@
+//! One optimiser step over any number of processes.
+//!
+//! ```text
+//! each process   gradients of its micro-batches, added up in groups of a fixed tree
+//! reduce-scatter the sum of all processes, each its shard
+//! each process   norm of its shard, clipping, AdamW on its shard (ZeRO-1)
+//! all-gather     the new weights
+//! ```
+//!
+//! The tree makes the sum independent of the number of processes: the micro-batches of a step are cut
+//! into 2ᵏ groups; each group is added up in order, then the groups pairwise. With 2ʲ ≤ 2ᵏ processes the
+//! lower levels of the tree are added within processes and the upper ones between them, so that every
+//! addition has the same operands. Other numbers of processes add in another order: their results differ
+//! by rounding.
+
+use std::ops::Range;
+
+use crate::architecture::Architecture;
+use crate::backend::{Backend, BatchShape};
+use crate::communicator::{self, Communicator, tree_sum};
+use crate::config::TrainConfig;
+use crate::data::{Batch, share};
+use crate::error::{Error, Result};
+use crate::model::{self, Model, ModelOptions};
+use crate::optimizer::{Optimizer, clip_factor};
+use crate::schedule::Rates;
+
+/// Elements whose squares are added up at once, whatever the shards: shards end at multiples of it.
+const NORM_UNIT: usize = 1 << 16;
+
+/// Micro-batches of a step, by number: each process has some groups of some.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Micro-batches of a step over all processes.
+    pub micro_batches: usize,
+    /// The groups of this process, one or a power of two.
+    pub groups: Vec<Range<usize>>,
+    /// Whether the sums are those of one process alone, bit for bit.
+    pub exact: bool,
+}
+
+impl Plan {
+    /// Divides micro-batches among processes. At most `groups`, a power of two, are made.
+    ///
+    /// # Errors
+    /// More processes than micro-batches.
+    pub fn new(micro_batches: usize, groups: usize, rank: usize, world: usize) -> Result<Self> {
+        if world > micro_batches {
+            return Err(Error::Invalid(format!(
+                "{world} processes for {micro_batches} micro-batches a step: every process needs one; lower \
+                 batch.micro_batch or start fewer processes"
+            )));
+        }
+        let groups = groups.min(1 << micro_batches.trailing_zeros());
+        let exact = groups.is_multiple_of(world);
+        let own = share(micro_batches, rank, world);
+        let count = if exact { groups / world } else { 1 };
+        let size = own.len() / count;
+        let groups = (0..count)
+            .map(|group| {
+                let start = own.start + group * size;
+                start..if group + 1 == count { own.end } else { start + size }
+            })
+            .collect();
+        Ok(Self { micro_batches, groups, exact })
+    }
+}
+
+/// A model with its weights, gradients and optimiser, trained together with other processes.
+pub struct DataParallel<B: Backend> {
+    backend: B,
+    communicator: Box<dyn Communicator<B::Flat>>,
+    model: Model<B>,
+    plan: Plan,
+    micro_batch: usize,
+    clip: f64,
+    shards: Vec<Range<usize>>,
+    parameters: B::Flat,
+    /// Sums of groups that wait for their other half; the first is the whole.
+    gradients: Vec<B::Flat>,
+    optimizer: Optimizer<B::Flat>,
+}
+
+impl<B: Backend + 'static> DataParallel<B> {
+    /// Allocates everything. `parameters` are those of process 0 on every process, whatever is given.
+    ///
+    /// # Errors
+    /// More processes than micro-batches, no memory.
+    pub fn new(
+        mut backend: B,
+        mut communicator: Box<dyn Communicator<B::Flat>>,
+        architecture: &Architecture,
+        config: &TrainConfig,
+        parameters: &[f32],
+    ) -> Result<Self> {
+        let (rank, world) = (communicator.rank(), communicator.world_size());
+        let groups = config.batch.reduction_groups;
+        let plan = Plan::new(config.micro_batches(), groups, rank, world)?;
+        let layout = architecture.layout();
+        let shape = BatchShape {
+            sequences: config.batch.micro_batch,
+            length: config.batch.sequence_length,
+        };
+        let options =
+            ModelOptions { recompute: config.batch.recompute_activations, ..Default::default() };
+        let model = Model::new(&mut backend, architecture, shape, &options)?;
+        let shards = communicator::shards(layout.len(), NORM_UNIT, world);
+        let mut parameters = backend.flat_from(parameters)?;
+        communicator.broadcast(&mut parameters)?;
+        let levels = 1 + plan.groups.len().ilog2() as usize;
+        let gradients = (0..levels)
+            .map(|_| backend.flat_zeros(layout.len()))
+            .collect::<mmfree::error::Result<_>>()?;
+        let own = shards[rank].clone();
+        let optimizer = Optimizer::new(&mut backend, &layout, &config.optimizer, own)?;
+        let mut this = Self {
+            micro_batch: config.batch.micro_batch,
+            clip: config.optimizer.clip_grad_norm,
+            backend,
+            communicator,
+            model,
+            plan,
+            shards,
+            parameters,
+            gradients,
+            optimizer,
+        };
+        this.update_weights()?;
+        Ok(this)
+    }
+
+    /// Elements of the flat buffer.
+    pub fn len(&self) -> usize {
+        self.model.layout().len()
+    }
+
+    /// Whether the model has no parameters.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// How the micro-batches are divided.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The other processes.
+    pub fn communicator(&mut self) -> &mut dyn Communicator<B::Flat> {
+        &mut *self.communicator
+    }
+
+    /// What computes.
+    pub fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    /// Adds up the gradients of a step over all processes: afterwards this process has its shard of the
+    /// mean over all micro-batches. Returns their mean loss. `rows` gives rows of the step's global batch.
+    ///
+    /// # Errors
+    /// Errors of the data, the device or the other processes.
+    pub fn accumulate(
+        &mut self,
+        rows: &mut dyn FnMut(Range<usize>) -> Result<Batch>,
+    ) -> Result<f64> {
+        let scale = 1.0 / self.plan.micro_batches as f32;
+        let mut losses = Vec::with_capacity(self.plan.groups.len());
+        // Level of the tree that the first `waiting` buffers have reached is implied by their number.
+        let mut waiting = 0;
+        for (done, group) in self.plan.groups.iter().enumerate() {
+            let gradients = &mut self.gradients[waiting];
+            self.backend.clear_flat(gradients, 0..self.model.layout().len())?;
+            for micro_batch in group.clone() {
+                let first = micro_batch * self.micro_batch;
+                let batch = rows(first..first + self.micro_batch)?;
+                let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
+                self.model.accumulate(
+                    &mut self.backend,
+                    &self.parameters,
+                    batch,
+                    scale,
+                    gradients,
+                )?;
+            }
+            losses.push(self.model.take_loss(&mut self.backend)?);
+            waiting += 1;
+            for _ in 0..done.trailing_ones() {
+                let (left, right) = self.gradients.split_at_mut(waiting - 1);
+                self.backend.add_flat(
+                    &right[0],
+                    &mut left[waiting - 2],
+                    self.model.layout().len(),
+                )?;
+                waiting -= 1;
+            }
+        }
+        self.communicator.reduce_scatter(&mut self.gradients[0], &self.shards)?;
+        Ok(tree_sum(&self.gather_numbers(&[tree_sum(&losses)])?))
+    }
+
+    /// L2 norm of the gradients of all processes, after [`accumulate`](Self::accumulate).
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn gradient_norm(&mut self) -> Result<f64> {
+        let shard = self.optimizer.shard();
+        let squares = shard
+            .clone()
+            .step_by(NORM_UNIT)
+            .map(|start| {
+                let unit = start..(start + NORM_UNIT).min(shard.end);
+                self.backend.sum_of_squares(&self.gradients[0], unit)
+            })
+            .collect::<mmfree::error::Result<Vec<_>>>()?;
+        Ok(self.gather_numbers(&squares)?.iter().sum::<f64>().sqrt())
+    }
+
+    /// Changes the weights: step number `step`, from 1, with clipped gradients.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn update(&mut self, step: u64, rates: Rates, norm: f64) -> Result<()> {
+        let scale = clip_factor(norm, self.clip);
+        let (parameters, gradients) = (&mut self.parameters, &self.gradients[0]);
+        self.optimizer.step(&mut self.backend, step, rates, scale, parameters, gradients)?;
+        self.communicator.all_gather(&mut self.parameters, &self.shards)?;
+        self.update_weights()
+    }
+
+    /// Mean loss over batches of one shape, each with the share of its rows that counts; batches are
+    /// divided among the processes.
+    ///
+    /// # Errors
+    /// Errors of the data, the device or the other processes.
+    pub fn evaluate(
+        &mut self,
+        batches: usize,
+        batch: &mut dyn FnMut(usize) -> Result<(Batch, usize)>,
+    ) -> Result<f64> {
+        let (rank, world) = (self.communicator.rank(), self.communicator.world_size());
+        let mut losses = Vec::new();
+        for index in share(batches, rank, world) {
+            let (batch, rows) = batch(index)?;
+            let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
+            self.model.evaluate(&mut self.backend, &self.parameters, batch, 1.0)?;
+            losses.extend([self.model.take_loss(&mut self.backend)?, rows as f64]);
+        }
+        let losses = self.gather_numbers(&losses)?;
+        let sum: f64 = losses.chunks_exact(2).map(|pair| pair[0] * pair[1]).sum();
+        let rows: f64 = losses.chunks_exact(2).map(|pair| pair[1]).sum();
+        Ok(sum / rows)
+    }
+
+    /// Whether anything is true on any process.
+    ///
+    /// # Errors
+    /// Errors of the other processes.
+    pub fn any(&mut self, flags: u8) -> Result<u8> {
+        let all = self.communicator.gather_bytes(&[flags])?;
+        Ok(all.iter().filter_map(|bytes| bytes.first()).fold(0, |all, flags| all | flags))
+    }
+
+    /// The weights, on the host.
+    ///
+    /// # Errors
+    /// Errors of the device.
+    pub fn read_parameters(&mut self, values: &mut [f32]) -> Result<()> {
+        Ok(self.backend.read_flat(&self.parameters, 0, values)?)
+    }
+
+    /// Sets the weights to those of process 0.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn write_parameters(&mut self, values: &[f32]) -> Result<()> {
+        self.backend.write_flat(&mut self.parameters, 0, values)?;
+        self.communicator.broadcast(&mut self.parameters)?;
+        self.update_weights()
+    }
+
+    /// Gathers a moment of all processes into the gradients' memory, and on process 0 reads it into
+    /// `values`. Every process calls this.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn read_moment(&mut self, which: usize, values: Option<&mut [f32]>) -> Result<()> {
+        let shard = self.optimizer.shard();
+        let mut own = vec![0.0; shard.len()];
+        self.backend.read_flat(&self.optimizer.moments()[which], 0, &mut own)?;
+        self.backend.write_flat(&mut self.gradients[0], shard.start, &own)?;
+        self.communicator.all_gather(&mut self.gradients[0], &self.shards)?;
+        if let Some(values) = values {
+            self.backend.read_flat(&self.gradients[0], 0, values)?;
+        }
+        Ok(())
+    }
+
+    /// Sets a moment from the values of process 0, each process its shard. Every process calls this.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn write_moment(&mut self, which: usize, values: Option<&[f32]>) -> Result<()> {
+        if let Some(values) = values {
+            self.backend.write_flat(&mut self.gradients[0], 0, values)?;
+        }
+        self.communicator.broadcast(&mut self.gradients[0])?;
+        let shard = self.optimizer.shard();
+        let mut own = vec![0.0; shard.len()];
+        self.backend.read_flat(&self.gradients[0], shard.start, &mut own)?;
+        Ok(self.backend.write_flat(&mut self.optimizer.moments_mut()[which], 0, &own)?)
+    }
+
+    /// This process's shard of the gradients after [`accumulate`](Self::accumulate), gathered from all
+    /// processes.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn read_gradients(&mut self, values: &mut [f32]) -> Result<()> {
+        self.communicator.all_gather(&mut self.gradients[0], &self.shards)?;
+        Ok(self.backend.read_flat(&self.gradients[0], 0, values)?)
+    }
+
+    fn update_weights(&mut self) -> Result<()> {
+        Ok(self.model.update_weights(&mut self.backend, &self.parameters)?)
+    }
+
+    /// The numbers of all processes, in the order of ranks.
+    fn gather_numbers(&mut self, own: &[f64]) -> Result<Vec<f64>> {
+        let bytes: Vec<u8> = own.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let gathered = self.communicator.gather_bytes(&bytes)?;
+        let numbers = gathered.iter().flat_map(|bytes| bytes.chunks_exact(8));
+        Ok(numbers
+            .map(|bytes| {
+                let mut number = [0; 8];
+                number.copy_from_slice(bytes);
+                f64::from_le_bytes(number)
+            })
+            .collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_micro_batch_belongs_to_one_group_of_one_process() {
+        for (micro_batches, groups, world, exact) in [
+            (8, 8, 1, true),
+            (8, 8, 2, true),
+            (8, 4, 4, true),
+            (8, 2, 4, false),
+            (6, 8, 2, true),
+            (6, 8, 3, false),
+            (5, 8, 2, false),
+            (7, 1, 1, true),
+        ] {
+            let plans: Vec<_> = (0..world)
+                .map(|rank| Plan::new(micro_batches, groups, rank, world).unwrap())
+                .collect();
+            let all: Vec<usize> =
+                plans.iter().flat_map(|plan| plan.groups.iter().cloned().flatten()).collect();
+            assert_eq!(all, (0..micro_batches).collect::<Vec<_>>());
+            assert!(
+                plans.iter().all(|plan| plan.exact == exact),
+                "{micro_batches} {groups} {world}"
+            );
+            assert!(plans.iter().all(|plan| plan.groups.len().is_power_of_two()));
+        }
+        assert!(Plan::new(2, 2, 0, 3).is_err());
+    }
+}

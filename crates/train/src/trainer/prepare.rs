@@ -1,0 +1,33 @@
+//! Raw text to token shards, once.
+
+use std::path::{Path, PathBuf};
+
+use super::corpus::is_shards;
+use crate::config::TrainConfig;
+use crate::error::{Error, Result};
+
+/// Directories of token shards.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prepared {
+    /// To train on.
+    pub train: Vec<PathBuf>,
+    /// Held out; none if a part of `train` is.
+    pub validation: Vec<PathBuf>,
+}
+
+/// Finds the shards of `data.train` and `data.validation`.
+pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Result<Prepared> {
+    let shards = |paths: &[String]| -> Result<Vec<PathBuf>> {
+        paths
+            .iter()
+            .map(|path| match is_shards(Path::new(path))? {
+                true => Ok(PathBuf::from(path)),
+                false => Err(Error::Invalid(format!("{path} has no token shards"))),
+            })
+            .collect()
+    };
+    Ok(Prepared {
+        train: shards(&config.data.train)?,
+        validation: shards(&config.data.validation)?,
+    })
+}
