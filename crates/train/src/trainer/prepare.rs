@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::corpus::is_shards;
+
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
@@ -20,7 +20,7 @@ pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Res
     let shards = |paths: &[String]| -> Result<Vec<PathBuf>> {
         paths
             .iter()
-            .map(|path| match is_shards(Path::new(path))? {
+            .map(|path| match !crate::data::Manifest::find(Path::new(path))?.is_empty() {
                 true => Ok(PathBuf::from(path)),
                 false => Err(Error::Invalid(format!("{path} has no token shards"))),
             })
@@ -31,3 +31,4 @@ pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Res
         validation: shards(&config.data.validation)?,
     })
 }
+pub trait PrepareObserver { fn note(&mut self, message: &str); fn progress(&mut self, done: u64, total: u64); }
