@@ -20,6 +20,7 @@ mod prompt;
 mod sampling_args;
 mod state_file;
 mod token_ids;
+mod train;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -44,6 +45,7 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Train(train::Args),
 }
 
 fn main() -> ExitCode {
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Train(args) => train::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

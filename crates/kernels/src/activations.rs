@@ -147,7 +147,7 @@ fn rms_norm_quantize_body(x: &[f32], weight: &[f32], eps: f32, q: &mut [i8]) -> 
 
 /// Rounds half to even and clamps to ±127; a NaN becomes −127.
 #[inline(always)]
-fn round_to_i8_range(y: f32) -> i8 {
+pub(crate) fn round_to_i8_range(y: f32) -> i8 {
     /// 1.5 · 2^23: adding it leaves the rounded integer in a float's low bits, in two's complement.
     const ROUND: f32 = 12_582_912.0;
     let y = if y > -127.0 { y } else { -127.0 };

@@ -21,6 +21,25 @@ pub(crate) fn lane_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     combine(lanes, |a, b| a + b)
 }
 
+/// `Σ f(x, y, z)` in f32, in the order that [`LANES`] gives. All have the same length.
+#[inline(always)]
+pub(crate) fn lane_sum3(x: &[f32], y: &[f32], z: &[f32], f: impl Fn(f32, f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let mut update = |x: &[f32], y: &[f32], z: &[f32]| {
+        for (((lane, &x), &y), &z) in lanes.iter_mut().zip(x).zip(y).zip(z) {
+            *lane += f(x, y, z);
+        }
+    };
+    let (x_chunks, x_rest) = x.as_chunks::<LANES>();
+    let (y_chunks, y_rest) = y.as_chunks::<LANES>();
+    let (z_chunks, z_rest) = z.as_chunks::<LANES>();
+    for ((x, y), z) in x_chunks.iter().zip(y_chunks).zip(z_chunks) {
+        update(x, y, z);
+    }
+    update(x_rest, y_rest, z_rest);
+    combine(lanes, |a, b| a + b)
+}
+
 /// `max f(x, w)`, at least 0. A NaN counts as absent.
 #[inline(always)]
 pub(crate) fn lane_max(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
@@ -89,6 +108,12 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn silu(x: f32) -> f32 {
     x * sigmoid(x)
+}
+
+/// `d silu(x) / dx = s (1 + x (1 − s))`, given `s = sigmoid(x)`.
+#[inline(always)]
+pub(crate) fn silu_derivative(x: f32, s: f32) -> f32 {
+    s * (1.0 + x * (1.0 - s))
 }
 
 #[cfg(test)]

@@ -15,6 +15,12 @@
 use std::ops::Range;
 
 use mmfree::error::Result;
+pub use mmfree_kernels::adamw::AdamW;
+pub use mmfree_kernels::cross_entropy::IGNORED;
+
+mod cpu;
+
+pub use cpu::{CpuBackend, CpuWeights};
 
 /// Sequences of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,32 +116,6 @@ pub enum Precision {
     Full,
     /// The backend's precision of activations.
     Activation,
-}
-
-/// One step of AdamW, as PyTorch defines it:
-///
-/// ```text
-/// g = gradient · gradient_scale
-/// p = p · (1 − lr · weight_decay)
-/// m = β₁ m + (1 − β₁) g        v = β₂ v + (1 − β₂) g²
-/// p = p − lr / (1 − β₁ᵗ) · m / (sqrt(v) / sqrt(1 − β₂ᵗ) + eps)
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdamW {
-    /// lr.
-    pub learning_rate: f64,
-    /// β₁.
-    pub beta1: f64,
-    /// β₂.
-    pub beta2: f64,
-    /// ε.
-    pub eps: f64,
-    /// Decoupled decay; the caller gives each parameter group its own.
-    pub weight_decay: f64,
-    /// t, 1 for the first step.
-    pub step: u64,
-    /// Multiplies gradients first: the clipping factor.
-    pub gradient_scale: f32,
 }
 
 /// A device that trains.
@@ -438,6 +418,3 @@ pub trait Backend {
         second_moment: &mut Self::Flat,
     ) -> Result<()>;
 }
-
-/// Target of a token that has none.
-pub const IGNORED: u32 = u32::MAX;

@@ -158,7 +158,13 @@ fn the_examples_write_out_every_key_and_can_be_trained() {
     }
     names.sort();
     let expected = [
-        "1.3b", "1.3b-transformer", "2.7b", "2.7b-transformer", "370m", "370m-transformer", "tiny",
+        "1.3b",
+        "1.3b-transformer",
+        "2.7b",
+        "2.7b-transformer",
+        "370m",
+        "370m-transformer",
+        "tiny",
         "tiny-transformer",
     ];
     assert_eq!(names, expected);

@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 
@@ -16,7 +15,11 @@ pub struct Prepared {
 }
 
 /// Finds the shards of `data.train` and `data.validation`.
-pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Result<Prepared> {
+pub fn prepare(
+    config: &TrainConfig,
+    _cancel: &std::sync::atomic::AtomicBool,
+    _observer: &mut dyn PrepareObserver,
+) -> Result<Prepared> {
     let shards = |paths: &[String]| -> Result<Vec<PathBuf>> {
         paths
             .iter()
@@ -31,4 +34,10 @@ pub fn prepare(config: &TrainConfig, _progress: &mut dyn FnMut(u64, u64)) -> Res
         validation: shards(&config.data.validation)?,
     })
 }
-pub trait PrepareObserver { fn note(&mut self, message: &str); fn progress(&mut self, done: u64, total: u64); }
+/// What happens meanwhile.
+pub trait PrepareObserver {
+    /// Something worth a line.
+    fn note(&mut self, message: &str);
+    /// Bytes.
+    fn progress(&mut self, done: u64, total: u64);
+}
