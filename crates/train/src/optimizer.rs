@@ -85,7 +85,7 @@ impl<F> Optimizer<F> {
                 group.range.clone(),
                 parameters,
                 gradients,
-                self.shard.start,
+                group.range.start - self.shard.start,
                 first_moment,
                 second_moment,
             )?;
