@@ -8,6 +8,7 @@
 //! |---|---|
 //! | [`Tokenizer`] | encodes and decodes whole texts |
 //! | [`EncodeReader`] | encodes a stream of any length in constant memory |
+//! | [`TextSplitter`] | cuts a text into parts that encode apart, by many threads |
 //! | [`StreamDecoder`] | decodes ids one at a time, never splitting a character |
 //!
 //! A stream is encoded in parts that are cut only where no stage of the tokenizer can look across,
@@ -34,13 +35,15 @@
 mod hugging_face;
 mod quiet_panic;
 mod sentencepiece;
+mod split;
 mod stream;
 
 use serde_json::Value;
 
 use self::hugging_face::{HuggingFace, TokenDecoder};
 use self::sentencepiece::{PieceDecoder, SentencePiece};
-pub use self::stream::EncodeReader;
+pub use self::split::{Stretch, TextSplitter};
+pub use self::stream::{EncodeReader, EncodeSession};
 use crate::checkpoint::{TokenizerKind, TokenizerSource};
 use crate::error::{Error, Result};
 

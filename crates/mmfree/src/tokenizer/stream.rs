@@ -21,6 +21,35 @@ pub struct EncodeReader<'a, R> {
     partial: Vec<u8>,
 }
 
+/// Encodes a text that is handed over in parts, in constant memory, to the same ids as [`Tokenizer::encode`]
+/// of the whole without special tokens. See [`Tokenizer::encode_session`].
+pub struct EncodeSession<'a>(Session<'a>);
+
+impl EncodeSession<'_> {
+    /// Takes the next part of the text and appends the ids that are certain by now.
+    ///
+    /// # Errors
+    /// A stretch of more than [`MAX_UNCUT_BYTES`](super::MAX_UNCUT_BYTES) that cannot be cut.
+    pub fn push(&mut self, text: &str, ids: &mut Vec<u32>) -> Result<()> {
+        self.0.push(text, ids)
+    }
+
+    /// Ends the text and appends the remaining ids.
+    ///
+    /// # Errors
+    /// As [`push`](Self::push).
+    pub fn finish(mut self, ids: &mut Vec<u32>) -> Result<()> {
+        self.0.finish(ids)
+    }
+}
+
+impl Tokenizer {
+    /// Begins a text that will be handed over in parts.
+    pub fn encode_session(&self) -> EncodeSession<'_> {
+        EncodeSession(Session::new(self, CHUNK_BYTES))
+    }
+}
+
 enum Session<'a> {
     HuggingFace(hugging_face::Session<'a>),
     SentencePiece(sentencepiece::Session<'a>),

@@ -2,6 +2,8 @@
 //!
 //! | type | does |
 //! |---|---|
+//! | [`tokenize`] | files of text to a directory of token shards |
+//! | [`train_tokenizer`] | files of text to a byte-level BPE tokenizer |
 //! | [`TokenShard`], [`ShardWriter`] | one file of token ids, memory-mapped |
 //! | [`Manifest`] | what a directory of shards was made of, and by which tokenizer |
 //! | [`Dataset`] | all shards of one or more directories as one stream of tokens |
@@ -10,13 +12,18 @@
 //!
 //! `docs/token-shards.md` has the byte layout. Letters: B batch, T time.
 
+mod bpe;
 mod dataset;
 mod held_out;
 mod loader;
 mod manifest;
 mod permutation;
+mod pipeline;
 mod shard;
+mod source;
+pub mod tokenize;
 
+pub use bpe::{TokenizerTraining, TrainedTokenizer, train_tokenizer};
 pub use dataset::Dataset;
 pub use held_out::Part;
 pub use loader::{Batch, Loader, LoaderOptions, Order, share};

@@ -348,6 +348,8 @@ impl TokenShard {
 pub struct ShardWriter {
     path: PathBuf,
     header: ShardHeader,
+    /// Tokens of the documents that are complete.
+    document_start: u64,
     tokens: BufWriter<File>,
     ends: BufWriter<File>,
     /// Token bytes since the last whole block.
@@ -395,11 +397,13 @@ impl ShardWriter {
             };
             open().map_err(|reason| Error::Write { file: path.display().to_string(), reason })
         };
+        let document_start = tokens;
         let tokens = open(partial(path, ""), HEADER_BYTES as u64 + layout.data_bytes)?;
         let ends = open(partial(path, ".ends"), documents * 8)?;
         let mut writer = Self {
             path: path.to_owned(),
             header,
+            document_start,
             tokens: BufWriter::with_capacity(1 << 20, tokens),
             ends: BufWriter::with_capacity(1 << 16, ends),
             block: Vec::with_capacity(BLOCK_BYTES),
@@ -447,6 +451,31 @@ impl ShardWriter {
         Ok(())
     }
 
+    /// Takes back the tokens that were pushed since the last document ended.
+    ///
+    /// # Errors
+    /// Errors of writing.
+    pub fn abandon_document(&mut self) -> Result<()> {
+        self.header.tokens = self.document_start;
+        let data_bytes = self.document_start as usize * self.header.width().bytes();
+        let (blocks, rest) = (data_bytes / BLOCK_BYTES, data_bytes % BLOCK_BYTES);
+        if blocks == self.checksums.len() {
+            self.block.truncate(rest);
+            return Ok(());
+        }
+        self.checksums.truncate(blocks);
+        let mut take_back = || {
+            self.tokens.flush()?;
+            let file = self.tokens.get_mut();
+            file.seek(SeekFrom::Start((HEADER_BYTES + blocks * BLOCK_BYTES) as u64))?;
+            self.block.resize(rest, 0);
+            file.read_exact(&mut self.block)?;
+            file.seek_relative(-(rest as i64))?;
+            file.set_len((HEADER_BYTES + data_bytes) as u64)
+        };
+        take_back().map_err(|reason| self.failed(reason))
+    }
+
     /// Ends the document that is being written.
     ///
     /// # Errors
@@ -455,6 +484,7 @@ impl ShardWriter {
         let end = self.header.tokens.to_le_bytes();
         self.ends.write_all(&end).map_err(|reason| self.failed(reason))?;
         self.header.documents += 1;
+        self.document_start = self.header.tokens;
         Ok(())
     }
 

@@ -3,6 +3,7 @@
 mod cut;
 mod decode;
 mod session;
+mod split;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -12,6 +13,7 @@ use tokenizers::{PaddingParams, Tokenizer};
 use self::cut::Cuts;
 pub(super) use self::decode::TokenDecoder;
 pub(super) use self::session::Session;
+pub(super) use self::split::Splitter;
 use super::quiet_panic;
 use crate::error::{Error, Result};
 

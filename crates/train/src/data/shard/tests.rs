@@ -71,12 +71,17 @@ fn an_interrupted_writer_goes_on_to_the_same_bytes() {
         }
         writer.sync().unwrap();
         let (tokens, done) = (writer.tokens(), writer.documents());
+        // Begun and given up.
+        writer.push(&vec![7; if stop % 2 == 0 { 5 } else { 100_000 }]).unwrap();
+        writer.abandon_document().unwrap();
         // Written, but not recorded, when the process ends.
         writer.push(&[1, 2, 3]).unwrap();
         writer.end_document().unwrap();
         drop(writer);
         let mut writer = ShardWriter::resume(&path, 300, HASH, tokens, done).unwrap();
         for document in &documents[stop..] {
+            writer.push(&[1; 70_000]).unwrap();
+            writer.abandon_document().unwrap();
             writer.push(document).unwrap();
             writer.end_document().unwrap();
             writer.sync().unwrap();

@@ -1,0 +1,117 @@
+//! How far a job has come, so that it goes on after a kill to the same bytes.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use mmfree::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::data::manifest::Manifest;
+use crate::data::shard::sync_directory;
+use crate::data::source::{Position, Source};
+
+/// Everything that decides which bytes a job writes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Job {
+    pub sources: Vec<Source>,
+    /// Ids before and after every document.
+    pub prefix: Vec<u32>,
+    pub suffix: Vec<u32>,
+    pub separator: Option<String>,
+    pub shard_tokens: u64,
+    pub skips_broken: bool,
+}
+
+/// What is known to be on the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Progress {
+    pub job: Job,
+    /// The manifest so far: complete shards, and counts up to the position.
+    pub manifest: Manifest,
+    /// Tokens and documents of the shard that is being written.
+    pub shard_tokens: u64,
+    pub shard_documents: u64,
+    /// Where reading goes on.
+    pub position: Position,
+}
+
+/// The journal of one job in the output directory.
+pub(super) struct Journal {
+    path: PathBuf,
+    /// Held as long as the job runs, so that no second one writes the same files.
+    lock: PathBuf,
+    _locked: File,
+}
+
+impl Journal {
+    /// Takes the lock of a job.
+    ///
+    /// # Errors
+    /// Another process holds it; a directory that cannot be written.
+    pub(super) fn open(directory: &Path, manifest_name: &str) -> Result<Self> {
+        let path = directory.join(format!("progress-of-{manifest_name}"));
+        let lock = directory.join(format!("lock-of-{manifest_name}"));
+        let write_error = |reason| Error::Write { file: lock.display().to_string(), reason };
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(&lock);
+        let file = file.map_err(write_error)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { path, lock, _locked: file }),
+            Err(TryLockError::WouldBlock) => Err(Error::Invalid(format!(
+                "{}: another `mmfree tokenize` is writing the same part here",
+                directory.display()
+            ))),
+            // A file system without locks: the user has to see to it.
+            Err(TryLockError::Error(_)) => Ok(Self { path, lock, _locked: file }),
+        }
+    }
+
+    /// What an earlier process left.
+    ///
+    /// # Errors
+    /// A journal that cannot be read.
+    pub(super) fn read(&self) -> Result<Option<Progress>> {
+        let file = self.path.display().to_string();
+        let bytes = match fs::read(&self.path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(reason) => return Err(Error::Read { file, reason }),
+        };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::Malformed {
+            file,
+            what: format!("{error}; remove the output directory and begin anew"),
+        })
+    }
+
+    /// Records what is on the disk.
+    ///
+    /// # Errors
+    /// Errors of writing.
+    pub(super) fn write(&self, progress: &Progress) -> Result<()> {
+        replace(&self.path, &serde_json::to_vec(progress).expect("plain data"))
+    }
+
+    /// Removes the journal: the job is done.
+    pub(super) fn remove(self) {
+        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(&self.lock);
+    }
+}
+
+/// Writes a file that is whole or as it was before. A kill leaves at most one file of a known name, unlike
+/// `mmfree::output`, whose names differ each time.
+pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    let write = || {
+        let mut file = File::create(&partial)?;
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        fs::rename(&partial, path)?;
+        sync_directory(path)
+    };
+    write().map_err(|reason| Error::Write { file: path.display().to_string(), reason })
+}
