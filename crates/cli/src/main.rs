@@ -15,12 +15,15 @@ mod interrupt;
 mod logits;
 mod model_arg;
 mod pack;
+mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
 mod state_file;
 mod token_ids;
 mod train;
+mod tokenize;
+mod tokenizer;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -46,6 +49,9 @@ enum Command {
     Info(info::Args),
     Bench(bench::Args),
     Train(train::Args),
+    Tokenize(tokenize::Args),
+    Tokenizer(tokenizer::Args),
+    Plot(plot::Args),
 }
 
 fn main() -> ExitCode {
@@ -57,6 +63,9 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

@@ -16,6 +16,7 @@
 //! | [`checkpoint`] | [`Checkpoints`](checkpoint::Checkpoints): what a run resumes from |
 //! | [`trainer`] | [`Trainer`](trainer::Trainer): the loop |
 //! | [`error`] | [`Error`](error::Error) |
+//! | [`plot`] | loss curves of runs |
 #![forbid(unsafe_code)]
 
 pub mod architecture;
@@ -29,6 +30,7 @@ pub mod log;
 pub mod model;
 pub mod optimizer;
 pub mod parameters;
+pub mod plot;
 pub mod schedule;
 pub mod trainer;
 pub mod weights;

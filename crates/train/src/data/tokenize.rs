@@ -150,7 +150,6 @@ pub fn tokenize(
         suffix,
         separator: options.separator.clone(),
         shard_tokens: options.shard_tokens,
-        skips_broken: options.on_error == OnError::Skip,
     };
 
     let journal = Journal::open(output, &options.part.manifest_name())?;

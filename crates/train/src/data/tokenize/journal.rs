@@ -21,7 +21,6 @@ pub(super) struct Job {
     pub suffix: Vec<u32>,
     pub separator: Option<String>,
     pub shard_tokens: u64,
-    pub skips_broken: bool,
 }
 
 /// What is known to be on the disk.
