@@ -19,11 +19,12 @@ mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
+mod serve;
 mod state_file;
 mod token_ids;
-mod train;
 mod tokenize;
 mod tokenizer;
+mod train;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -44,6 +45,7 @@ struct Arguments {
 enum Command {
     Generate(generate::Args),
     Chat(chat::Args),
+    Serve(serve::Args),
     Logits(logits::Args),
     Pack(pack::Args),
     Info(info::Args),
@@ -58,6 +60,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Generate(args) => generate::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Logits(args) => logits::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),

@@ -21,5 +21,5 @@ fn main() {
         }
         other => panic!("expected gradients or trajectory, not {other:?}"),
     }
-    println!("test result: ok. {check} over {size} MPI processes");
+    println!("test result: ok. 1 passed: {check} over {size} MPI processes");
 }

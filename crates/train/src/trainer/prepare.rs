@@ -7,9 +7,8 @@ use mmfree::checkpoint::TokenizerSource;
 use mmfree::output;
 
 use crate::config::TrainConfig;
-use crate::data::{
-    Dataset, Event, Manifest, TokenizeOptions, TokenizerTraining, tokenize, train_tokenizer,
-};
+use crate::data::tokenize::{Event, TokenizeOptions, tokenize};
+use crate::data::{Dataset, Manifest, TokenizerTraining, train_tokenizer};
 use crate::error::{Error, Result};
 
 /// Directories of token shards.
@@ -81,7 +80,11 @@ pub fn prepare(
             Event::Skipped(_) => {}
         })?;
         if !done {
-            observer.note(&format!("tokenised {} tokens into {}", manifest.tokens, output.display()));
+            observer.note(&format!(
+                "tokenised {} tokens into {}",
+                manifest.tokens,
+                output.display()
+            ));
         }
         shards.push(output);
     }
