@@ -45,15 +45,17 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let engine = args.engine.options();
+    let layout = engine.layout()?;
     let (name, model) = match (&args.size, &args.model) {
         (Some(size), _) => {
             let config = ModelConfig::preset(size).context("unknown preset")?;
-            (format!("{size}, random weights"), Model::random(&config, DISTINCT_TOKENS, 0)?)
+            (format!("{size}, random weights"), Model::random(&config, layout, DISTINCT_TOKENS, 0)?)
         }
         (None, path) => {
             let name =
                 path.as_ref().map_or("built-in model".into(), |path| path.display().to_string());
-            (name, Model::load(&model_arg::open(path.as_deref())?)?)
+            (name, Model::load_in(&model_arg::open(path.as_deref())?, layout)?)
         }
     };
     let options = Options {
@@ -61,7 +63,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         decode_tokens: args.decode_tokens,
         repetitions: args.repetitions,
         warmup: args.warmup,
-        engine: args.engine.options(),
+        engine,
     };
     let progress = Progress::new("measuring");
     let runs = (args.warmup.max(1) + args.repetitions) as u64;

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mmfree::error::Error;
 
+mod accel;
 mod bench;
 mod chat;
 mod generate;
@@ -51,6 +52,7 @@ enum Command {
     Info(info::Args),
     Bench(bench::Args),
     Train(train::Args),
+    Accel(accel::Args),
     Tokenize(tokenize::Args),
     Tokenizer(tokenizer::Args),
     Plot(plot::Args),
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Train(args) => train::run(&args),
+        Command::Accel(args) => accel::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Plot(args) => plot::run(&args),

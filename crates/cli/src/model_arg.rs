@@ -19,8 +19,8 @@ pub struct EngineArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Kernels to use: auto, scalar, avx2, avx512 or neon [default: MMFREE_BACKEND, else the fastest that
-    /// this CPU runs]
+    /// Kernels to use: auto, scalar, avx2, avx512, avx512vbmi or neon [default: MMFREE_BACKEND, else the
+    /// fastest that this CPU runs]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
 }
@@ -56,7 +56,9 @@ pub fn load(checkpoint: &Checkpoint, args: &EngineArgs) -> Result<Loaded> {
     let source = checkpoint.tokenizer()?;
     let tokenizer = source.as_ref().map(Tokenizer::from_source).transpose()?;
     let template = source.as_ref().map(ChatTemplate::from_source).transpose()?;
-    let engine = Engine::new(Arc::new(Model::load(checkpoint)?), &args.options())?;
+    let options = args.options();
+    let model = Model::load_in(checkpoint, options.layout()?)?;
+    let engine = Engine::new(Arc::new(model), &options)?;
     if stderr().is_terminal() {
         eprintln!("{}", engine.describe());
     }

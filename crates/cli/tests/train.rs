@@ -83,7 +83,9 @@ fn command(directory: &Path, name: &str, set: &[&str]) -> Command {
         format!("run.directory={}", directory.join(name).display()),
         format!("data.cache={}", directory.join("data").display()),
     ];
-    for set in SMALL.iter().copied().chain(own.iter().map(String::as_str)).chain(set.iter().copied()) {
+    for set in
+        SMALL.iter().copied().chain(own.iter().map(String::as_str)).chain(set.iter().copied())
+    {
         command.args(["--set", set]);
     }
     command
@@ -150,9 +152,8 @@ fn stopped_and_resumed_runs_equal_an_uninterrupted_one() {
     assert_same(&stopped.path(), &whole.path());
     let error = refused(&mut stopped.command(&[]));
     assert!(error.contains("--resume"), "{error}");
-    let error = refused(
-        stopped.command(&["optimizer.beta1=0.8", "model.hidden_size=64"]).arg("--resume"),
-    );
+    let error =
+        refused(stopped.command(&["optimizer.beta1=0.8", "model.hidden_size=64"]).arg("--resume"));
     assert!(error.contains("optimizer.beta1: 0.9, 0.8"), "{error}");
     assert!(error.contains("model.hidden_size: 32, 64"), "{error}");
     // The event files are there, and a plot can be drawn.
@@ -175,9 +176,11 @@ fn a_killed_run_loses_nothing_but_the_steps_since_its_checkpoint() {
     let mut random = 0x1234_5678_9abc_def0u64;
     let mut hit = 0;
     while hit < kills {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         // Long runs survive short lives; at times one gets to its end.
-        let life = took.mul_f64((0.02 + 0.3 * (random >> 40) as f64 / (1u64 << 24) as f64).min(1.0));
+        let life =
+            took.mul_f64((0.02 + 0.3 * (random >> 40) as f64 / (1u64 << 24) as f64).min(1.0));
         let before = checkpoints(&killed.path());
         let mut child = killed.command(&set).arg("--resume").stderr(Stdio::null()).spawn().unwrap();
         thread::sleep(life);
@@ -234,7 +237,8 @@ fn a_tiny_model_learns_is_packed_and_writes() {
         mmfree()
             .current_dir(root())
             .args(["train", "configs/tiny.toml", "--set"])
-            .arg(format!("run.directory={}", run.display())),
+            .arg(format!("run.directory={}", run.display()))
+            .args(["--set", "run.steps=120", "--set", "evaluation.every=120"]),
     );
     let (losses, _) = result(&run);
     let last: f64 = losses[losses.len() - 1].split(' ').nth(3).unwrap().parse().unwrap();
@@ -244,7 +248,12 @@ fn a_tiny_model_learns_is_packed_and_writes() {
     succeed(mmfree().arg("pack").arg(run.join("model")).arg("-o").arg(&packed));
     let write = |model: &Path| {
         let mut command = mmfree();
-        command.arg("generate").arg(model).args(["Once upon a time", "--greedy", "--max-tokens", "20"]);
+        command.arg("generate").arg(model).args([
+            "Once upon a time",
+            "--greedy",
+            "--max-tokens",
+            "20",
+        ]);
         String::from_utf8(succeed(&mut command).stdout).unwrap()
     };
     let text = write(&packed);
@@ -252,8 +261,8 @@ fn a_tiny_model_learns_is_packed_and_writes() {
     assert_eq!(text, write(&run.join("model")));
 }
 
-/// Validation loss that `configs/tiny.toml` must get below.
-const LEARNT: f64 = 4.6;
+/// Validation loss that 120 steps of `configs/tiny.toml` must get below.
+const LEARNT: f64 = 4.0;
 
 #[test]
 fn processes_of_a_launcher_give_the_bits_of_one_and_resume_in_other_numbers() {
@@ -279,7 +288,10 @@ fn processes_of_a_launcher_give_the_bits_of_one_and_resume_in_other_numbers() {
 fn wrong_configurations_and_data_are_refused_with_everything_that_is_wrong() {
     let run = Run::new();
     let error = refused(&mut run.command(&["batch.micro_batch=3", "schedule.warmup_steps=99"]));
-    assert!(error.contains("batch.micro_batch is 3") && error.contains("warmup_steps is 99"), "{error}");
+    assert!(
+        error.contains("batch.micro_batch is 3") && error.contains("warmup_steps is 99"),
+        "{error}"
+    );
     let error = refused(&mut run.command(&["batch.microbatch=2", "optimiser.beta1=0"]));
     assert!(error.contains("did you mean batch.micro_batch"), "{error}");
     assert!(error.contains("did you mean optimizer.beta1"), "{error}");

@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::memory::WeightArena;
 use mmfree_kernels::pool::Pool;
-use mmfree_kernels::ternary::TernaryMatrix;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
 use mmfree_kernels::ternary_gemm::{LookupScratch, Product, multiply};
 use mmfree_kernels::tier::{Backend, Tier};
 use mmfree_kernels::{mlgru, norm_gate, rms_norm, swiglu};
@@ -25,8 +25,8 @@ fn backends() -> Vec<Backend> {
     tiers.into_iter().map(|tier| Backend::new(tier).expect("available")).collect()
 }
 
-fn pools() -> Vec<Pool> {
-    [1, 3].map(|threads| Pool::new(NonZeroUsize::new(threads).expect("not zero"))).into()
+fn pools() -> [Pool; 2] {
+    [1, 3].map(|threads| Pool::new(NonZeroUsize::new(threads).expect("not zero")))
 }
 
 /// A small generator with a good spread (splitmix64).
@@ -66,9 +66,11 @@ fn check_product(m: usize, n: usize, k: usize, fill: impl Fn(&mut Random) -> (i8
     let q: Vec<i8> = (0..m * k).map(|_| fill(&mut random).0).collect();
     let trits: Vec<i8> = (0..n * k).map(|_| fill(&mut random).1).collect();
     let input = QuantizedRows::from_parts(m, k, &q, &vec![3.0; m]).expect("valid parts");
-    let weights = TernaryMatrix::from_trits(&WeightArena::new(), n, k, 0.5, &trits).expect("packs");
+    let arena = WeightArena::new();
+    let matrices = [Layout::TwoBit, Layout::Base3]
+        .map(|layout| TernaryMatrix::from_trits(&arena, layout, n, k, 0.5, &trits).expect("packs"));
     let expected = reference(n, k, &q, &trits, 0.5 / 3.0);
-    for pool in pools() {
+    for (weights, pool) in matrices.iter().flat_map(|weights| pools().map(|pool| (weights, pool))) {
         for backend in backends() {
             let mut output = vec![f32::NAN; m * n];
             let mut scratch = LookupScratch::new(pool.threads());
@@ -76,13 +78,14 @@ fn check_product(m: usize, n: usize, k: usize, fill: impl Fn(&mut Random) -> (i8
                 backend,
                 &pool,
                 &mut scratch,
-                &mut [Product { weights: &weights, input: &input, output: &mut output }],
+                &mut [Product { weights, input: &input, output: &mut output }],
             );
             for (i, (y, e)) in output.iter().zip(&expected).enumerate() {
                 assert!(
                     y == e,
-                    "{} at {m} x {n} x {k}, token {} row {}: {y} instead of {e}",
+                    "{} with {:?} at {m} x {n} x {k}, token {} row {}: {y} instead of {e}",
                     backend.tier(),
+                    weights.layout(),
                     i / n,
                     i % n
                 );
@@ -152,7 +155,7 @@ fn several_products_in_one_call_equal_one_after_the_other() {
         .iter()
         .map(|&(n, k)| {
             let trits: Vec<i8> = (0..n * k).map(|_| (random.next() % 3) as i8 - 1).collect();
-            TernaryMatrix::from_trits(&arena, n, k, 0.25, &trits).expect("packs")
+            TernaryMatrix::from_trits(&arena, Layout::Base3, n, k, 0.25, &trits).expect("packs")
         })
         .collect();
     for m in [1, 3, 40] {

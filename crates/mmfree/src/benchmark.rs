@@ -272,6 +272,8 @@ fn read_number(path: &Path) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use mmfree_kernels::ternary::Layout;
+
     use super::*;
     use crate::config::ModelConfig;
 
@@ -291,7 +293,8 @@ mod tests {
             vocab_size: 500,
             ..ModelConfig::preset("370m").expect("preset")
         };
-        let model = Arc::new(Model::random(&config, DISTINCT_TOKENS, 3).expect("model"));
+        let layout = Layout::Base3;
+        let model = Arc::new(Model::random(&config, layout, DISTINCT_TOKENS, 3).expect("model"));
         let options = Options {
             prompt_tokens: 40,
             decode_tokens: 3,
@@ -302,9 +305,10 @@ mod tests {
         let mut begun = 0;
         let report = run("probe", Arc::clone(&model), &options, &mut |_| begun += 1).expect("runs");
         assert_eq!((report.repetitions, begun), (3, 4));
-        // Two blocks of four square and two channel-mixer matrices, and a head padded to 512 rows.
-        let trits = 2 * (4 * 64 * 64 + 3 * 64 * 128) + 512 * 64;
-        assert_eq!(report.bytes_per_token, trits / 4);
+        // Two blocks of four square and two channel-mixer matrices, and a head padded to 512 rows. A row
+        // of 64 trits has four units of four bytes, one of 128 trits four and three.
+        let bytes = 2 * ((4 * 64 + 2 * 128) * 16 + 64 * 28) + 512 * 16;
+        assert_eq!(report.bytes_per_token, bytes);
         assert_eq!(report.state_bytes, 2 * 64 * 4);
         assert!(report.decode.min <= report.decode_tokens_per_s);
         assert!(report.decode_tokens_per_s <= report.decode.max);

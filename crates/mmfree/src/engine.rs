@@ -25,6 +25,7 @@ use std::thread;
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::bandwidth::ReadBuffer;
 use mmfree_kernels::pool::Pool;
+use mmfree_kernels::ternary::Layout;
 use mmfree_kernels::ternary_gemm::{LookupScratch, Product, multiply};
 use mmfree_kernels::tier::Backend;
 use mmfree_kernels::{mlgru, norm_gate, rms_norm, swiglu};
@@ -49,9 +50,29 @@ const MAX_THREADS: usize = 1024;
 pub struct EngineOptions {
     /// Worker threads; `None` is one for each core.
     pub threads: Option<usize>,
-    /// Kernel tier by name (`auto`, `scalar`, `avx2`, `avx512`, `neon`); `None` is what the environment
-    /// variable [`BACKEND_VARIABLE`] names, or the fastest that this CPU runs.
+    /// Kernel tier by name (`auto`, `scalar`, `avx2`, `avx512`, `avx512vbmi`, `neon`); `None` is what the
+    /// environment variable [`BACKEND_VARIABLE`] names, or the fastest that this CPU runs.
     pub backend: Option<String>,
+}
+
+impl EngineOptions {
+    fn backend(&self) -> Result<Backend> {
+        let from_environment = || std::env::var(BACKEND_VARIABLE).ok();
+        match self.backend.clone().or_else(from_environment) {
+            None => Ok(Backend::detect()),
+            Some(name) => {
+                Backend::from_name(&name).map_err(|reason| Error::Invalid(reason.to_string()))
+            }
+        }
+    }
+
+    /// The layout of weights that the engine runs fastest.
+    ///
+    /// # Errors
+    /// An unknown or unavailable backend.
+    pub fn layout(&self) -> Result<Layout> {
+        Ok(Layout::preferred(self.backend()?))
+    }
 }
 
 /// Some tokens to feed to one sequence.
@@ -124,13 +145,7 @@ impl Engine {
                     Error::Invalid(format!("{threads} threads: expected 1 to {MAX_THREADS}"))
                 })?,
         };
-        let from_environment = || std::env::var(BACKEND_VARIABLE).ok();
-        let backend = match options.backend.clone().or_else(from_environment) {
-            None => Backend::detect(),
-            Some(name) => {
-                Backend::from_name(&name).map_err(|reason| Error::Invalid(reason.to_string()))?
-            }
-        };
+        let backend = options.backend()?;
         let pool = Pool::new(threads);
         let buffers = Buffers {
             lookup: LookupScratch::new(pool.threads()),

@@ -10,13 +10,13 @@
 //! | [`weights`] | parameters from and to Hugging Face directories |
 //! | [`data`] | raw text to token shards, token shards to batches |
 //! | [`log`] | what a run reports: JSON lines and TensorBoard event files |
+//! | [`plot`] | loss curves of runs |
 //! | [`optimizer`] | AdamW over parameter groups, its moments sharded over processes |
 //! | [`schedule`] | learning rate and weight decay over the steps |
 //! | [`communicator`] | [`Communicator`](communicator::Communicator): processes that train together |
 //! | [`checkpoint`] | [`Checkpoints`](checkpoint::Checkpoints): what a run resumes from |
 //! | [`trainer`] | [`Trainer`](trainer::Trainer): the loop |
 //! | [`error`] | [`Error`](error::Error) |
-//! | [`plot`] | loss curves of runs |
 #![forbid(unsafe_code)]
 
 pub mod architecture;

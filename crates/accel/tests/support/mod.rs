@@ -1,0 +1,149 @@
+//! The RTL, built and run by Verilator.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use mmfree_accel::config::Configuration;
+use mmfree_accel::image::Image;
+
+/// The RTL of one configuration as a program.
+pub struct Rtl {
+    program: PathBuf,
+}
+
+/// What a run printed.
+#[derive(Debug)]
+pub struct Outcome {
+    pub report: serde_json::Value,
+    pub trace: String,
+    pub exit_code: i32,
+}
+
+/// The Verilator to use: `VERILATOR`, else the one on the PATH. `None`, with a loud word, if there is none;
+/// an error if `MMFREE_REQUIRE_VERILATOR` is set.
+pub fn verilator() -> Option<PathBuf> {
+    let name = std::env::var_os("VERILATOR").map_or_else(|| "verilator".into(), PathBuf::from);
+    if Command::new(&name).arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return Some(name);
+    }
+    assert!(
+        std::env::var_os("MMFREE_REQUIRE_VERILATOR").is_none(),
+        "MMFREE_REQUIRE_VERILATOR is set, but {} does not run",
+        name.display()
+    );
+    println!("!!! SKIPPED: no Verilator (set VERILATOR to its path)");
+    None
+}
+
+pub fn hardware() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../hw").canonicalize().unwrap()
+}
+
+/// Builds the RTL of `rtl` (the folder of the sources, maybe a changed copy).
+pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configuration) -> Rtl {
+    let c = configuration;
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rtl-{name}"));
+    let sizes = [
+        ("Cores", "CORES", c.cores),
+        ("WeightBytes", "WEIGHT_BYTES", c.weight_bytes),
+        ("RowLanes", "ROW_LANES", c.row_lanes),
+        ("VectorWords", "VECTOR_WORDS", c.vector_words),
+        ("ActivationBytes", "ACTIVATION_BYTES", c.activation_bytes),
+        ("FifoBeats", "FIFO_BEATS", c.fifo_beats),
+        ("BurstBeats", "BURST_BEATS", c.burst_beats),
+    ];
+    let dv = hardware().join("dv");
+    let mut command = Command::new(verilator);
+    command
+        .args([
+            "--cc",
+            "--exe",
+            "--build",
+            "-j",
+            "2",
+            "-O3",
+            "--x-assign",
+            "fast",
+            "--x-initial",
+            "fast",
+        ])
+        .args(["--assert", "-DMMFREE_ASSERTIONS", "--no-timing", "-Wno-fatal"])
+        .args(["--top-module", "mmfree_tb", "-CFLAGS", "-O2 -std=c++17"])
+        // PyPI's package leaves this unset: GCC then takes the precompiled header for a file to link.
+        .args(["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include"])
+        .arg("--Mdir")
+        .arg(&target)
+        .arg("-y")
+        .arg(rtl)
+        .arg("-y")
+        .arg(&dv)
+        .arg(hardware().join("lint/verilator.vlt"))
+        .arg(rtl.join("mmfree_pkg.sv"))
+        .arg(rtl.join("mmfree_row_pkg.sv"))
+        .arg(dv.join("mmfree_tb.sv"))
+        .arg(dv.join("tb_main.cpp"));
+    for (parameter, define, value) in sizes {
+        command
+            .arg(format!("-G{parameter}={value}"))
+            .arg("-CFLAGS")
+            .arg(format!("-D{define}={value}"));
+    }
+    let output = command.output().unwrap();
+    assert!(
+        output.status.success(),
+        "Verilator failed:\n{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Rtl { program: target.join("Vmmfree_tb") }
+}
+
+impl Rtl {
+    /// Runs an image for these tokens.
+    pub fn run(
+        &self,
+        image: &Image,
+        tokens: &[u32],
+        options: &[(&str, u64)],
+        traced: bool,
+    ) -> Outcome {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("image.mma");
+        let trace = directory.path().join("trace.txt");
+        image.write(&file).unwrap();
+        let tokens: Vec<_> = tokens.iter().map(u32::to_string).collect();
+        let mut command = Command::new(&self.program);
+        command.arg("--image").arg(&file).arg("--tokens").arg(tokens.join(","));
+        for (name, value) in options {
+            command.arg(name).arg(value.to_string());
+        }
+        if traced {
+            command.arg("--trace").arg(&trace);
+        }
+        let output = command.output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let exit_code = output.status.code().unwrap_or(-1);
+        let report = serde_json::from_str(text.trim()).unwrap_or_else(|error| {
+            panic!(
+                "the test bench printed {text:?} ({error}), {}",
+                String::from_utf8_lossy(&output.stderr)
+            )
+        });
+        Outcome { report, trace: std::fs::read_to_string(&trace).unwrap_or_default(), exit_code }
+    }
+}
+
+/// Where two traces part: line number and both lines.
+pub fn first_difference(ours: &str, theirs: &str) -> Option<(usize, String, String)> {
+    let (mut ours, mut theirs) = (ours.lines(), theirs.lines());
+    for line in 1.. {
+        match (ours.next(), theirs.next()) {
+            (None, None) => return None,
+            (a, b) if a == b => {}
+            (a, b) => {
+                return Some((line, a.unwrap_or("nothing").into(), b.unwrap_or("nothing").into()));
+            }
+        }
+    }
+    None
+}

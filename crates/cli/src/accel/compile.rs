@@ -1,0 +1,81 @@
+//! `mmfree accel compile`: a model to a program image.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::HardwareArgs;
+use crate::model_arg;
+use crate::progress::Progress;
+
+/// Compile a model to a program image
+///
+/// Writes program, parameters and packed weights for one hardware configuration, and prints what a token
+/// streams and where everything lies.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Hugging Face directory or GGUF file [default: the built-in model]
+    model: Option<PathBuf>,
+    /// File to write; without it nothing is written, only the report is printed
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print the report as one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    hardware: HardwareArgs,
+}
+
+/// Compiles.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let checkpoint = model_arg::open(args.model.as_deref())?;
+    let plan = args.hardware.plan(checkpoint.config())?;
+    if let Some(path) = &args.output {
+        let progress = Progress::new("compiling");
+        plan.image(&checkpoint, &mut |done, total| progress.set(done, total))?.write(path)?;
+    }
+    let c = &plan.configuration;
+    let streamed = plan.stream_bytes * u64::from(c.cores);
+    let parameters = plan.model().parameters();
+    if args.json {
+        let object = json!({
+            "configuration": c,
+            "packing": plan.packing,
+            "instructions": plan.program.len(),
+            "bytes_streamed_per_token": streamed,
+            "bits_per_weight": streamed as f64 * 8.0 / parameters.ternary as f64,
+            "vector_words_used": plan.vector_words_used,
+            "data_bytes": plan.data_bytes(),
+            "data_map": plan.data_map,
+        });
+        println!("{object}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "configuration {}: {} cores of {} weight bytes, {} row lanes; packing {}",
+        c.name,
+        c.cores,
+        c.weight_bytes,
+        c.row_lanes,
+        plan.packing.name()
+    );
+    println!("instructions      {:>14}", plan.program.len());
+    println!(
+        "vector memory     {:>14} words of {} are used",
+        plan.vector_words_used, c.vector_words
+    );
+    println!(
+        "weights a token   {streamed:>14} bytes, {:.3} bits a weight",
+        streamed as f64 * 8.0 / parameters.ternary as f64
+    );
+    println!("memory map, bytes        address          size");
+    for entry in &plan.data_map {
+        println!("  data            {:>14} {:>13}  {}", entry.address, entry.bytes, entry.name);
+    }
+    for core in 0..c.cores {
+        println!("  core {core:<10} {:>14} {:>13}  weights", 0, plan.stream_bytes);
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,195 @@
+// Test bench: the accelerator with its memories. C++ drives the clock, holds the memories' contents
+// and hears of every write to vector memory and of every instruction that is done.
+module mmfree_tb
+  import mmfree_pkg::*;
+#(
+  parameter int unsigned Cores           = 2,
+  parameter int unsigned WeightBytes     = 8,
+  parameter int unsigned RowLanes        = 2,
+  parameter int unsigned VectorWords     = 1024,
+  parameter int unsigned ActivationBytes = 512,
+  parameter int unsigned FifoBeats       = 32,
+  parameter int unsigned BurstBeats      = 8
+) (
+  input  logic         clk_i,
+  input  logic         rst_ni,
+  input  logic         imem_we_i,
+  input  logic [7:0]   imem_addr_i,
+  input  logic [127:0] imem_data_i,
+  input  logic         start_i,
+  input  logic [31:0]  token_i,
+  output logic         busy_o,
+  output logic         done_o,
+  output logic [31:0]  token_o,
+  output logic         error_o,
+  output logic [63:0]  cycles_o,
+  output logic [63:0]  starved_cycles_o,
+  output logic [63:0]  full_cycles_o,
+  output logic         retire_o,
+  output logic [7:0]   pc_o,
+
+  // Behaviour of the memories
+  input  logic [31:0]  latency_i,
+  input  logic [31:0]  stall_percent_i,
+  input  logic [31:0]  rate_i,
+  input  logic         hang_i,
+  input  logic         trace_i
+);
+
+  import "DPI-C" function void trace_write(input int element, input int value);
+  import "DPI-C" function void trace_scalar(input int index, input int mantissa, input int exponent);
+  import "DPI-C" function void trace_address(input int index, input int value);
+  import "DPI-C" function void trace_retire(input int pc);
+
+  localparam int unsigned AddrWidth = 40;
+  localparam int unsigned DataBytes = 4 * RowLanes;
+
+  logic [Cores-1:0]                    w_arvalid, w_arready, w_rvalid, w_rready;
+  logic [Cores-1:0][AddrWidth-1:0]     w_araddr;
+  logic [Cores-1:0][7:0]               w_arlen;
+  logic [Cores-1:0][WeightBytes*8-1:0] w_rdata;
+  logic                                d_arvalid, d_arready, d_rvalid, d_rready;
+  logic                                d_awvalid, d_awready, d_wvalid, d_wready, d_wlast;
+  logic                                d_bvalid, d_bready;
+  logic [AddrWidth-1:0]                d_araddr, d_awaddr;
+  logic [7:0]                          d_arlen;
+  logic [DataBytes*8-1:0]              d_rdata, d_wdata;
+
+  mmfree_top #(
+    .Cores          (Cores),
+    .WeightBytes    (WeightBytes),
+    .RowLanes       (RowLanes),
+    .VectorWords    (VectorWords),
+    .ActivationBytes(ActivationBytes),
+    .FifoBeats      (FifoBeats),
+    .BurstBeats     (BurstBeats),
+    .AddrWidth      (AddrWidth)
+  ) dut (
+    .clk_i,
+    .rst_ni,
+    .imem_we_i,
+    .imem_addr_i,
+    .imem_data_i,
+    .start_i,
+    .token_i,
+    .busy_o,
+    .done_o,
+    .token_o,
+    .error_o,
+    .cycles_o,
+    .starved_cycles_o,
+    .full_cycles_o,
+    .w_arvalid_o(w_arvalid),
+    .w_arready_i(w_arready),
+    .w_araddr_o (w_araddr),
+    .w_arlen_o  (w_arlen),
+    .w_rvalid_i (w_rvalid),
+    .w_rready_o (w_rready),
+    .w_rdata_i  (w_rdata),
+    .w_rresp_i  ('0),
+    .d_arvalid_o(d_arvalid),
+    .d_arready_i(d_arready),
+    .d_araddr_o (d_araddr),
+    .d_arlen_o  (d_arlen),
+    .d_rvalid_i (d_rvalid),
+    .d_rready_o (d_rready),
+    .d_rdata_i  (d_rdata),
+    .d_rresp_i  ('0),
+    .d_awvalid_o(d_awvalid),
+    .d_awready_i(d_awready),
+    .d_awaddr_o (d_awaddr),
+    .d_awlen_o  (),
+    .d_wvalid_o (d_wvalid),
+    .d_wready_i (d_wready),
+    .d_wdata_o  (d_wdata),
+    .d_wstrb_o  (),
+    .d_wlast_o  (d_wlast),
+    .d_bvalid_i (d_bvalid),
+    .d_bready_o (d_bready),
+    .d_bresp_i  ('0),
+    .retire_o,
+    .retire_pc_o(pc_o)
+  );
+
+  for (genvar core = 0; core < Cores; core++) begin : gen_memory
+    mmfree_axi_memory #(
+      .Port     (core),
+      .DataBytes(WeightBytes),
+      .AddrWidth(AddrWidth)
+    ) u_memory (
+      .clk_i,
+      .rst_ni,
+      .latency_i,
+      .stall_percent_i,
+      .rate_i,
+      .hang_i,
+      .arvalid_i(w_arvalid[core]),
+      .arready_o(w_arready[core]),
+      .araddr_i (w_araddr[core]),
+      .arlen_i  (w_arlen[core]),
+      .rvalid_o (w_rvalid[core]),
+      .rready_i (w_rready[core]),
+      .rdata_o  (w_rdata[core]),
+      .awvalid_i(1'b0),
+      .awready_o(),
+      .awaddr_i ('0),
+      .wvalid_i (1'b0),
+      .wready_o (),
+      .wdata_i  ('0),
+      .wlast_i  (1'b0),
+      .bvalid_o (),
+      .bready_i (1'b0)
+    );
+  end
+
+  mmfree_axi_memory #(
+    .Port     (Cores),
+    .DataBytes(DataBytes),
+    .AddrWidth(AddrWidth)
+  ) u_data_memory (
+    .clk_i,
+    .rst_ni,
+    .latency_i,
+    .stall_percent_i,
+    .rate_i   (32'd256),
+    .hang_i,
+    .arvalid_i(d_arvalid),
+    .arready_o(d_arready),
+    .araddr_i (d_araddr),
+    .arlen_i  (d_arlen),
+    .rvalid_o (d_rvalid),
+    .rready_i (d_rready),
+    .rdata_o  (d_rdata),
+    .awvalid_i(d_awvalid),
+    .awready_o(d_awready),
+    .awaddr_i (d_awaddr),
+    .wvalid_i (d_wvalid),
+    .wready_o (d_wready),
+    .wdata_i  (d_wdata),
+    .wlast_i  (d_wlast),
+    .bvalid_o (d_bvalid),
+    .bready_i (d_bready)
+  );
+
+  always_ff @(posedge clk_i) begin
+    if (rst_ni && trace_i) begin
+      for (int unsigned lane = 0; lane < RowLanes; lane++) begin
+        if (dut.u_vector_memory.we_i[lane]) begin
+          trace_write(int'(dut.u_vector_memory.waddr_i[lane]) * RowLanes + lane,
+                      dut.u_vector_memory.wdata_i[lane]);
+        end
+      end
+      if (retire_o) begin
+        for (int unsigned i = 0; i < ScalarRegisters; i++) begin
+          trace_scalar(i, int'(dut.u_control.scalars_q[i].mantissa),
+                       int'(dut.u_control.scalars_q[i].exponent));
+        end
+        for (int unsigned i = 0; i < AddressRegisters; i++) begin
+          trace_address(i, dut.u_control.addresses_q[i]);
+        end
+        trace_retire(int'(pc_o));
+      end
+    end
+  end
+
+endmodule
