@@ -50,7 +50,7 @@ static BYTES: [[u8; 256]; 3] = TABLES.bytes;
 const fn tables() -> Tables {
     /// The quad of a number below 27 in fields 0 to 2 and a trit + 1 in field 3.
     const fn quad(low: usize, high: usize) -> u8 {
-        (low % 3 | low / 3 % 3 << 2 | low / 9 << 4 | high << 6) as u8
+        ((low % 3) | ((low / 3 % 3) << 2) | ((low / 9) << 4) | (high << 6)) as u8
     }
     let mut tables = Tables { quads: [0; 64], corrections: [0; 64], bytes: [[0; 256]; 3] };
     let (mut code, mut high) = (0, 0);

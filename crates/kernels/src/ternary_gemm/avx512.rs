@@ -132,7 +132,7 @@ fn corrections(codes: __m512i, table: __m512i) -> __m512i {
 
 /// [`dots`] from base 3: two look-ups give the four fields of the quads and what mends the fifths.
 /// Mending is part of masking, so that a unit takes 13 operations for 320 trits. The sums of field 3
-/// and of the fifths stay below 65,024 a unit each, and are added as 32-bit numbers only at the end.
+/// and of the fifths stay below 65,024 a unit each, so below 2^31 together for K up to 330,000.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 #[inline]
 fn base3_dots<const M: usize>(
