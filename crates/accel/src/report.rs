@@ -123,10 +123,15 @@ pub fn report(
     let memory = Memory {
         latency: board.memory_latency * board.clock_hz,
         weight_rate: (channel / beat).min(1.0),
-        // The data port shares the first channel.
         data_rate: (channel / f64::from(configuration.data_bytes())).min(1.0),
         stall: 0.0,
     };
+    // The data port shares the first core's channel, and all cores wait for the slowest: what it moves is
+    // missing there.
+    let alone = timing::estimate(&plan.program, configuration, memory);
+    let first_channel = alone.weight_bytes as f64 / f64::from(configuration.cores);
+    let left = first_channel / (first_channel + alone.data_bytes as f64);
+    let memory = Memory { weight_rate: (channel / beat * left).min(1.0), ..memory };
     let cost = timing::estimate(&plan.program, configuration, memory);
     let seconds = cost.cycles / board.clock_hz;
     let moved = (cost.weight_bytes + cost.data_bytes) as f64;
