@@ -54,9 +54,9 @@ pub const BOARDS: [Board; 2] = [
     },
     Board {
         name: "ecp5",
-        basis: "one DDR3-800 channel of 16 bits; a clock of 50 MHz, below what place and route reports; streaming \
+        basis: "one DDR3-800 channel of 16 bits; a clock of 38 MHz, as place and route reports; streaming \
                 reads at 85 % of the channel's rate, 200 ns of latency",
-        clock_hz: 50e6,
+        clock_hz: 38e6,
         memory_bandwidth: 1.6e9,
         memory_efficiency: 0.85,
         memory_latency: 200e-9,
