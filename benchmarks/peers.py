@@ -193,7 +193,7 @@ def fetch_source(project: Project, work: Path) -> Path:
         downloads.mkdir(parents=True, exist_ok=True)
         say(f"downloading {project.package} {project.version}")
         run_logged(
-            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:",
+            [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", project.package,
              "--dest", str(downloads), f"{project.package}=={project.version}"],
             work / "log" / f"download-{project.package}.log",
             f"downloading {project.package}",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -15,20 +16,21 @@ import urllib.request
 
 import pytest
 
-PROGRAM = os.environ.get("MMFREE", "target/debug/mmfree")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = os.environ.get("MMFREE", str(ROOT / "target/debug/mmfree"))
 
 
 class Server:
     """A running `mmfree serve`."""
 
-    def __init__(self, *arguments, env=None, log=None):
-        self.log = log
+    def __init__(self, *arguments, env=None):
         self.arguments = arguments
         self.env = env
         self.start("0")
 
     def start(self, port):
-        command = [PROGRAM, "serve", "--port", port, "--log-level", "warn", *self.arguments]
+        quiet = [] if "--log-level" in self.arguments else ["--log-level", "warn"]
+        command = [PROGRAM, "serve", "--port", port, *quiet, *self.arguments]
         environment = {**os.environ, **(self.env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []

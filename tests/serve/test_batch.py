@@ -83,3 +83,29 @@ def test_a_slow_reader_holds_nobody_up():
             assert deadline, "the slow reader keeps its place"
             threading.Event().wait(0.1)
         slow.close()
+
+
+def test_turns_go_round_between_clients(tmp_path):
+    """One client asks for a hundred texts at once; another, who comes later, need not wait for them."""
+    keys = tmp_path / "keys"
+    keys.write_text("many\nfew\n")
+    with running("--api-key-file", str(keys), "--max-concurrent", "4") as server:
+        done = []
+        body = {"prompt": "x", "max_tokens": 60, "ignore_eos": True}
+
+        def ask(key):
+            status, answer = server.json("POST", "/v1/completions", body, headers={"Authorization": f"Bearer {key}"})
+            assert status == 200, answer
+            done.append(key)
+
+        threads = [threading.Thread(target=ask, args=("many",)) for _ in range(100)]
+        for thread in threads:
+            thread.start()
+        while len(done) < 5:
+            threading.Event().wait(0.005)
+        ask("few")
+        before = len(done)
+        for thread in threads:
+            thread.join()
+        assert len(done) == 101
+        assert before < 60, f"{before} others came first"

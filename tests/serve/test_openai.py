@@ -1,13 +1,15 @@
 """The `openai` package against the real server."""
 
+import array
 import json
 import math
+import subprocess
 import time
 
 import openai
 import pytest
 
-from conftest import generate, running
+from conftest import PROGRAM, generate, running
 
 MODEL = "mmfree-builtin"
 PROMPT = "Once upon a time"
@@ -127,6 +129,29 @@ def test_logprobs_of_a_prompt(client):
     assert math.isclose(longer.choices[0].logprobs.token_logprobs[-1], logprobs.token_logprobs[-1])
 
 
+def test_logprobs_are_those_of_the_logits(client, tmp_path):
+    """Log-likelihoods as lm_eval takes them: ids in, sums over the last ones, greedy or not."""
+    ids = [1, 400, 23, 777, 1200, 5, 6000]
+    path = tmp_path / "logits.safetensors"
+    command = [PROGRAM, "logits", "--token-ids", ",".join(map(str, ids)), "-o", path]
+    subprocess.run(command, check=True, capture_output=True)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + length])["logits"]["data_offsets"]
+    logits = array.array("f", data[8 + length + begin : 8 + length + end])
+    size = len(logits) // len(ids)
+    rows = [logits[at * size : (at + 1) * size] for at in range(len(ids))]
+    answer = client.completions.create(model=MODEL, prompt=ids, temperature=0, max_tokens=1, logprobs=1, echo=True)
+    logprobs = answer.choices[0].logprobs
+    for at in range(1, len(ids)):
+        row = rows[at - 1]
+        highest = max(row)
+        norm = highest + math.log(sum(math.exp(logit - highest) for logit in row))
+        assert math.isclose(logprobs.token_logprobs[at], row[ids[at]] - norm, abs_tol=1e-5)
+        is_greedy = logprobs.token_logprobs[at] == max(logprobs.top_logprobs[at].values())
+        assert is_greedy == (row[ids[at]] == highest)
+
+
 def test_logprobs_of_a_chat(client):
     answer = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "Hello!"}], temperature=0, max_tokens=6,
@@ -241,7 +266,6 @@ def test_keys():
                 assert answer_headers["WWW-Authenticate"] == "Bearer"
                 assert json.loads(body)["error"]["code"] == "invalid_api_key"
         assert server.call("GET", "/health")[0] == 200
-        # Two keys never share a session.
 
 
 def test_too_many_at_once_are_refused_with_a_time_to_retry():

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from conftest import PROGRAM, Redis, generate, running
+from conftest import PROGRAM, ROOT, generate, running
 
 STATE = "application/octet-stream"
 FIRST, SECOND = "Once upon a time there was a king.", " He had a daughter"
@@ -105,14 +105,14 @@ def test_foreign_and_damaged_states_are_refused(server, tmp_path):
     assert put(state, content_type="application/json")[0] == 415
     assert server.json("GET", "/v1/sessions/bad")[0] == 404
     # Of another model.
-    subprocess.run([PROGRAM, "generate", "tests/fixtures/tiny", "--token-ids", "1,2", "--print-ids", "--max-tokens", "1",
+    subprocess.run([PROGRAM, "generate", str(ROOT / "tests/fixtures/tiny"), "--token-ids", "1,2", "--print-ids", "--max-tokens", "1",
                     "--save-state", tmp_path / "tiny"], check=True, capture_output=True)
     status, answer = put((tmp_path / "tiny").read_bytes())
     assert status == 400 and "layers" in answer["error"]["message"]
 
 
 def test_names_are_checked(server):
-    for name in ["a" * 129, "..%2f..%2fetc", "a%20b", "%00", "a%0d%0aSET", "*"]:
+    for name in ["a" * 129, "..%2f..%2fetc", "a%20b", "%00", "%ff", "a%0d%0aSET", "*"]:
         assert server.json("GET", f"/v1/sessions/{name}")[0] == 400, name
 
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use mmfree::error::Error;
 use mmfree::output::OutputFile;
 use mmfree::state::State;
@@ -50,7 +50,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             (lists, is_batch)
         }
     };
-    let length = sequence_length(&sequences)?;
+    let length = token_ids::sequence_length(&sequences)?;
 
     let checkpoint = model_arg::open(args.model.as_deref())?;
     let config = checkpoint.config();
@@ -85,21 +85,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// T of sequences that all have the same length.
-fn sequence_length(sequences: &[Vec<u32>]) -> Result<usize> {
-    let Some(first) = sequences.first() else { bail!("no token ids are given") };
-    ensure!(!first.is_empty(), "a list of token ids is empty");
-    match sequences.iter().position(|ids| ids.len() != first.len()) {
-        None => Ok(first.len()),
-        Some(index) => bail!(
-            "lists of token ids must have one length: the first has {}, number {} has {}",
-            first.len(),
-            index + 1,
-            sequences[index].len()
-        ),
-    }
-}
-
 /// Length and JSON header of a safetensors file with f32 tensors `logits` and `state`, in this order;
 /// `None` if a size overflows.
 fn header(shapes: &[Vec<usize>; 2]) -> Option<Vec<u8>> {
@@ -124,15 +109,6 @@ fn to_bytes(values: &[f32]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sequences_have_one_length() {
-        assert_eq!(sequence_length(&[vec![1, 2], vec![3, 4]]).unwrap(), 2);
-        let error = sequence_length(&[vec![1, 2], vec![3]]).unwrap_err().to_string();
-        assert!(error.contains("the first has 2, number 2 has 1"), "{error}");
-        assert!(sequence_length(&[]).is_err());
-        assert!(sequence_length(&[vec![]]).is_err());
-    }
 
     #[test]
     fn the_header_says_where_the_tensors_are() {

@@ -11,6 +11,7 @@ mod accel;
 mod bench;
 mod chat;
 mod generate;
+mod gradients;
 mod info;
 mod interrupt;
 mod logits;
@@ -47,6 +48,7 @@ enum Command {
     Chat(chat::Args),
     Serve(serve::Args),
     Logits(logits::Args),
+    Gradients(gradients::Args),
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => chat::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::Logits(args) => logits::run(&args),
+        Command::Gradients(args) => gradients::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),

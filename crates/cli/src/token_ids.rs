@@ -34,6 +34,21 @@ pub fn check(ids: &[u32], vocab_size: usize) -> Result<()> {
     }
 }
 
+/// T of sequences that all have the same length.
+pub fn sequence_length(sequences: &[Vec<u32>]) -> Result<usize> {
+    let Some(first) = sequences.first() else { bail!("no token ids are given") };
+    ensure!(!first.is_empty(), "a list of token ids is empty");
+    match sequences.iter().position(|ids| ids.len() != first.len()) {
+        None => Ok(first.len()),
+        Some(index) => bail!(
+            "lists of token ids must have one length: the first has {}, number {} has {}",
+            first.len(),
+            index + 1,
+            sequences[index].len()
+        ),
+    }
+}
+
 /// Reads a JSON list of lists of ids.
 pub fn read_file(path: &Path) -> Result<Vec<Vec<u32>>> {
     let read = || {
@@ -70,5 +85,14 @@ mod tests {
     fn ids_must_be_in_the_vocabulary() {
         assert!(check(&[0, 9], 10).is_ok());
         assert!(check(&[10], 10).unwrap_err().to_string().contains("vocabulary of 10"));
+    }
+
+    #[test]
+    fn sequences_have_one_length() {
+        assert_eq!(sequence_length(&[vec![1, 2], vec![3, 4]]).unwrap(), 2);
+        let error = sequence_length(&[vec![1, 2], vec![3]]).unwrap_err().to_string();
+        assert!(error.contains("the first has 2, number 2 has 1"), "{error}");
+        assert!(sequence_length(&[]).is_err());
+        assert!(sequence_length(&[vec![]]).is_err());
     }
 }

@@ -47,6 +47,15 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// The element at (row, col).
+    ///
+    /// # Panics
+    /// If the position lies outside the matrix.
+    pub fn get(&self, row: usize, col: usize) -> f32 {
+        assert!(row < self.rows && col < self.cols, "({row}, {col}) lies outside the matrix");
+        self.values[row * self.row_stride + col * self.col_stride]
+    }
+
     /// Rows `first .. first + rows`.
     fn rows(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows);

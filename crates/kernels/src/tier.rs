@@ -11,6 +11,8 @@ pub enum Tier {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512,
+    /// x86-64 with the same and VBMI, which looks bytes up in a register.
+    Avx512Vbmi,
     /// AArch64 with NEON and its dot products.
     Neon,
 }
@@ -19,7 +21,7 @@ pub enum Tier {
 #[derive(Debug, thiserror::Error)]
 pub enum TierError {
     /// No tier has this name.
-    #[error("unknown backend '{0}'; expected one of scalar, avx2, avx512, neon")]
+    #[error("unknown backend '{0}'; expected one of scalar, avx2, avx512, avx512vbmi, neon")]
     Unknown(String),
     /// The processor lacks the instructions.
     #[error("backend '{wanted}' does not run on this processor; it offers {available}")]
@@ -33,7 +35,8 @@ pub enum TierError {
 
 impl Tier {
     /// Every tier, slowest first.
-    pub const ALL: [Tier; 4] = [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Neon];
+    pub const ALL: [Tier; 5] =
+        [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vbmi, Tier::Neon];
 
     /// The name that `--backend` takes.
     pub fn name(self) -> &'static str {
@@ -41,6 +44,7 @@ impl Tier {
             Tier::Scalar => "scalar",
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
+            Tier::Avx512Vbmi => "avx512vbmi",
             Tier::Neon => "neon",
         }
     }
@@ -59,6 +63,10 @@ impl Tier {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Tier::Avx512Vbmi => {
+                Tier::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi")
             }
             #[cfg(target_arch = "aarch64")]
             Tier::Neon => {
@@ -134,7 +142,7 @@ macro_rules! compiled_for_each_tier {
         $vis fn $name(backend: $crate::tier::Backend, $($arg: $ty),*) $(-> $ret)? {
             match backend.tier() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::tier::Tier::Avx512 => {
+                $crate::tier::Tier::Avx512 | $crate::tier::Tier::Avx512Vbmi => {
                     #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
                     #[allow(clippy::too_many_arguments)]
                     fn run($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }

@@ -3,52 +3,17 @@
 //! `MMFREE_REQUIRE_TIERS=avx2,avx512` makes the absence of a tier a failure; otherwise the tiers that
 //! ran are printed.
 
-use std::num::NonZeroUsize;
+mod support;
 
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::memory::WeightArena;
 use mmfree_kernels::pool::Pool;
-use mmfree_kernels::ternary::TernaryMatrix;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
 use mmfree_kernels::ternary_gemm::{LookupScratch, Product, multiply};
-use mmfree_kernels::tier::{Backend, Tier};
+use mmfree_kernels::tier::Backend;
 use mmfree_kernels::{mlgru, norm_gate, rms_norm, swiglu};
 
-fn backends() -> Vec<Backend> {
-    let tiers: Vec<_> = Tier::available().collect();
-    let names: Vec<_> = tiers.iter().map(|tier| tier.name()).collect();
-    println!("tiers that ran: {}", names.join(", "));
-    if let Ok(required) = std::env::var("MMFREE_REQUIRE_TIERS") {
-        for tier in required.split(',').filter(|tier| !tier.is_empty()) {
-            assert!(names.contains(&tier), "required tier {tier} does not run on this processor");
-        }
-    }
-    tiers.into_iter().map(|tier| Backend::new(tier).expect("available")).collect()
-}
-
-fn pools() -> Vec<Pool> {
-    [1, 3].map(|threads| Pool::new(NonZeroUsize::new(threads).expect("not zero"))).into()
-}
-
-/// A small generator with a good spread (splitmix64).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn float(&mut self) -> f32 {
-        ((self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0) * 4.0
-    }
-
-    fn floats(&mut self, count: usize) -> Vec<f32> {
-        (0..count).map(|_| self.float()).collect()
-    }
-}
+use support::{Random, backends, pools, same_on_every_tier, sigmoid, within_budget};
 
 fn reference(n: usize, k: usize, q: &[i8], trits: &[i8], factor: f32) -> Vec<f32> {
     let mut out = Vec::with_capacity(q.len() / k * n);
@@ -66,9 +31,11 @@ fn check_product(m: usize, n: usize, k: usize, fill: impl Fn(&mut Random) -> (i8
     let q: Vec<i8> = (0..m * k).map(|_| fill(&mut random).0).collect();
     let trits: Vec<i8> = (0..n * k).map(|_| fill(&mut random).1).collect();
     let input = QuantizedRows::from_parts(m, k, &q, &vec![3.0; m]).expect("valid parts");
-    let weights = TernaryMatrix::from_trits(&WeightArena::new(), n, k, 0.5, &trits).expect("packs");
+    let arena = WeightArena::new();
+    let matrices = [Layout::TwoBit, Layout::Base3]
+        .map(|layout| TernaryMatrix::from_trits(&arena, layout, n, k, 0.5, &trits).expect("packs"));
     let expected = reference(n, k, &q, &trits, 0.5 / 3.0);
-    for pool in pools() {
+    for (weights, pool) in matrices.iter().flat_map(|weights| pools().map(|pool| (weights, pool))) {
         for backend in backends() {
             let mut output = vec![f32::NAN; m * n];
             let mut scratch = LookupScratch::new(pool.threads());
@@ -76,13 +43,14 @@ fn check_product(m: usize, n: usize, k: usize, fill: impl Fn(&mut Random) -> (i8
                 backend,
                 &pool,
                 &mut scratch,
-                &mut [Product { weights: &weights, input: &input, output: &mut output }],
+                &mut [Product { weights, input: &input, output: &mut output }],
             );
             for (i, (y, e)) in output.iter().zip(&expected).enumerate() {
                 assert!(
                     y == e,
-                    "{} at {m} x {n} x {k}, token {} row {}: {y} instead of {e}",
+                    "{} with {:?} at {m} x {n} x {k}, token {} row {}: {y} instead of {e}",
                     backend.tier(),
+                    weights.layout(),
                     i / n,
                     i % n
                 );
@@ -152,7 +120,7 @@ fn several_products_in_one_call_equal_one_after_the_other() {
         .iter()
         .map(|&(n, k)| {
             let trits: Vec<i8> = (0..n * k).map(|_| (random.next() % 3) as i8 - 1).collect();
-            TernaryMatrix::from_trits(&arena, n, k, 0.25, &trits).expect("packs")
+            TernaryMatrix::from_trits(&arena, Layout::Base3, n, k, 0.25, &trits).expect("packs")
         })
         .collect();
     for m in [1, 3, 40] {
@@ -186,45 +154,12 @@ fn several_products_in_one_call_equal_one_after_the_other() {
     }
 }
 
-/// Runs an operation on every tier and pool and demands the same bits.
-fn same_on_every_tier(what: &str, run: impl Fn(Backend, &Pool) -> Vec<f32>) {
-    let mut first: Option<Vec<u32>> = None;
-    for pool in pools() {
-        for backend in backends() {
-            let bits: Vec<u32> = run(backend, &pool).iter().map(|y| y.to_bits()).collect();
-            let first = first.get_or_insert_with(|| bits.clone());
-            assert!(
-                *first == bits,
-                "{what} differs on {} with {} threads",
-                backend.tier(),
-                pool.threads()
-            );
-        }
-    }
-}
-
 const WIDTHS: [usize; 9] = [1, 2, 31, 32, 33, 64, 97, 192, 1031];
-
-/// Demands `|found − expected| ≤ 2e-6 · (1 + |expected|)` and reports the worst share of that budget.
-fn within_budget(found: &[f32], expected: &[f64]) {
-    assert_eq!(found.len(), expected.len());
-    let mut worst = 0.0f64;
-    for (f, e) in found.iter().zip(expected) {
-        let used = (f64::from(*f) - e).abs() / (2e-6 * (1.0 + e.abs()));
-        assert!(used <= 1.0, "found {f}, expected {e}: {:.0} % of the budget", used * 100.0);
-        worst = worst.max(used);
-    }
-    println!("used {:.0} % of the budget", worst * 100.0);
-}
 
 #[test]
 #[should_panic(expected = "% of the budget")]
 fn the_budget_rejects_a_wrong_value() {
     within_budget(&[1.0 + 1e-5], &[1.0]);
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
 }
 
 fn rms_norm_f64(x: &[f32], w: &[f32], eps: f64) -> Vec<f64> {

@@ -8,11 +8,12 @@ use std::{fmt, thread};
 
 use mmfree_kernels::memory::WeightArena;
 use mmfree_kernels::mlgru;
-use mmfree_kernels::ternary::TernaryMatrix;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
 use twox_hash::XxHash3_64;
 
 use crate::checkpoint::{Checkpoint, EmbeddingTable, layout};
 use crate::config::ModelConfig;
+use crate::engine::EngineOptions;
 use crate::error::{Error, Result};
 
 /// A dense layer: `BitLinear(x) = (Σ q · t) · γ / s` with `q, s = Q8(RMSNorm(x; norm, 1e-6))`.
@@ -83,6 +84,7 @@ trait WeightSource: Sync {
 
 struct FromCheckpoint<'a> {
     checkpoint: &'a Checkpoint,
+    layout: Layout,
     arena: WeightArena,
 }
 
@@ -92,11 +94,12 @@ impl WeightSource for FromCheckpoint<'_> {
     }
 
     fn ternary(&self, name: &str, rows: usize, cols: usize) -> Result<TernaryMatrix> {
-        self.checkpoint.ternary(name, rows, cols, &self.arena)
+        self.checkpoint.ternary_in(name, rows, cols, self.layout, &self.arena)
     }
 }
 
 struct Random {
+    layout: Layout,
     arena: WeightArena,
     seed: u64,
 }
@@ -110,18 +113,28 @@ impl WeightSource for Random {
         let seed = XxHash3_64::oneshot_with_seed(self.seed, name.as_bytes());
         // Keeps outputs near unit variance: a third of the trits is zero.
         let scale = (1.5 / cols as f32).sqrt();
-        TernaryMatrix::random(&self.arena, rows, cols, scale, seed).map_err(|reason| {
+        TernaryMatrix::random(&self.arena, self.layout, rows, cols, scale, seed).map_err(|reason| {
             Error::Ternary { file: "random weights".to_owned(), tensor: name.to_owned(), reason }
         })
     }
 }
 
 impl Model {
-    /// Loads every weight of a checkpoint, quantising full-precision ones.
+    /// [`load_in`](Self::load_in), in the layout that suits engines with default options.
+    ///
+    /// # Errors
+    /// As there, and an unknown or unavailable backend in the environment.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        Self::load_in(checkpoint, EngineOptions::default().layout()?)
+    }
+
+    /// Loads every weight of a checkpoint, quantising full-precision ones, and packs them in a layout.
+    /// Every engine runs every layout and computes the same; [`EngineOptions::layout`] says which is
+    /// fastest.
     ///
     /// # Errors
     /// Non-finite or invalid weights, by file and tensor; no memory.
-    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn load_in(checkpoint: &Checkpoint, layout: Layout) -> Result<Self> {
         let config = checkpoint.config();
         let (d, layers) = (config.hidden_size, config.num_hidden_layers);
         let lower_bounds = if config.use_lower_bound {
@@ -130,7 +143,7 @@ impl Model {
         } else {
             vec![0.0; layers * d]
         };
-        let source = FromCheckpoint { checkpoint, arena: WeightArena::new() };
+        let source = FromCheckpoint { checkpoint, layout, arena: WeightArena::new() };
         Self::assemble(config, checkpoint.embeddings()?, &lower_bounds, &source)
     }
 
@@ -139,12 +152,12 @@ impl Model {
     ///
     /// # Errors
     /// No memory.
-    pub fn random(config: &ModelConfig, tokens: usize, seed: u64) -> Result<Self> {
+    pub fn random(config: &ModelConfig, layout: Layout, tokens: usize, seed: u64) -> Result<Self> {
         let (d, layers) = (config.hidden_size, config.num_hidden_layers);
         let lower_bounds: Vec<f32> =
             (0..layers).flat_map(|layer| vec![layer as f32 / layers as f32; d]).collect();
         let embeddings = EmbeddingTable::random(config.vocab_size, d, tokens, seed)?;
-        let source = Random { arena: WeightArena::new(), seed };
+        let source = Random { layout, arena: WeightArena::new(), seed };
         Self::assemble(config, embeddings, &lower_bounds, &source)
     }
 
@@ -238,7 +251,7 @@ impl Fingerprint {
     fn bit_linear(&mut self, layer: &BitLinear) {
         self.floats(&layer.norm);
         self.floats(&[layer.weights.scale()]);
-        self.0.write(bytemuck::cast_slice(layer.weights.words()));
+        layer.weights.for_each_word(|words| self.0.write(bytemuck::bytes_of(words)));
     }
 }
 

@@ -168,7 +168,6 @@ mod tests {
         let (grammars, _) = grammars();
         for format in [
             Format::Regex("(".into()),
-            Format::Regex("(a{1000}){1000}".into()),
             Format::Grammar("start: nothing".into()),
             Format::JsonSchema(json!({"type": "no such type"})),
             Format::JsonSchema(json!({"$ref": "https://example.com/schema.json"})),

@@ -148,6 +148,8 @@ async function write() {
     });
     if (!response.ok) throw new Error(await failure(response));
     reply = { role: "model", text: "" };
+    // Not part of what is kept.
+    Object.defineProperty(reply, "progress", { value: {} });
     entries.push(reply);
     render();
     for await (const event of events(response)) {
@@ -231,13 +233,21 @@ function isAtEnd() {
   return log.scrollHeight - log.scrollTop - log.clientHeight < 80;
 }
 
+// Shows what is new of a text, once a frame however fast it comes.
 function paint(reply, tokens, first) {
-  if (state.running?.conversation !== state.current || !reply.node) return;
-  const follows = isAtEnd();
-  reply.node.textContent = reply.text;
-  const seconds = (performance.now() - first) / 1000;
-  if (tokens > 4) status(`${Math.round((tokens - 1) / seconds)} tokens/s`);
-  if (follows) $("log").scrollTop = $("log").scrollHeight;
+  Object.assign(reply.progress, { tokens, first });
+  if (reply.progress.isPlanned) return;
+  reply.progress.isPlanned = true;
+  requestAnimationFrame(() => {
+    reply.progress.isPlanned = false;
+    const node = reply.node?.firstChild;
+    if (state.running?.conversation !== state.current || !node?.isConnected) return;
+    const follows = isAtEnd();
+    node.appendData(reply.text.slice(node.length));
+    const seconds = (performance.now() - reply.progress.first) / 1000;
+    if (reply.progress.tokens > 4) status(`${Math.round((reply.progress.tokens - 1) / seconds)} tokens/s`);
+    if (follows) $("log").scrollTop = $("log").scrollHeight;
+  });
 }
 
 function renderLog() {
@@ -266,7 +276,9 @@ function renderLog() {
   log.replaceChildren(...entries.map((entry, at) => {
     const isRunning = state.running?.conversation === state.current && at === entries.length - 1 && entry.role === "model";
     const node = element("article", `entry ${entry.role}${isRunning ? " running" : ""}`);
-    const text = element("div", "text", entry.text);
+    const text = element("div", "text");
+    const startsLine = entry.role === "user" && Boolean(entries[at - 1]?.stats);
+    text.append(document.createTextNode(startsLine ? entry.text.trimStart() : entry.text));
     if (mode === "chat") node.setAttribute("aria-label", entry.role === "user" ? "You" : "Model");
     node.append(text);
     Object.defineProperty(entry, "node", { value: text, configurable: true, enumerable: false, writable: true });
@@ -312,7 +324,7 @@ function render() {
     radio.checked = radio.value === conversation.mode;
     radio.disabled = conversation.entries.length > 0;
   }
-  $("input").placeholder = !isText ? "Write a message…" : conversation.entries.length ? "Add to the text, or nothing to let it go on…" : "Begin a text, and the model writes on…";
+  $("input").placeholder = !isText ? "Write a message…" : conversation.entries.length ? "Go on, or add something…" : "Begin a text, and the model writes on…";
   $("send").querySelector("span").textContent = isText ? "Write on" : "Send";
   $("send").hidden = isRunning;
   $("stop").hidden = !isRunning;

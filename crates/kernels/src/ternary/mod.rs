@@ -8,18 +8,20 @@
 //! W ≈ t · γ                                    γ multiplies
 //! ```
 
+mod assign;
+pub(crate) mod base3;
+mod layout;
 pub mod tq;
 
 use std::io;
 
 use crate::memory::{ArenaBox, WeightArena};
-use crate::pool::Pool;
-use crate::tier::{Backend, compiled_for_each_tier};
+
+pub use layout::{Layout, WORD_TRITS};
+pub(crate) use layout::{PanelVector, ZERO_WORD};
 
 /// Rows that are stored side by side: one 512-bit vector holds one code word of each.
 pub const PANEL_ROWS: usize = 16;
-/// Trits of a row in one 32-bit code word.
-pub const WORD_TRITS: usize = 16;
 
 /// Why a ternary matrix could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -111,20 +113,15 @@ pub fn quantize_trits(weights: &[f32], scale: f32, trits: &mut [i8]) {
     }
 }
 
-/// Ternary weights `t · γ` [N, K] in the layout that the kernels stream.
+/// Ternary weights `t · γ` [N, K] as the kernels stream them, in a [`Layout`].
 ///
-/// Code words: trits `16u .. 16u + 16` of a row are one little-endian `u32`; trit `4f + b` of them
-/// is stored as `t + 1` in bits `2f .. 2f + 2` of byte `b`, so byte `b` of field `f` meets activation
-/// `16u + 4f + b` and four neighbouring activations meet the four bytes of one word.
-///
-/// Panels: sixteen rows are interleaved word by word, `words[panel][u][row]`, so a 512-bit load
-/// holds the same columns of sixteen rows, and a panel is one contiguous stream. Rows and columns
-/// beyond the logical shape hold zero trits.
+/// Rows and columns beyond the logical shape hold zero trits.
 #[derive(Debug)]
 pub struct TernaryMatrix {
     rows: usize,
     cols: usize,
     scale: f32,
+    layout: Layout,
     storage: ArenaBox,
 }
 
@@ -136,22 +133,42 @@ impl TernaryMatrix {
     /// An impossible shape or scale, no memory, or whatever the closure reports.
     pub fn from_rows<E: From<TernaryError>>(
         arena: &WeightArena,
+        layout: Layout,
         rows: usize,
         cols: usize,
         scale: f32,
         mut write_row: impl FnMut(usize, &mut [i8]) -> Result<(), E>,
     ) -> Result<Self, E> {
-        let mut matrix = Self::zeros(arena, rows, cols, scale)?;
-        let units = matrix.units();
-        let mut trits = vec![0i8; units * WORD_TRITS];
-        for row in 0..rows {
-            write_row(row, &mut trits[..cols])?;
-            let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
-            let base = panel * units * PANEL_ROWS + lane;
-            let words = matrix.words_mut();
-            for (unit, group) in trits.chunks_exact(WORD_TRITS).enumerate() {
-                words[base + unit * PANEL_ROWS] = encode_word(group);
+        let mut trits = vec![0i8; cols.next_multiple_of(WORD_TRITS)];
+        Self::from_panels(arena, layout, rows, cols, scale, |panel, words| {
+            let first = panel * PANEL_ROWS;
+            for row in first..rows.min(first + PANEL_ROWS) {
+                write_row(row, &mut trits[..cols])?;
+                for (word, group) in words.iter_mut().zip(trits.chunks_exact(WORD_TRITS)) {
+                    word[row - first] = encode_word(group);
+                }
             }
+            Ok(())
+        })
+    }
+
+    /// Packs words that a closure writes one panel at a time over zero trits.
+    fn from_panels<E: From<TernaryError>>(
+        arena: &WeightArena,
+        layout: Layout,
+        rows: usize,
+        cols: usize,
+        scale: f32,
+        mut write_panel: impl FnMut(usize, &mut [PanelVector]) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let mut matrix = Self::uninitialized(arena, layout, rows, cols, scale)?;
+        let units = matrix.units();
+        let mut words = vec![[ZERO_WORD; PANEL_ROWS]; matrix.words()];
+        let storage: &mut [PanelVector] = bytemuck::cast_slice_mut(matrix.storage.bytes_mut());
+        for (panel, units) in storage.chunks_exact_mut(units).enumerate() {
+            words.fill([ZERO_WORD; PANEL_ROWS]);
+            write_panel(panel, &mut words)?;
+            layout.pack(&words, units);
         }
         Ok(matrix)
     }
@@ -162,6 +179,7 @@ impl TernaryMatrix {
     /// As [`from_rows`](Self::from_rows), and a wrong number of trits.
     pub fn from_trits(
         arena: &WeightArena,
+        layout: Layout,
         rows: usize,
         cols: usize,
         scale: f32,
@@ -171,50 +189,24 @@ impl TernaryMatrix {
         if trits.len() != expected {
             return Err(TernaryError::Length { what: "trits", expected, found: trits.len() });
         }
-        Self::from_rows(arena, rows, cols, scale, |row, out| {
+        Self::from_rows(arena, layout, rows, cols, scale, |row, out| {
             out.copy_from_slice(&trits[row * cols..(row + 1) * cols]);
             Ok(())
         })
     }
 
-    /// A matrix of zero trits, to be [assigned](Self::assign) later.
+    /// A matrix of zero trits at two bits a trit, to be [assigned](Self::assign) later.
     ///
     /// # Errors
     /// An impossible shape, or no memory.
     pub fn new(arena: &WeightArena, rows: usize, cols: usize) -> Result<Self, TernaryError> {
-        Self::zeros(arena, rows, cols, 1.0)
+        Self::from_panels(arena, Layout::TwoBit, rows, cols, 1.0, |_, _| Ok(()))
     }
 
-    /// Becomes the quantised form of full-precision weights [N, K], row-major, in place: what
-    /// [`absmean_scale`] and [`quantize_trits`] give.
-    ///
-    /// # Errors
-    /// A wrong number of weights, a weight that is NaN or infinite; the matrix is then unchanged.
-    pub fn assign(
-        &mut self,
-        backend: Backend,
-        pool: &Pool,
-        weights: &[f32],
-    ) -> Result<(), TernaryError> {
-        let (rows, cols, units) = (self.rows, self.cols, self.units());
-        if weights.len() != rows * cols {
-            let (expected, found) = (rows * cols, weights.len());
-            return Err(TernaryError::Length { what: "weights", expected, found });
-        }
-        self.scale = shared_absmean_scale(backend, pool, weights)?;
-        let inverse = 1.0 / self.scale;
-        pool.for_each_chunk(self.words_mut(), units * PANEL_ROWS, &|_, panel, words| {
-            let first = panel * PANEL_ROWS;
-            for lane in 0..PANEL_ROWS.min(rows - first) {
-                let weights = &weights[(first + lane) * cols..][..cols];
-                encode_row(backend, weights, inverse, &mut words[lane..]);
-            }
-        });
-        Ok(())
-    }
-
-    fn zeros(
+    /// Storage for a matrix, all bytes 0, which stands for no trits yet.
+    fn uninitialized(
         arena: &WeightArena,
+        layout: Layout,
         rows: usize,
         cols: usize,
         scale: f32,
@@ -225,16 +217,14 @@ impl TernaryMatrix {
         let bytes = (rows > 0 && cols > 0)
             .then(|| {
                 rows.div_ceil(PANEL_ROWS)
-                    .checked_mul(PANEL_ROWS * 4)?
-                    .checked_mul(cols.div_ceil(WORD_TRITS))
+                    .checked_mul(size_of::<PanelVector>())?
+                    .checked_mul(layout.units(cols.div_ceil(WORD_TRITS)))
             })
             .flatten()
             .ok_or(TernaryError::Shape { rows, cols })?;
-        let mut storage =
+        let storage =
             arena.allocate(bytes).map_err(|source| TernaryError::Allocate { bytes, source })?;
-        let words: &mut [u32] = bytemuck::cast_slice_mut(storage.bytes_mut());
-        words.fill(ZERO_WORD);
-        Ok(Self { rows, cols, scale, storage })
+        Ok(Self { rows, cols, scale, layout, storage })
     }
 
     /// Random trits, roughly a third of each kind, the same for the same seed: weights for benchmarks.
@@ -243,35 +233,32 @@ impl TernaryMatrix {
     /// An impossible shape or scale, or no memory.
     pub fn random(
         arena: &WeightArena,
+        layout: Layout,
         rows: usize,
         cols: usize,
         scale: f32,
         seed: u64,
     ) -> Result<Self, TernaryError> {
-        let mut matrix = Self::zeros(arena, rows, cols, scale)?;
-        let units = matrix.units();
-        let padding = units * WORD_TRITS - cols;
         let mut state = seed;
-        for (at, word) in matrix.words_mut().iter_mut().enumerate() {
+        let mut word = || {
             // splitmix64
             state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
             let mut z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
             z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
             z ^= z >> 31;
             // Fields that hold the invalid 3 take those of a second draw, and if these are 3 too, 1.
-            let (first, second) = (z as u32, (z >> 32) as u32);
-            let merged = merge_invalid_fields(first, second);
-            *word = merge_invalid_fields(merged, ZERO_WORD);
-            let (panel, rest) = (at / (units * PANEL_ROWS), at % (units * PANEL_ROWS));
-            if panel * PANEL_ROWS + rest % PANEL_ROWS >= rows {
-                *word = ZERO_WORD;
-            } else if rest / PANEL_ROWS + 1 == units {
-                for k in WORD_TRITS - padding..WORD_TRITS {
-                    *word = *word & !(3 << bit_of(k)) | 1 << bit_of(k);
-                }
+            let merged = merge_invalid_fields(z as u32, (z >> 32) as u32);
+            merge_invalid_fields(merged, ZERO_WORD)
+        };
+        Self::from_panels(arena, layout, rows, cols, scale, |panel, words| {
+            let count = PANEL_ROWS.min(rows - panel * PANEL_ROWS);
+            words.iter_mut().for_each(|vector| vector[..count].fill_with(&mut word));
+            let Some(last) = words.last_mut() else { return Ok(()) };
+            for k in (cols - 1) % WORD_TRITS + 1..WORD_TRITS {
+                last.iter_mut().for_each(|word| *word = *word & !(3 << bit_of(k)) | 1 << bit_of(k));
             }
-        }
-        Ok(matrix)
+            Ok(())
+        })
     }
 
     /// N, the number of outputs.
@@ -289,9 +276,19 @@ impl TernaryMatrix {
         self.scale
     }
 
-    /// Code words of a row, `ceil(K / 16)`.
-    pub fn units(&self) -> usize {
+    /// How the trits are packed.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Words of a row, `ceil(K / 16)`.
+    pub fn words(&self) -> usize {
         self.cols.div_ceil(WORD_TRITS)
+    }
+
+    /// Stored units of a row, 32 bits each.
+    pub fn units(&self) -> usize {
+        self.layout.units(self.words())
     }
 
     /// Groups of sixteen rows, `ceil(N / 16)`.
@@ -304,13 +301,23 @@ impl TernaryMatrix {
         self.storage.bytes().len()
     }
 
-    /// The code words, `[panel][unit][row of the panel]`.
-    pub fn words(&self) -> &[u32] {
+    /// The stored units, `[panel][unit][row of the panel]`.
+    pub fn codes(&self) -> &[[u32; PANEL_ROWS]] {
         bytemuck::cast_slice(self.storage.bytes())
     }
 
-    fn words_mut(&mut self) -> &mut [u32] {
-        bytemuck::cast_slice_mut(self.storage.bytes_mut())
+    /// The units of a panel.
+    pub(crate) fn panel(&self, panel: usize) -> &[PanelVector] {
+        &self.codes()[panel * self.units()..][..self.units()]
+    }
+
+    /// Calls `see` with every word of every panel, `[panel][word][row of the panel]`: the same for every
+    /// layout.
+    pub fn for_each_word(&self, mut see: impl FnMut(&[u32; PANEL_ROWS])) {
+        for panel in 0..self.panels() {
+            let units = self.panel(panel);
+            (0..self.words()).for_each(|word| see(&self.layout.word(units, word)));
+        }
     }
 
     /// The trit at (row, col).
@@ -320,9 +327,8 @@ impl TernaryMatrix {
     pub fn trit(&self, row: usize, col: usize) -> i8 {
         assert!(row < self.rows && col < self.cols, "({row}, {col}) lies outside the matrix");
         let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
-        let (unit, k) = (col / WORD_TRITS, col % WORD_TRITS);
-        let word = self.words()[(panel * self.units() + unit) * PANEL_ROWS + lane];
-        decode_trit(word, k)
+        let word = self.layout.word(self.panel(panel), col / WORD_TRITS)[lane];
+        decode_trit(word, col % WORD_TRITS)
     }
 
     /// Writes the trits of a row into a slice of length K.
@@ -332,10 +338,9 @@ impl TernaryMatrix {
     pub fn read_row(&self, row: usize, trits: &mut [i8]) {
         assert!(row < self.rows && trits.len() == self.cols);
         let (panel, lane) = (row / PANEL_ROWS, row % PANEL_ROWS);
-        let base = panel * self.units() * PANEL_ROWS + lane;
-        let words = self.words();
-        for (unit, group) in trits.chunks_mut(WORD_TRITS).enumerate() {
-            let word = words[base + unit * PANEL_ROWS];
+        let units = self.panel(panel);
+        for (index, group) in trits.chunks_mut(WORD_TRITS).enumerate() {
+            let word = self.layout.word(units, index)[lane];
             for (k, trit) in group.iter_mut().enumerate() {
                 *trit = decode_trit(word, k);
             }
@@ -345,78 +350,15 @@ impl TernaryMatrix {
     /// How many trits are zero.
     pub fn zeros_count(&self) -> usize {
         // A field holding t + 1 = 1 has its low bit set, and only such a field has.
-        let ones: usize = self.words().iter().map(|w| (w & ZERO_WORD).count_ones() as usize).sum();
-        let padded = self.panels() * PANEL_ROWS * self.units() * WORD_TRITS;
+        let mut ones = 0;
+        self.for_each_word(|words| {
+            ones +=
+                words.iter().map(|word| (word & ZERO_WORD).count_ones() as usize).sum::<usize>();
+        });
+        let padded = self.panels() * PANEL_ROWS * self.words() * WORD_TRITS;
         ones - (padded - self.rows * self.cols)
     }
 }
-
-/// [`absmean_scale`] on all threads, in an order that depends on the number of weights alone.
-fn shared_absmean_scale(
-    backend: Backend,
-    pool: &Pool,
-    weights: &[f32],
-) -> Result<f32, TernaryError> {
-    const TASK: usize = 1 << 14;
-    let mut sums = vec![0.0f64; weights.len().div_ceil(TASK)];
-    pool.for_each_chunk(&mut sums, 1, &|_, task, sum| {
-        let from = task * TASK;
-        sum[0] = sum_of_magnitudes(backend, &weights[from..weights.len().min(from + TASK)]);
-    });
-    let sum: f64 = sums.into_iter().sum();
-    if sum.is_finite() {
-        Ok(((sum / weights.len().max(1) as f64) as f32).max(1e-5))
-    } else {
-        absmean_scale(weights)
-    }
-}
-
-compiled_for_each_tier! {
-    fn sum_of_magnitudes(weights: &[f32]) -> f64 = sum_of_magnitudes_body
-}
-
-#[inline(always)]
-fn sum_of_magnitudes_body(weights: &[f32]) -> f64 {
-    let mut lanes = [0.0f64; 16];
-    for chunk in weights.chunks(lanes.len()) {
-        for (lane, w) in lanes.iter_mut().zip(chunk) {
-            *lane += f64::from(w.abs());
-        }
-    }
-    lanes.into_iter().sum()
-}
-
-compiled_for_each_tier! {
-    /// Quantises a row into every sixteenth word.
-    fn encode_row(weights: &[f32], inverse: f32, words: &mut [u32]) = encode_row_body
-}
-
-#[inline(always)]
-fn encode_row_body(weights: &[f32], inverse: f32, words: &mut [u32]) {
-    let encode = |weights: &[f32; WORD_TRITS]| {
-        let mut word = 0;
-        for (k, &w) in weights.iter().enumerate() {
-            let scaled = w * inverse;
-            word |= (1 + u32::from(scaled > 0.5) - u32::from(scaled < -0.5)) << bit_of(k);
-        }
-        word
-    };
-    let (groups, rest) = weights.as_chunks();
-    let mut words = words.iter_mut().step_by(PANEL_ROWS);
-    for (group, word) in groups.iter().zip(&mut words) {
-        *word = encode(group);
-    }
-    if let Some(word) = words.next()
-        && !rest.is_empty()
-    {
-        let mut padded = [0.0; WORD_TRITS];
-        padded[..rest.len()].copy_from_slice(rest);
-        *word = encode(&padded);
-    }
-}
-
-/// A word of sixteen zero trits.
-pub(crate) const ZERO_WORD: u32 = 0x5555_5555;
 
 /// `word`, with those of its 2-bit fields that are 3 taken from `other`.
 fn merge_invalid_fields(word: u32, other: u32) -> u32 {
@@ -425,7 +367,7 @@ fn merge_invalid_fields(word: u32, other: u32) -> u32 {
     word & !invalid | other & invalid
 }
 
-/// Sixteen trits to one code word.
+/// Sixteen trits to one word.
 fn encode_word(trits: &[i8]) -> u32 {
     let mut word = 0;
     for (k, &trit) in trits.iter().enumerate() {
@@ -435,12 +377,12 @@ fn encode_word(trits: &[i8]) -> u32 {
     word
 }
 
-/// Trit `k` of a code word.
+/// Trit `k` of a word.
 pub(crate) fn decode_trit(word: u32, k: usize) -> i8 {
     (word >> bit_of(k) & 3) as i8 - 1
 }
 
-/// Lowest bit of trit `k` = 4·field + byte in a code word.
+/// Lowest bit of trit `k` = 4·field + byte in a word.
 #[inline(always)]
 fn bit_of(k: usize) -> usize {
     8 * (k % 4) + 2 * (k / 4)
@@ -449,6 +391,8 @@ fn bit_of(k: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LAYOUTS: [Layout; 2] = [Layout::TwoBit, Layout::Base3];
 
     fn pattern(rows: usize, cols: usize) -> Vec<i8> {
         (0..rows * cols).map(|i| ((i * i + 7 * i / 3) % 3) as i8 - 1).collect()
@@ -474,34 +418,42 @@ mod tests {
         let arena = WeightArena::new();
         for (rows, cols) in [(1, 1), (15, 16), (16, 17), (17, 15), (97, 64), (3, 1031)] {
             let trits = pattern(rows, cols);
-            let matrix = TernaryMatrix::from_trits(&arena, rows, cols, 0.5, &trits).unwrap();
-            let mut row_out = vec![0; cols];
-            for (row, expected) in trits.chunks(cols).enumerate() {
-                matrix.read_row(row, &mut row_out);
-                assert_eq!(row_out, expected);
-                assert_eq!(matrix.trit(row, cols - 1), expected[cols - 1]);
+            for layout in LAYOUTS {
+                let matrix =
+                    TernaryMatrix::from_trits(&arena, layout, rows, cols, 0.5, &trits).unwrap();
+                let mut row_out = vec![0; cols];
+                for (row, expected) in trits.chunks(cols).enumerate() {
+                    matrix.read_row(row, &mut row_out);
+                    assert_eq!(row_out, expected);
+                    assert_eq!(matrix.trit(row, cols - 1), expected[cols - 1]);
+                }
+                assert_eq!(matrix.zeros_count(), trits.iter().filter(|&&t| t == 0).count());
             }
-            assert_eq!(matrix.zeros_count(), trits.iter().filter(|&&t| t == 0).count());
         }
     }
 
     #[test]
     fn random_trits_are_balanced_and_leave_the_padding_zero() {
-        let matrix = TernaryMatrix::random(&WeightArena::new(), 333, 1001, 1.0, 7).unwrap();
-        let mut counts = [0usize; 3];
-        let mut row = vec![0; 1001];
-        for n in 0..333 {
-            matrix.read_row(n, &mut row);
-            row.iter().for_each(|&t| counts[(t + 1) as usize] += 1);
+        for layout in LAYOUTS {
+            let matrix =
+                TernaryMatrix::random(&WeightArena::new(), layout, 333, 1001, 1.0, 7).unwrap();
+            let mut counts = [0usize; 3];
+            let mut row = vec![0; 1001];
+            for n in 0..333 {
+                matrix.read_row(n, &mut row);
+                row.iter().for_each(|&t| counts[(t + 1) as usize] += 1);
+            }
+            assert!(counts.iter().all(|&count| count > 333 * 1001 * 3 / 10), "{counts:?}");
+            assert_eq!(matrix.zeros_count(), counts[1]);
         }
-        assert!(counts.iter().all(|&count| count > 333 * 1001 * 3 / 10), "{counts:?}");
-        assert_eq!(matrix.zeros_count(), counts[1]);
     }
 
     #[test]
     fn impossible_matrices_are_refused() {
         let arena = WeightArena::new();
-        let make = |rows, cols, scale| TernaryMatrix::from_trits(&arena, rows, cols, scale, &[0]);
+        let make = |rows, cols, scale| {
+            TernaryMatrix::from_trits(&arena, Layout::Base3, rows, cols, scale, &[0])
+        };
         assert!(matches!(make(0, 1, 1.0), Err(TernaryError::Length { .. })));
         assert!(matches!(make(1, 1, f32::NAN), Err(TernaryError::Scale(_))));
         assert!(matches!(make(usize::MAX, 2, 1.0), Err(TernaryError::Shape { .. })));

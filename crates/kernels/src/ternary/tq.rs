@@ -19,7 +19,7 @@
 //! 13 bytes in 256 are not what the encoder writes but decode to trits all the same; they are decoded
 //! as ggml decodes them.
 
-use super::{PANEL_ROWS, TernaryError, TernaryMatrix, WORD_TRITS, ZERO_WORD};
+use super::{Layout, PANEL_ROWS, PanelVector, TernaryError, TernaryMatrix, WORD_TRITS, ZERO_WORD};
 use crate::memory::WeightArena;
 
 /// Trits in a block.
@@ -210,9 +210,6 @@ fn check_block(format: TqFormat, offset: usize, block: &[u8]) -> Result<(), Tern
     Ok(())
 }
 
-/// One 32-bit value for each row of a panel.
-type Lanes = [u32; PANEL_ROWS];
-
 impl TernaryMatrix {
     /// Repacks `rows` rows of ggml blocks, each padded to whole blocks, into the layout that kernels
     /// stream. `scale` is γ.
@@ -225,6 +222,7 @@ impl TernaryMatrix {
     /// [`TqFormat::decode_row`] refuses. Offsets in errors count from the start of `bytes`.
     pub fn from_tq(
         arena: &WeightArena,
+        layout: Layout,
         format: TqFormat,
         rows: usize,
         cols: usize,
@@ -232,20 +230,15 @@ impl TernaryMatrix {
         bytes: &[u8],
     ) -> Result<Self, TernaryError> {
         let row_bytes = check_length(format, rows, cols, bytes)?;
-        let mut matrix = Self::zeros(arena, rows, cols, scale)?;
-        let units = matrix.units();
-        let panels = matrix.words_mut().chunks_exact_mut(units * PANEL_ROWS);
-        let mut wrong = 0;
-        for (panel, source) in panels.zip(bytes.chunks(PANEL_ROWS * row_bytes)) {
-            wrong |= match format {
-                TqFormat::Tq1_0 => repack_panel(panel, source, row_bytes, cols, format, words_tq1),
-                TqFormat::Tq2_0 => repack_panel(panel, source, row_bytes, cols, format, words_tq2),
+        let mut sources = bytes.chunks(PANEL_ROWS * row_bytes);
+        Self::from_panels(arena, layout, rows, cols, scale, |_, words| {
+            let source = sources.next().unwrap_or_default();
+            let wrong = match format {
+                TqFormat::Tq1_0 => repack_panel(words, source, row_bytes, cols, format, words_tq1),
+                TqFormat::Tq2_0 => repack_panel(words, source, row_bytes, cols, format, words_tq2),
             };
-        }
-        if wrong != 0 {
-            return Err(first_error(format, row_bytes, cols, bytes));
-        }
-        Ok(matrix)
+            if wrong == 0 { Ok(()) } else { Err(first_error(format, row_bytes, cols, bytes)) }
+        })
     }
 
     /// Encodes a row into `format.row_bytes(cols)` bytes.
@@ -283,12 +276,12 @@ fn first_error(format: TqFormat, row_bytes: usize, cols: usize, bytes: &[u8]) ->
 /// Repacks up to sixteen rows. The result is not 0 if anything in them is invalid.
 #[inline(always)]
 fn repack_panel(
-    panel: &mut [u32],
+    panel: &mut [PanelVector],
     source: &[u8],
     row_bytes: usize,
     cols: usize,
     format: TqFormat,
-    words_of: impl Fn(&[Lanes; BLOCK_WORDS], &mut [Lanes; BLOCK_WORDS]) -> u32,
+    words_of: impl Fn(&[PanelVector; BLOCK_WORDS], &mut [PanelVector; BLOCK_WORDS]) -> u32,
 ) -> u32 {
     let block_bytes = format.block_bytes();
     let code_bytes = block_bytes - 2;
@@ -296,7 +289,7 @@ fn repack_panel(
     let mut wrong = 0;
     let mut codes = [[0; PANEL_ROWS]; BLOCK_WORDS];
     let mut words = [[0; PANEL_ROWS]; BLOCK_WORDS];
-    for (block, group) in panel.chunks_mut(BLOCK_WORDS * PANEL_ROWS).enumerate() {
+    for (block, group) in panel.chunks_mut(BLOCK_WORDS).enumerate() {
         for (row, bytes) in source.chunks_exact(row_bytes).enumerate() {
             let bytes = &bytes[block * block_bytes..(block + 1) * block_bytes];
             let (bytes, scale) = bytes.split_at(code_bytes);
@@ -306,7 +299,7 @@ fn repack_panel(
             }
         }
         wrong |= words_of(&codes, &mut words);
-        for (out, lanes) in group.chunks_exact_mut(PANEL_ROWS).zip(&words) {
+        for (out, lanes) in group.iter_mut().zip(&words) {
             out[..rows].copy_from_slice(&lanes[..rows]);
         }
         // Only the last block of a row can hold padding.
@@ -328,7 +321,7 @@ fn repack_panel(
 /// `f` of byte `b` of code word `8·j + 2·l + h`: four words and four code words are each other's
 /// transpose in (f, l).
 #[inline(always)]
-fn words_tq2(codes: &[Lanes; BLOCK_WORDS], words: &mut [Lanes; BLOCK_WORDS]) -> u32 {
+fn words_tq2(codes: &[PanelVector; BLOCK_WORDS], words: &mut [PanelVector; BLOCK_WORDS]) -> u32 {
     let mut wrong = [0; PANEL_ROWS];
     for quad in 0..BLOCK_WORDS / 4 {
         let (j, h) = (quad / 2, quad % 2);
@@ -356,7 +349,7 @@ fn words_tq2(codes: &[Lanes; BLOCK_WORDS], words: &mut [Lanes; BLOCK_WORDS]) -> 
 
 /// TQ1_0 words to code words. Every byte decodes, so nothing can be wrong.
 #[inline(always)]
-fn words_tq1(codes: &[Lanes; BLOCK_WORDS], words: &mut [Lanes; BLOCK_WORDS]) -> u32 {
+fn words_tq1(codes: &[PanelVector; BLOCK_WORDS], words: &mut [PanelVector; BLOCK_WORDS]) -> u32 {
     // Bytes 0..32: digit n of word 4·h + f is field f of code word 2·n + h.
     for h in 0..2 {
         let mut digits = [[[0; PANEL_ROWS]; 5]; 4];
@@ -383,7 +376,7 @@ fn words_tq1(codes: &[Lanes; BLOCK_WORDS], words: &mut [Lanes; BLOCK_WORDS]) -> 
 
 /// Digit `n` of four words becomes fields 0 to 3.
 #[inline(always)]
-fn join_fields(digits: &[[Lanes; 5]; 4], n: usize) -> Lanes {
+fn join_fields(digits: &[[PanelVector; 5]; 4], n: usize) -> PanelVector {
     let mut joined = [0; PANEL_ROWS];
     for (lane, joined) in joined.iter_mut().enumerate() {
         *joined = digits[0][n][lane]
@@ -397,7 +390,7 @@ fn join_fields(digits: &[[Lanes; 5]; 4], n: usize) -> Lanes {
 /// The five base-3 digits of each byte, digit `n` of the four bytes of a word in field 0 of the bytes
 /// of `result[n]`.
 #[inline(always)]
-fn digits_of(codes: &Lanes) -> [Lanes; 5] {
+fn digits_of(codes: &PanelVector) -> [PanelVector; 5] {
     /// Every second byte, with room above it for a product with 3.
     const EVEN_BYTES: u32 = 0x00ff_00ff;
     let mut digits = [[0; PANEL_ROWS]; 5];
@@ -460,8 +453,15 @@ mod tests {
         }
         let mut trits = vec![0; 256 * 5];
         TqFormat::Tq1_0.decode_row(&bytes, &mut trits).unwrap();
-        let matrix =
-            TernaryMatrix::from_tq(&WeightArena::new(), TqFormat::Tq1_0, 1, 1280, 1.0, &bytes);
+        let matrix = TernaryMatrix::from_tq(
+            &WeightArena::new(),
+            Layout::Base3,
+            TqFormat::Tq1_0,
+            1,
+            1280,
+            1.0,
+            &bytes,
+        );
         let mut fast = vec![9; 256 * 5];
         matrix.unwrap().read_row(0, &mut fast);
         assert_eq!(fast, trits);
@@ -476,7 +476,8 @@ mod tests {
             let good = encode(format, cols, &trits);
             let row_bytes = format.row_bytes(cols).unwrap();
             let load = |bytes: &[u8]| {
-                TernaryMatrix::from_tq(&arena, format, rows, cols, 1.0, bytes).map(drop)
+                TernaryMatrix::from_tq(&arena, Layout::Base3, format, rows, cols, 1.0, bytes)
+                    .map(drop)
             };
             load(&good).unwrap();
             for row in 0..rows {
@@ -502,7 +503,8 @@ mod tests {
                 }
             }
             assert!(matches!(load(&good[1..]), Err(TernaryError::Length { .. })));
-            let huge = TernaryMatrix::from_tq(&arena, format, usize::MAX, 300, 1.0, &good);
+            let huge =
+                TernaryMatrix::from_tq(&arena, Layout::Base3, format, usize::MAX, 300, 1.0, &good);
             assert!(matches!(huge, Err(TernaryError::Shape { .. })));
         }
     }
@@ -525,10 +527,10 @@ mod tests {
             for format in FORMATS {
                 let bytes = encode(format, cols, &trits);
                 let row_bytes = format.row_bytes(cols).unwrap();
-                let direct = TernaryMatrix::from_trits(&arena, rows, cols, 0.5, &trits).unwrap();
+                let direct = TernaryMatrix::from_trits(&arena, Layout::Base3, rows, cols, 0.5, &trits).unwrap();
                 let packed =
-                    TernaryMatrix::from_tq(&arena, format, rows, cols, 0.5, &bytes).unwrap();
-                prop_assert_eq!(packed.words(), direct.words());
+                    TernaryMatrix::from_tq(&arena, Layout::Base3, format, rows, cols, 0.5, &bytes).unwrap();
+                prop_assert_eq!(packed.codes(), direct.codes());
                 let mut out = vec![0; row_bytes];
                 let mut row_out = vec![9; cols];
                 for (row, encoded) in bytes.chunks(row_bytes).enumerate() {
@@ -554,7 +556,7 @@ mod tests {
                     }
                 }
                 let arena = WeightArena::new();
-                let fast = TernaryMatrix::from_tq(&arena, format, 2, 300, 1.0, used);
+                let fast = TernaryMatrix::from_tq(&arena, Layout::Base3, format, 2, 300, 1.0, used);
                 let mut trits = vec![0; 300];
                 let slow = used
                     .chunks(2 * format.block_bytes())

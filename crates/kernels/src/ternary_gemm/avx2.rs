@@ -5,11 +5,11 @@ use std::arch::x86_64::*;
 
 use super::Kernels;
 use super::lookup::Lanes;
-use crate::ternary::{PANEL_ROWS, WORD_TRITS};
+use crate::ternary::{PANEL_ROWS, PanelVector, WORD_TRITS};
 
-/// Units whose products fit 16-bit sums: four fields of two products of at most `2 · 128`, so at most
-/// 2,048 a unit.
-const UNITS_IN_16_BITS: usize = 15;
+/// Words whose products fit 16-bit sums: four fields of two products of at most `2 · 128`, so at most
+/// 2,048 a word.
+const WORDS_IN_16_BITS: usize = 15;
 
 /// Kernels with these instructions.
 pub(super) struct Avx2;
@@ -20,8 +20,8 @@ impl Kernels for Avx2 {
     const LOOKUP_MIN_TOKENS: usize = 11;
 
     #[inline(always)]
-    unsafe fn panel_dots<const M: usize>(
-        words: &[u32],
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M] {
         // SAFETY: the caller runs with this tier's features.
@@ -31,32 +31,30 @@ impl Kernels for Avx2 {
 
 #[target_feature(enable = "avx2")]
 #[inline]
-fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
-    let units = words.len() / PANEL_ROWS;
-    assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));
+fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
+    assert!(inputs.iter().all(|input| input.len() >= words.len() * WORD_TRITS));
     let field_mask = _mm256_set1_epi8(3);
     let ones = _mm256_set1_epi16(1);
     let mut sums = [[_mm256_setzero_si256(); 2]; M];
-    let mut unit = 0;
-    while unit < units {
-        let end = units.min(unit + UNITS_IN_16_BITS);
+    let mut at = 0;
+    while at < words.len() {
+        let end = words.len().min(at + WORDS_IN_16_BITS);
         let mut short_sums = [[_mm256_setzero_si256(); 2]; M];
-        while unit < end {
+        while at < end {
             for half in 0..2 {
-                // SAFETY: `unit` is below `words.len() / 16`, so sixteen words follow.
-                let mut codes = unsafe {
-                    _mm256_loadu_si256(words.as_ptr().add(unit * PANEL_ROWS + 8 * half).cast())
-                };
+                // SAFETY: eight of the sixteen words at 0 or 8.
+                let mut codes =
+                    unsafe { _mm256_loadu_si256(words[at].as_ptr().add(8 * half).cast()) };
                 for field in 0..4 {
                     let trits = _mm256_and_si256(codes, field_mask);
                     // Bits that cross from one byte into the next are masked away.
                     codes = _mm256_srli_epi16::<2>(codes);
                     for (short_sums, input) in short_sums.iter_mut().zip(inputs) {
-                        // SAFETY: the assertion above leaves 16 activations for every unit.
+                        // SAFETY: the assertion above leaves 16 activations for every word.
                         let four = unsafe {
                             input
                                 .as_ptr()
-                                .add(unit * WORD_TRITS + 4 * field)
+                                .add(at * WORD_TRITS + 4 * field)
                                 .cast::<i32>()
                                 .read_unaligned()
                         };
@@ -65,7 +63,7 @@ fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]
                     }
                 }
             }
-            unit += 1;
+            at += 1;
         }
         for (sums, short_sums) in sums.iter_mut().zip(short_sums) {
             for (sum, short_sum) in sums.iter_mut().zip(short_sums) {

@@ -1,23 +1,27 @@
-//! AVX-512 with VNNI: one load brings a code word of sixteen rows, four masks and four
-//! byte-dot-product instructions consume its 256 trits.
+//! AVX-512 with VNNI: one load brings a word of sixteen rows, four masks and four byte-dot-product
+//! instructions consume its 256 trits. With VBMI, two look-ups first turn a unit in base 3 into 320.
 
 use std::arch::x86_64::*;
 
 use super::Kernels;
-use super::lookup::{Aligned, Lanes, Offsets, PassWords};
-use crate::ternary::{PANEL_ROWS, WORD_TRITS};
+use super::lookup::{Lanes, WordOffsets};
+use crate::ternary::base3::{CORRECTIONS, GROUP_UNITS, GROUP_WORDS, LAST_PLAIN, QUADS, quad_index};
+use crate::ternary::{Layout, PANEL_ROWS, PanelVector, WORD_TRITS};
 
-/// Kernels with these instructions.
+/// Kernels with VNNI.
 pub(super) struct Avx512;
 
+/// Kernels with VNNI and VBMI.
+pub(super) struct Avx512Vbmi;
+
 impl Kernels for Avx512 {
-    type Lanes = Lanes32;
+    type Lanes = Lanes32<false>;
     const LOOKUP_MIN_ROWS: usize = 512;
     const LOOKUP_MIN_TOKENS: usize = 28;
 
     #[inline(always)]
-    unsafe fn panel_dots<const M: usize>(
-        words: &[u32],
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M] {
         // SAFETY: the caller runs with this tier's features.
@@ -25,47 +29,166 @@ impl Kernels for Avx512 {
     }
 }
 
-/// Field `f` of the codes is used where it stands, as `(t + 1) · 4^f`, in a sum of its own that is
+impl Kernels for Avx512Vbmi {
+    type Lanes = Lanes32<true>;
+    const LOOKUP_MIN_ROWS: usize = Avx512::LOOKUP_MIN_ROWS;
+    const LOOKUP_MIN_TOKENS: usize = Avx512::LOOKUP_MIN_TOKENS;
+
+    #[inline(always)]
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        // SAFETY: the caller runs with this tier's features.
+        unsafe { dots(words, inputs) }
+    }
+
+    #[inline(always)]
+    unsafe fn base3_dots<const M: usize>(
+        units: &[PanelVector],
+        words: usize,
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        // SAFETY: the caller runs with this tier's features.
+        unsafe { base3_dots(units, words, inputs) }
+    }
+}
+
+/// Masks of the four fields of a byte.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn field_masks() -> [__m512i; 4] {
+    [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0_u32 as i32]
+        .map(|mask| _mm512_set1_epi32(mask))
+}
+
+/// The vector at the start of an array of 64 bytes.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn load<T: bytemuck::Pod>(from: &T) -> __m512i {
+    const { assert!(size_of::<T>() == 64) };
+    // SAFETY: 64 bytes, by the assertion.
+    unsafe { _mm512_loadu_si512(std::ptr::from_ref(from).cast()) }
+}
+
+/// Adds the products of the four bytes of every word of `codes` with four activations.
+#[target_feature(enable = "avx512f,avx512vnni")]
+#[inline]
+fn add_dot(sum: &mut __m512i, codes: __m512i, input: &[i8], at: usize) {
+    debug_assert!(at + 4 <= input.len());
+    // SAFETY: callers check the length of their inputs once.
+    let four = unsafe { input.as_ptr().add(at).cast::<i32>().read_unaligned() };
+    *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(four));
+}
+
+/// Field `f` of the words is used where it stands, as `(t + 1) · 4^f`, in a sum of its own that is
 /// shifted down at the end: exact, and cheaper than shifting every word. A sum stays below
-/// `2 · 64 · 4 · 127` = 65,024 a unit, so below 2^31 for any K up to half a million.
+/// `2 · 64 · 4 · 127` = 65,024 a word, so below 2^31 for any K up to half a million.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 #[inline]
-fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
-    let units = words.len() / PANEL_ROWS;
-    assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));
-    let masks = [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0_u32 as i32]
-        .map(|mask| _mm512_set1_epi32(mask));
+fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
+    assert!(inputs.iter().all(|input| input.len() >= words.len() * WORD_TRITS));
+    let masks = field_masks();
     let mut sums = [[_mm512_setzero_si512(); 4]; M];
-    for unit in 0..units {
-        // SAFETY: `unit` is below `words.len() / 16`, so sixteen words follow.
-        let codes = unsafe { _mm512_loadu_si512(words.as_ptr().add(unit * PANEL_ROWS).cast()) };
+    for (at, word) in words.iter().enumerate() {
+        let codes = load(word);
         for field in 0..4 {
             let trits = _mm512_and_si512(codes, masks[field]);
             for (sums, input) in sums.iter_mut().zip(inputs) {
-                // SAFETY: the assertion above leaves 16 activations for every unit.
-                let four = unsafe {
-                    input.as_ptr().add(unit * WORD_TRITS + 4 * field).cast::<i32>().read_unaligned()
-                };
-                sums[field] = _mm512_dpbusd_epi32(sums[field], trits, _mm512_set1_epi32(four));
+                add_dot(&mut sums[field], trits, input, at * WORD_TRITS + 4 * field);
             }
         }
     }
-    sums.map(|[one, four, sixteen, sixty_four]| {
-        let low = _mm512_add_epi32(one, _mm512_srai_epi32::<2>(four));
-        let high =
-            _mm512_add_epi32(_mm512_srai_epi32::<4>(sixteen), _mm512_srai_epi32::<6>(sixty_four));
-        let mut out = [0; PANEL_ROWS];
-        // SAFETY: the array is sixteen i32 long.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_add_epi32(low, high)) };
-        out
-    })
+    sums.map(|sums| sum_of_fields(sums))
+}
+
+/// `Σ_f sums[f] / 4^f`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn sum_of_fields([one, four, sixteen, sixty_four]: [__m512i; 4]) -> [i32; PANEL_ROWS] {
+    let low = _mm512_add_epi32(one, _mm512_srai_epi32::<2>(four));
+    let high =
+        _mm512_add_epi32(_mm512_srai_epi32::<4>(sixteen), _mm512_srai_epi32::<6>(sixty_four));
+    let mut out = [0; PANEL_ROWS];
+    // SAFETY: the array is sixteen i32 long.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_add_epi32(low, high)) };
+    out
+}
+
+/// `(a ^ b) & mask`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn xor_and(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
+    _mm512_ternarylogic_epi32::<0x28>(a, b, mask)
+}
+
+/// The corrections of a unit's bytes (see [`base3`]).
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[inline]
+fn corrections(codes: __m512i, table: __m512i) -> __m512i {
+    let index = _mm512_subs_epu8(codes, _mm512_set1_epi8(LAST_PLAIN as i8));
+    _mm512_permutexvar_epi8(index, table)
+}
+
+/// [`dots`] from base 3: two look-ups give the four fields of the quads and what mends the fifths.
+/// Mending is part of masking, so that a unit takes 13 operations for 320 trits. The sums of field 3
+/// and of the fifths stay below 65,024 a unit each, so below 2^31 together for K up to 330,000.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
+#[inline]
+fn base3_dots<const M: usize>(
+    units: &[PanelVector],
+    words: usize,
+    inputs: [&[i8]; M],
+) -> [[i32; PANEL_ROWS]; M] {
+    assert!(inputs.iter().all(|input| input.len() >= words * WORD_TRITS));
+    assert!(units.len() == Layout::Base3.units(words));
+    let masks = field_masks();
+    let (quads, mends) = (load(&QUADS), load(&CORRECTIONS));
+    let mut sums = [[_mm512_setzero_si512(); 4]; M];
+    let mut fifth_sums = [_mm512_setzero_si512(); M];
+    let (groups, rest) = units.split_at(words / GROUP_WORDS * GROUP_UNITS);
+    let mut add_quads = |unit: __m512i, mend: __m512i, at: usize| {
+        let base = _mm512_permutexvar_epi8(unit, quads);
+        for field in 0..4 {
+            // A correction leaves field 3 as it is: its top two bits are for the fifth.
+            let trits = if field < 3 {
+                xor_and(base, mend, masks[field])
+            } else {
+                _mm512_and_si512(base, masks[3])
+            };
+            for (sums, input) in sums.iter_mut().zip(inputs) {
+                add_dot(&mut sums[field], trits, input, at + 4 * field);
+            }
+        }
+    };
+    for (group, units) in groups.chunks_exact(GROUP_UNITS).enumerate() {
+        let first = group * GROUP_WORDS * WORD_TRITS;
+        for (i, unit) in units.iter().enumerate() {
+            let unit = load(unit);
+            let mend = corrections(unit, mends);
+            add_quads(unit, mend, first + i * WORD_TRITS);
+            let fifths = xor_and(unit, mend, masks[3]);
+            for (sum, input) in fifth_sums.iter_mut().zip(inputs) {
+                add_dot(sum, fifths, input, first + GROUP_UNITS * WORD_TRITS + 4 * i);
+            }
+        }
+    }
+    let first = words / GROUP_WORDS * GROUP_WORDS;
+    for (i, unit) in rest.iter().enumerate() {
+        let unit = load(unit);
+        add_quads(unit, corrections(unit, mends), (first + i) * WORD_TRITS);
+    }
+    for (sums, fifths) in sums.iter_mut().zip(fifth_sums) {
+        sums[3] = _mm512_add_epi32(sums[3], fifths);
+    }
+    sums.map(|sums| sum_of_fields(sums))
 }
 
 /// Thirty-two tokens: one register of 16-bit sums.
 #[derive(Clone, Copy)]
-pub(super) struct Lanes32(__m512i);
+pub(super) struct Lanes32<const VBMI: bool>(__m512i);
 
-impl Lanes for Lanes32 {
+impl<const VBMI: bool> Lanes for Lanes32<VBMI> {
     const TOKENS: usize = 32;
 
     #[inline(always)]
@@ -133,34 +256,94 @@ impl Lanes for Lanes32 {
     }
 
     #[inline(always)]
-    unsafe fn table_offsets(words: &PassWords) -> Offsets {
-        let mut offsets = Aligned([0u64; 32]);
-        for word in 0..2 {
-            // SAFETY: sixteen of the 32 words are read, sixteen of the 32 offsets written; features by
-            // the caller's promise.
-            unsafe {
-                let codes = _mm512_loadu_si512(words.as_ptr().add(16 * word).cast());
-                let pairs = _mm512_set1_epi8(0x33);
-                let low = _mm512_and_si512(codes, pairs);
-                let high = _mm512_and_si512(_mm512_srli_epi16::<2>(codes), pairs);
-                // Two base-3 digits to each nibble, 0 to 8.
-                let nibbles =
-                    _mm512_add_epi8(low, _mm512_add_epi8(high, _mm512_add_epi8(high, high)));
-                let out = offsets.0.as_mut_ptr().add(16 * word);
-                let halves =
-                    [_mm512_castsi512_si256(nibbles), _mm512_extracti64x4_epi64::<1>(nibbles)];
-                for (i, half) in halves.into_iter().enumerate() {
-                    // 8 · (low + 9 · high) of each byte n = low + 16 · high, as 8 · n − 56 · high.
-                    let n = _mm512_cvtepu8_epi16(half);
-                    let high = _mm512_mullo_epi16(_mm512_srli_epi16::<4>(n), _mm512_set1_epi16(56));
-                    let offset = _mm512_sub_epi16(_mm512_slli_epi16::<3>(n), high);
-                    // A broken packing invariant must not leave the table.
-                    let offset = _mm512_min_epu16(offset, _mm512_set1_epi16(80 * 8));
-                    _mm512_store_si512(out.add(8 * i).cast(), offset);
-                }
-            }
+    unsafe fn word_offsets(
+        layout: Layout,
+        units: &[PanelVector],
+        word: usize,
+        offsets: &mut WordOffsets,
+    ) {
+        // SAFETY: the caller runs with this tier's features, and with VBMI if `VBMI` says so.
+        unsafe {
+            let indices = match layout {
+                Layout::TwoBit => quad_indices(load(&units[word])),
+                Layout::Base3 if VBMI => base3_indices(units, word),
+                Layout::Base3 => quad_indices(load(&layout.word(units, word))),
+            };
+            store_offsets(indices, offsets);
         }
-        offsets
+    }
+}
+
+/// Four base-3 digits of each byte to one number, below 81 for valid trits.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn quad_indices(words: __m512i) -> __m512i {
+    let pairs = _mm512_set1_epi8(0x33);
+    let low = _mm512_and_si512(words, pairs);
+    let high = _mm512_and_si512(_mm512_srli_epi16::<2>(words), pairs);
+    // Two digits to each nibble, 0 to 8; then low + 9 · high of both nibbles, by look-ups.
+    let nibbles = _mm512_add_epi8(low, _mm512_add_epi8(high, _mm512_add_epi8(high, high)));
+    let nibble = _mm512_set1_epi8(0x0f);
+    let upper = _mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), nibble);
+    let nines = _mm512_broadcast_i32x4(_mm_setr_epi8(
+        0, 9, 18, 27, 36, 45, 54, 63, 72, 72, 72, 72, 72, 72, 72, 72,
+    ));
+    _mm512_add_epi8(_mm512_and_si512(nibbles, nibble), _mm512_shuffle_epi8(nines, upper))
+}
+
+/// The table indices of a word in base 3. `Σ_i 3^i · fifth_i` for the word that the fifths make.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[inline]
+fn base3_indices(units: &[PanelVector], word: usize) -> __m512i {
+    let (group, at) = (word / GROUP_WORDS, word % GROUP_WORDS);
+    let units = &units[group * GROUP_UNITS..];
+    if at < GROUP_UNITS {
+        let unit = load(&units[at]);
+        let plain = _mm512_permutexvar_epi8(unit, load(&QUAD_INDICES));
+        return _mm512_xor_si512(plain, corrections(unit, load(&INDEX_CORRECTIONS)));
+    }
+    let (mask, mends) = (_mm512_set1_epi8(3), load(&CORRECTIONS));
+    let mut sum = _mm512_setzero_si512();
+    for unit in units[..GROUP_UNITS].iter().rev() {
+        let unit = load(unit);
+        let mended = _mm512_xor_si512(unit, corrections(unit, mends));
+        let fifth = _mm512_and_si512(_mm512_srli_epi16::<6>(mended), mask);
+        sum = _mm512_add_epi8(_mm512_add_epi8(sum, fifth), _mm512_add_epi8(sum, sum));
+    }
+    sum
+}
+
+/// [`quad_index`] of the quads, and what turns it into that of a corrected quad.
+static QUAD_INDICES: [u8; 64] = index_tables().0;
+static INDEX_CORRECTIONS: [u8; 64] = index_tables().1;
+
+const fn index_tables() -> ([u8; 64], [u8; 64]) {
+    let (mut plain, mut corrections) = ([0; 64], [0; 64]);
+    let mut code = 0;
+    while code < 64 {
+        plain[code] = quad_index(QUADS[code]);
+        code += 1;
+    }
+    let mut code = 0;
+    while code < 63 {
+        let corrected = QUADS[code] ^ CORRECTIONS[code + 1] & 63;
+        corrections[code + 1] = plain[code] ^ quad_index(corrected);
+        code += 1;
+    }
+    (plain, corrections)
+}
+
+/// Byte indices to offsets in units of eight bytes: an entry is 64 bytes long.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn store_offsets(indices: __m512i, offsets: &mut WordOffsets) {
+    // A broken packing invariant must not leave the table.
+    let indices = _mm512_min_epu8(indices, _mm512_set1_epi8(80));
+    let halves = [_mm512_castsi512_si256(indices), _mm512_extracti64x4_epi64::<1>(indices)];
+    for (half, out) in halves.into_iter().zip(offsets.as_chunks_mut::<8>().0) {
+        let offsets = _mm512_slli_epi16::<3>(_mm512_cvtepu8_epi16(half));
+        // SAFETY: eight u64 are 64 bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), offsets) };
     }
 }
 

@@ -16,13 +16,15 @@
 //! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
 //! once a cycle this does 128 products a load where the dot product does 64.
 
+use std::io;
 use std::sync::Mutex;
 
 use super::{Kernels, MAX_PRODUCTS, Product, Work, run_on};
 use crate::activations::QuantizedRows;
 use crate::memory::{ArenaBox, WeightArena};
 use crate::pool::{Pool, SharedMut};
-use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS, ZERO_WORD};
+use crate::ternary::base3::quad_index;
+use crate::ternary::{Layout, PANEL_ROWS, PanelVector, TernaryMatrix, WORD_TRITS};
 use crate::tier::Backend;
 
 /// Sums that four trits select from.
@@ -69,16 +71,28 @@ pub(super) trait Lanes: Copy {
         }
     }
 
-    /// Turns each byte of the words into the offset of its table entry, in units of eight bytes: four
-    /// 16-bit offsets to a `u64`, the word's first byte lowest.
+    /// Turns each byte of a word of a panel's rows into the offset of its table entry.
     #[inline(always)]
-    unsafe fn table_offsets(words: &PassWords) -> Offsets {
-        table_offsets(words, Self::TOKENS)
+    unsafe fn word_offsets(
+        layout: Layout,
+        units: &[PanelVector],
+        word: usize,
+        offsets: &mut WordOffsets,
+    ) {
+        for (offsets, word) in offsets.iter_mut().zip(layout.word(units, word)) {
+            *offsets = word.to_le_bytes().into_iter().rev().fold(0, |offsets, quad| {
+                // Fields are at most 2 (a packing invariant); `min` keeps even a broken invariant inside
+                // the table.
+                let index = usize::from(quad_index(quad)).min(ENTRIES - 1);
+                offsets << 16 | (index * Self::TOKENS / 4) as u64
+            });
+        }
     }
 }
 
-/// The code words of a panel for one pass.
-pub(super) type PassWords = [u32; PASS_WORDS * PANEL_ROWS];
+/// Table offsets of one word of each row, in units of eight bytes: four 16-bit offsets to a `u64`, that of
+/// the word's first byte lowest.
+pub(super) type WordOffsets = [u64; PANEL_ROWS];
 
 /// Lanes of the scalar tier.
 #[derive(Clone, Copy)]
@@ -160,16 +174,25 @@ struct Buffers<'a> {
 }
 
 impl ThreadScratch {
-    fn buffers(&mut self, tokens: usize, inputs: usize, rows: usize) -> Buffers<'_> {
+    /// Bytes of the four parts of [`Buffers`]. Each is a multiple of the 64 or 32 bytes of a row of lanes,
+    /// so all parts stay aligned.
+    fn sizes(tokens: usize, inputs: usize, rows: usize) -> [usize; 4] {
         let tables = PASS_TABLES * ENTRIES * tokens;
-        let sizes = [2 * tables, 2 * inputs * tokens, 2 * rows * tokens, 4 * rows * tokens];
-        let total: usize = sizes.iter().sum();
-        if self.memory.as_ref().is_none_or(|memory| memory.bytes().len() < total) {
-            let memory = self.arena.allocate(total);
-            self.memory = Some(memory.expect("the system refused memory for the prefill's tables"));
+        [2 * tables, 2 * inputs * tokens, 2 * rows * tokens, 4 * rows * tokens]
+    }
+
+    /// Makes room for some bytes.
+    fn reserve(&mut self, bytes: usize) -> io::Result<()> {
+        if self.memory.as_ref().is_none_or(|memory| memory.bytes().len() < bytes) {
+            self.memory = Some(self.arena.allocate(bytes)?);
         }
+        Ok(())
+    }
+
+    /// The parts, for which room was made.
+    fn buffers(&mut self, tokens: usize, inputs: usize, rows: usize) -> Buffers<'_> {
+        let sizes = Self::sizes(tokens, inputs, rows);
         let memory = self.memory.as_mut().map(ArenaBox::bytes_mut).unwrap_or_default();
-        // Each size is a multiple of the 64 or 32 bytes of a row of lanes, so all parts stay aligned.
         let (tables, rest) = memory.split_at_mut(sizes[0]);
         let (inputs, rest) = rest.split_at_mut(sizes[1]);
         let (short_sums, rest) = rest.split_at_mut(sizes[2]);
@@ -224,20 +247,27 @@ impl Tile {
 }
 
 /// Computes the products of the first `tokens` tokens; shapes were checked by the caller.
+///
+/// # Errors
+/// The system's refusal of memory for the tables. Nothing has been computed then.
 pub(super) fn multiply(
     backend: Backend,
     pool: &Pool,
     scratch: &mut LookupScratch,
     products: &mut [Product<'_>],
     tokens: usize,
-) {
-    let tiles = tokens.div_ceil(Tile::of(backend).tokens);
-    let mut tasks = 0;
+) -> io::Result<()> {
+    let tile_tokens = Tile::of(backend).tokens;
+    let tiles = tokens.div_ceil(tile_tokens);
+    let (mut tasks, mut bytes) = (0, 0);
     let mut jobs = [const { None }; MAX_PRODUCTS];
     for (job, product) in jobs.iter_mut().zip(products) {
         let panels = product.weights.panels();
         let wanted = (2 * pool.threads()).div_ceil(tiles).min(panels.div_ceil(MIN_TASK_PANELS));
         let blocks = panels.div_ceil(TASK_PANELS).max(wanted);
+        let rows = panels.div_ceil(blocks) * PANEL_ROWS;
+        let inputs = passes(product.weights) * PASS_INPUTS;
+        bytes = bytes.max(ThreadScratch::sizes(tile_tokens, inputs, rows).iter().sum());
         *job = Some(Job {
             weights: product.weights,
             input: product.input,
@@ -248,6 +278,9 @@ pub(super) fn multiply(
         });
         tasks += tiles * blocks;
     }
+    for scratch in &mut scratch.threads {
+        scratch.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner()).reserve(bytes)?;
+    }
     pool.run(tasks, &|thread, task| {
         let mut scratch =
             scratch.threads[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -255,6 +288,12 @@ pub(super) fn multiply(
             run_on(backend, LookupTask { job, task: task - job.first_task, scratch: &mut scratch });
         }
     });
+    Ok(())
+}
+
+/// Passes over the inputs of a matrix.
+fn passes(weights: &TernaryMatrix) -> usize {
+    weights.words().div_ceil(PASS_WORDS)
 }
 
 struct LookupTask<'a> {
@@ -286,13 +325,11 @@ impl Job<'_> {
         if rows == 0 {
             return; // Blocks are cut equal, so the last ones of a very tall matrix may be empty.
         }
-        let units = self.weights.units();
-        let passes = units.div_ceil(PASS_WORDS);
+        let passes = passes(self.weights);
         let buffers = scratch.buffers(V::TOKENS, passes * PASS_INPUTS, rows);
         transpose_inputs::<V>(self.input, first_token, tokens, passes, buffers.inputs);
 
-        let panel_words = units * PANEL_ROWS;
-        let words = &self.weights.words()[first_panel * panel_words..last_panel * panel_words];
+        let block = Block { weights: self.weights, first_panel, panels: last_panel - first_panel };
         for pass in 0..passes {
             let inputs =
                 &buffers.inputs[pass * PASS_INPUTS * V::TOKENS..][..PASS_INPUTS * V::TOKENS];
@@ -307,8 +344,7 @@ impl Job<'_> {
                     // SAFETY: the caller's promise about features.
                     unsafe {
                         sweep_panels::<V, $first, $last, $initial>(
-                            words,
-                            units,
+                            block,
                             pass,
                             buffers.tables,
                             buffers.short_sums,
@@ -439,38 +475,37 @@ unsafe fn nine_sums<V: Lanes>(a: V, b: V) -> [V; 9] {
 /// As for [`Lanes`].
 #[inline(always)]
 unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INITIAL: bool>(
-    words: &[u32],
-    units: usize,
+    block: Block<'_>,
     pass: usize,
     tables: &[i16],
     short_sums: &mut [i16],
     sums: &mut [i32],
 ) {
-    let panels = words.len() / (units * PANEL_ROWS);
+    let panels = block.panels;
     assert!(tables.len() == PASS_TABLES * ENTRIES * V::TOKENS);
     assert!(short_sums.len() >= panels * PANEL_ROWS * V::TOKENS);
     assert!(sums.len() >= panels * PANEL_ROWS * V::TOKENS);
     // Offsets are made one panel ahead: a scalar load cannot be served from a wide store that is still
     // on its way to the cache, and waiting for it would stall every panel.
-    let mut pair = [Aligned([0; PASS_WORDS * PANEL_ROWS]); 2];
+    let mut pair = [const { Aligned([[0; PANEL_ROWS]; PASS_WORDS]) }; 2];
     // SAFETY: the caller's promise about features, here and below.
-    pair[0] = unsafe { pass_offsets::<V>(words, units, pass, 0) };
+    unsafe { block.offsets::<V>(pass, 0, &mut pair[0]) };
     for panel in 0..panels {
         if panel + 1 < panels {
             // SAFETY: as above.
-            pair[(panel + 1) % 2] = unsafe { pass_offsets::<V>(words, units, pass, panel + 1) };
+            unsafe { block.offsets::<V>(pass, panel + 1, &mut pair[(panel + 1) % 2]) };
         }
         let offsets = &pair[panel % 2];
         for row in 0..PANEL_ROWS {
             let lane = (panel * PANEL_ROWS + row) * V::TOKENS;
             // SAFETY: `lane` has `TOKENS` sums behind it by the assertions above. An offset is below
-            // `81 · TOKENS / 4` units of eight bytes for any weight byte (see `table_offsets`), so every
+            // `81 · TOKENS / 4` units of eight bytes for any weight byte (see `Lanes::word_offsets`), so every
             // look-up stays inside its table; features by the caller's promise.
             unsafe {
                 let mut sum =
                     if FIRST { V::zero() } else { V::load(short_sums.as_ptr().add(lane)) };
                 for word in 0..PASS_WORDS {
-                    let four = offsets.0[word * PANEL_ROWS + row];
+                    let four = offsets.0[word][row];
                     for byte in 0..4 {
                         let table = tables.as_ptr().add((4 * word + byte) * ENTRIES * V::TOKENS);
                         let offset = (four >> (16 * byte)) as u16;
@@ -489,52 +524,36 @@ unsafe fn sweep_panels<V: Lanes, const FIRST: bool, const LAST: bool, const INIT
 
 /// On a cache line of its own: the vector stores that write it must not straddle two, or the scalar
 /// loads that follow could not be served from the store buffer.
-#[derive(Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Aligned<T>(pub T);
+struct Aligned<T>(T);
 
-pub(super) type Offsets = Aligned<[u64; PASS_WORDS * PANEL_ROWS]>;
+type Offsets = Aligned<[WordOffsets; PASS_WORDS]>;
 
-/// The table offsets of a panel's words of one pass; words beyond the end of the rows are zero trits.
-///
-/// # Safety
-/// As for [`Lanes`].
-#[inline(always)]
-unsafe fn pass_offsets<V: Lanes>(
-    words: &[u32],
-    units: usize,
-    pass: usize,
-    panel: usize,
-) -> Offsets {
-    let from = pass * PASS_WORDS;
-    let panel_words = &words[(panel * units + from) * PANEL_ROWS..];
-    if let Some(pass_words) = panel_words.first_chunk()
-        && from + PASS_WORDS <= units
-    {
-        // SAFETY: the caller's promise about features.
-        return unsafe { V::table_offsets(pass_words) };
-    }
-    let mut pass_words = [ZERO_WORD; PASS_WORDS * PANEL_ROWS];
-    let present = (units - from) * PANEL_ROWS;
-    pass_words[..present].copy_from_slice(&panel_words[..present]);
-    table_offsets(&pass_words, V::TOKENS)
+/// Some panels of a matrix.
+#[derive(Clone, Copy)]
+struct Block<'a> {
+    weights: &'a TernaryMatrix,
+    first_panel: usize,
+    panels: usize,
 }
 
-/// [`Lanes::table_offsets`] for any width.
-#[inline(always)]
-fn table_offsets(words: &PassWords, tokens: usize) -> Offsets {
-    const BYTES: usize = 4 * PASS_WORDS * PANEL_ROWS;
-    let bytes: &[u8; BYTES] = bytemuck::cast_ref(words);
-    let mut offsets = Aligned([0u16; BYTES]);
-    for (offset, &byte) in offsets.0.iter_mut().zip(bytes) {
-        // Two base-3 digits to each nibble, then nibbles to one number, low + 9·high. A field is at
-        // most 2 (a packing invariant), so a nibble is at most 8; `min` keeps even a broken invariant
-        // inside the table.
-        let nibbles = (byte & 0x33) + 3 * ((byte >> 2) & 0x33);
-        let code = (nibbles - 7 * (nibbles >> 4)).min(ENTRIES as u8 - 1);
-        *offset = u16::from(code) * (tokens / 4) as u16;
+impl Block<'_> {
+    /// Writes the table offsets of a panel's words of one pass. Words beyond the end of the rows meet
+    /// activations that are zero, and may select anything.
+    ///
+    /// # Safety
+    /// As for [`Lanes`].
+    #[inline(always)]
+    unsafe fn offsets<V: Lanes>(&self, pass: usize, panel: usize, offsets: &mut Offsets) {
+        let units = self.weights.panel(self.first_panel + panel);
+        for (i, offsets) in offsets.0.iter_mut().enumerate() {
+            let word = pass * PASS_WORDS + i;
+            if word < self.weights.words() {
+                // SAFETY: the caller's promise about features.
+                unsafe { V::word_offsets(self.weights.layout(), units, word, offsets) };
+            }
+        }
     }
-    Aligned(bytemuck::cast(offsets.0))
 }
 
 #[cfg(target_endian = "big")]

@@ -17,6 +17,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub mod cuda;
 mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -24,7 +25,8 @@ mod scalar;
 
 use crate::activations::QuantizedRows;
 use crate::pool::{Pool, SharedMut};
-use crate::ternary::{PANEL_ROWS, TernaryMatrix};
+use crate::ternary::base3::{GROUP_UNITS, GROUP_WORDS};
+use crate::ternary::{Layout, PANEL_ROWS, PanelVector, TernaryMatrix, WORD_TRITS};
 use crate::tier::{Backend, Tier};
 
 pub use lookup::LookupScratch;
@@ -65,12 +67,38 @@ trait Kernels {
     const LOOKUP_MIN_TOKENS: usize;
 
     /// Dot products of the sixteen rows of a panel with `M` tokens' activations:
-    /// `Σ_k q[k] · (t[row, k] + 1)`. `words` are the panel's code words `[unit][row]`; every input has
-    /// at least 16 activations a unit.
-    unsafe fn panel_dots<const M: usize>(
-        words: &[u32],
+    /// `Σ_k q[k] · (t[row, k] + 1)`. Every input has at least 16 activations a word.
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M];
+
+    /// The same from the units of a panel in base 3, which hold `words` words. Tiers to which this layout
+    /// does not come naturally unpack a group at a time.
+    #[inline(always)]
+    unsafe fn base3_dots<const M: usize>(
+        units: &[PanelVector],
+        words: usize,
+        inputs: [&[i8]; M],
+    ) -> [[i32; PANEL_ROWS]; M] {
+        let mut sums = [[0; PANEL_ROWS]; M];
+        for (group, units) in units.chunks(GROUP_UNITS).enumerate() {
+            let first = group * GROUP_WORDS;
+            let count = GROUP_WORDS.min(words - first);
+            let unpacked: [PanelVector; GROUP_WORDS] = std::array::from_fn(|word| {
+                if word < count { Layout::Base3.word(units, word) } else { [0; PANEL_ROWS] }
+            });
+            let inputs = inputs.map(|input| &input[first * WORD_TRITS..]);
+            // SAFETY: the caller's promise about features.
+            let group_sums = unsafe { Self::word_dots::<M>(&unpacked[..count], inputs) };
+            for (sum, group_sum) in
+                sums.as_flattened_mut().iter_mut().zip(group_sums.as_flattened())
+            {
+                *sum += group_sum;
+            }
+        }
+        sums
+    }
 }
 
 /// Something to do with the kernels of any tier.
@@ -91,6 +119,18 @@ fn run_on(backend: Backend, work: impl Work) {
             fn run(work: impl Work) {
                 // SAFETY: this function is compiled with the tier's features.
                 unsafe { work.run::<avx512::Avx512>() }
+            }
+            // SAFETY: a `Backend` of this tier exists only where its features were detected.
+            unsafe { run(work) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Tier::Avx512Vbmi => {
+            #[target_feature(
+                enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
+            )]
+            fn run(work: impl Work) {
+                // SAFETY: this function is compiled with the tier's features.
+                unsafe { work.run::<avx512::Avx512Vbmi>() }
             }
             // SAFETY: a `Backend` of this tier exists only where its features were detected.
             unsafe { run(work) }
@@ -143,15 +183,16 @@ pub fn multiply(
     let rows = products.iter().map(|product| product.weights.rows()).min().unwrap_or(0);
     let tile = lookup::Tile::of(backend);
     let rest = tokens % tile.tokens;
-    let looked_up = if rows < tile.min_rows {
+    let mut looked_up = if rows < tile.min_rows {
         0
     } else if rest >= tile.min_tokens {
         tokens
     } else {
         tokens - rest
     };
-    if looked_up > 0 {
-        lookup::multiply(backend, pool, scratch, products, looked_up);
+    if looked_up > 0 && lookup::multiply(backend, pool, scratch, products, looked_up).is_err() {
+        // No memory for tables: dot products need none.
+        looked_up = 0;
     }
     if looked_up < tokens {
         multiply_by_dots(backend, pool, products, looked_up);
@@ -170,7 +211,7 @@ fn multiply_by_dots(
     let (mut tasks, mut bytes) = (0, 0);
     for (job, product) in jobs.iter_mut().zip(products) {
         let passes = (product.input.rows() - first_token).div_ceil(DOT_TOKENS);
-        let panel_bytes = product.weights.units() * PANEL_ROWS * 4;
+        let panel_bytes = product.weights.units() * size_of::<PanelVector>();
         let panels = DOT_TASK_BYTES.div_ceil(panel_bytes * passes);
         bytes += product.weights.packed_bytes() * passes;
         *job = Some(DotJob {
@@ -216,18 +257,17 @@ impl Work for DotTask<'_> {
         let job = self.job;
         let first = self.task * job.panels;
         let last = (first + job.panels).min(job.weights.panels());
-        let panel_words = job.weights.units() * PANEL_ROWS;
-        let words = &job.weights.words()[first * panel_words..last * panel_words];
-        for (panel, words) in (first..last).zip(words.chunks_exact(panel_words)) {
+        for panel in first..last {
+            let units = job.weights.panel(panel);
             let mut token = job.first_token;
             while token < job.input.rows() {
                 // SAFETY: the caller's promise about features.
                 token += unsafe {
                     match job.input.rows() - token {
-                        1 => job.dot::<K, 1>(panel, words, token),
-                        2 => job.dot::<K, 2>(panel, words, token),
-                        3 => job.dot::<K, 3>(panel, words, token),
-                        _ => job.dot::<K, DOT_TOKENS>(panel, words, token),
+                        1 => job.dot::<K, 1>(panel, units, token),
+                        2 => job.dot::<K, 2>(panel, units, token),
+                        3 => job.dot::<K, 3>(panel, units, token),
+                        _ => job.dot::<K, DOT_TOKENS>(panel, units, token),
                     }
                 };
             }
@@ -244,12 +284,17 @@ impl DotJob<'_> {
     unsafe fn dot<K: Kernels, const M: usize>(
         &self,
         panel: usize,
-        words: &[u32],
+        units: &[PanelVector],
         token: usize,
     ) -> usize {
         let inputs = std::array::from_fn(|i| self.input.padded_row(token + i));
         // SAFETY: the caller's promise about features.
-        let sums = unsafe { K::panel_dots::<M>(words, inputs) };
+        let sums = unsafe {
+            match self.weights.layout() {
+                Layout::TwoBit => K::word_dots::<M>(units, inputs),
+                Layout::Base3 => K::base3_dots::<M>(units, self.weights.words(), inputs),
+            }
+        };
         let row = panel * PANEL_ROWS;
         let rows = self.weights.rows();
         let count = PANEL_ROWS.min(rows - row);

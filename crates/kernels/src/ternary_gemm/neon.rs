@@ -5,7 +5,7 @@ use std::arch::asm;
 
 use super::Kernels;
 use super::lookup::Lanes;
-use crate::ternary::{PANEL_ROWS, WORD_TRITS};
+use crate::ternary::{PANEL_ROWS, PanelVector, WORD_TRITS};
 
 /// Kernels with these instructions.
 pub(super) struct Neon;
@@ -16,8 +16,8 @@ impl Kernels for Neon {
     const LOOKUP_MIN_TOKENS: usize = 11;
 
     #[inline(always)]
-    unsafe fn panel_dots<const M: usize>(
-        words: &[u32],
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M] {
         // SAFETY: the caller runs with this tier's features.
@@ -27,26 +27,23 @@ impl Kernels for Neon {
 
 #[target_feature(enable = "neon,dotprod")]
 #[inline]
-fn dots<const M: usize>(words: &[u32], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
-    let units = words.len() / PANEL_ROWS;
-    assert!(inputs.iter().all(|input| input.len() >= units * WORD_TRITS));
+fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PANEL_ROWS]; M] {
+    assert!(inputs.iter().all(|input| input.len() >= words.len() * WORD_TRITS));
     let field_mask = vdupq_n_u8(3);
     let mut sums = [[vdupq_n_s32(0); 4]; M];
-    for unit in 0..units {
+    for (at, words) in words.iter().enumerate() {
         for quarter in 0..4 {
-            // SAFETY: `unit` is below `words.len() / 16`, so sixteen words follow.
-            let mut codes = unsafe {
-                vld1q_u8(words.as_ptr().add(unit * PANEL_ROWS + 4 * quarter).cast::<u8>())
-            };
+            // SAFETY: four of the sixteen words at 0, 4, 8 or 12.
+            let mut codes = unsafe { vld1q_u8(words.as_ptr().add(4 * quarter).cast::<u8>()) };
             for field in 0..4 {
                 let trits = vreinterpretq_s8_u8(vandq_u8(codes, field_mask));
                 codes = vshrq_n_u8::<2>(codes);
                 for (sums, input) in sums.iter_mut().zip(inputs) {
-                    // SAFETY: the assertion above leaves 16 activations for every unit.
+                    // SAFETY: the assertion above leaves 16 activations for every word.
                     let four = unsafe {
                         input
                             .as_ptr()
-                            .add(unit * WORD_TRITS + 4 * field)
+                            .add(at * WORD_TRITS + 4 * field)
                             .cast::<i32>()
                             .read_unaligned()
                     };

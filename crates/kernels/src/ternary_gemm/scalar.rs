@@ -2,7 +2,7 @@
 
 use super::Kernels;
 use super::lookup::PlainLanes;
-use crate::ternary::{PANEL_ROWS, WORD_TRITS, decode_trit};
+use crate::ternary::{PANEL_ROWS, PanelVector, WORD_TRITS, decode_trit};
 
 /// Plain Rust for any processor.
 pub(super) struct Scalar;
@@ -13,14 +13,14 @@ impl Kernels for Scalar {
     const LOOKUP_MIN_TOKENS: usize = 4;
 
     #[inline(always)]
-    unsafe fn panel_dots<const M: usize>(
-        words: &[u32],
+    unsafe fn word_dots<const M: usize>(
+        words: &[PanelVector],
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M] {
         let mut sums = [[0; PANEL_ROWS]; M];
-        for (unit, words) in words.chunks_exact(PANEL_ROWS).enumerate() {
+        for (at, words) in words.iter().enumerate() {
             for (sums, input) in sums.iter_mut().zip(inputs) {
-                let input = &input[unit * WORD_TRITS..][..WORD_TRITS];
+                let input = &input[at * WORD_TRITS..][..WORD_TRITS];
                 for (sum, &word) in sums.iter_mut().zip(words) {
                     for (k, &q) in input.iter().enumerate() {
                         *sum += i32::from(q) * i32::from(decode_trit(word, k) + 1);

@@ -1,7 +1,7 @@
 //! Reads tensors of a checkpoint.
 
 use mmfree_kernels::memory::WeightArena;
-use mmfree_kernels::ternary::{TernaryError, TernaryMatrix, quantize_trits};
+use mmfree_kernels::ternary::{Layout, TernaryError, TernaryMatrix, quantize_trits};
 
 use super::layout::EMBEDDINGS;
 use super::{Checkpoint, EmbeddingTable, Encoding, FileSlice, FloatType, StoredTensor};
@@ -28,6 +28,20 @@ impl Checkpoint {
         self.floats(name, &[rows, cols])
     }
 
+    /// [`ternary_in`](Self::ternary_in) at two bits a trit, which is the quickest to read trits from.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ternary(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        arena: &WeightArena,
+    ) -> Result<TernaryMatrix> {
+        self.ternary_in(name, rows, cols, Layout::TwoBit, arena)
+    }
+
     /// Reads the ternary weight of a BitLinear layer; `name` has no `.weight`. Full-precision weights
     /// are quantised, packed ones repacked. Pages of the file are released behind the reader, so that
     /// peak resident memory stays near the size of the result.
@@ -39,11 +53,12 @@ impl Checkpoint {
     /// # Errors
     /// A name that the model does not have, another shape, weights that are NaN or infinite, invalid
     /// codes, no memory.
-    pub fn ternary(
+    pub fn ternary_in(
         &self,
         name: &str,
         rows: usize,
         cols: usize,
+        layout: Layout,
         arena: &WeightArena,
     ) -> Result<TernaryMatrix> {
         let scale = self.ternary_scale(name, rows, cols)?;
@@ -51,10 +66,12 @@ impl Checkpoint {
         let tensor = trits.tensor;
         let matrix = match tensor.encoding {
             Encoding::Ternary(format) => {
-                TernaryMatrix::from_tq(arena, format, rows, cols, scale, tensor.data.get())
+                TernaryMatrix::from_tq(arena, layout, format, rows, cols, scale, tensor.data.get())
             }
             Encoding::Float(_) => {
-                TernaryMatrix::from_rows(arena, rows, cols, scale, |row, out| trits.read(row, out))
+                TernaryMatrix::from_rows(arena, layout, rows, cols, scale, |row, out| {
+                    trits.read(row, out)
+                })
             }
         };
         matrix.map_err(|source| ternary_error(tensor, name, source))

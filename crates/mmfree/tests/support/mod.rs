@@ -10,7 +10,7 @@ use half::{bf16, f16};
 use mmfree::checkpoint::{Checkpoint, FloatType};
 use mmfree::error::Result;
 use mmfree_kernels::memory::WeightArena;
-use mmfree_kernels::ternary::TernaryMatrix;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
 use serde_json::{Map, Value, json};
 
 /// A tensor of a Hugging Face checkpoint.
@@ -167,7 +167,9 @@ pub fn load(checkpoint: &Checkpoint) -> Result<Loaded> {
         ternary: sizes
             .ternary()
             .iter()
-            .map(|(name, rows, cols)| checkpoint.ternary(name, *rows, *cols, arena))
+            .map(|(name, rows, cols)| {
+                checkpoint.ternary_in(name, *rows, *cols, Layout::Base3, arena)
+            })
             .collect::<Result<_>>()?,
         vectors: sizes
             .vectors()
@@ -189,7 +191,7 @@ impl PartialEq for Loaded {
             && self.ternary.iter().zip(&other.ternary).all(|(a, b)| {
                 (a.rows(), a.cols()) == (b.rows(), b.cols())
                     && a.scale().to_bits() == b.scale().to_bits()
-                    && a.words() == b.words()
+                    && a.codes() == b.codes()
             })
             && self.vectors == other.vectors
             && bits(&self.lower_bounds) == bits(&other.lower_bounds)

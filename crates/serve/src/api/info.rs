@@ -3,14 +3,14 @@
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, LazyLock};
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 
-use super::App;
 use super::types::{Health, ModelInfo, ModelList};
+use super::{App, Id};
 use crate::error::{ApiError, ApiResult, ErrorBody};
 
 /// `/openapi.json`
@@ -96,10 +96,7 @@ pub(crate) async fn models(State(app): State<Arc<App>>) -> Response {
     ),
     security((), ("key" = []))
 )]
-pub(crate) async fn model(
-    State(app): State<Arc<App>>,
-    Path(id): Path<String>,
-) -> ApiResult<Response> {
+pub(crate) async fn model(State(app): State<Arc<App>>, Id(id): Id) -> ApiResult<Response> {
     if id != app.options.model_name {
         let message = format!("the model {id:?} does not exist here");
         return Err(ApiError::not_found(message, "model_not_found"));

@@ -20,7 +20,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::routing::{MethodRouter, get, post};
 
 pub(crate) use self::app::{App, key_digest};
-pub(crate) use self::request::{Body, Bytes, Caller, Peer};
+pub(crate) use self::request::{Body, Bytes, Caller, Id, Peer};
 use crate::error::ApiError;
 
 /// Who may use a route.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::extract::{Extension, Path, State};
+use axum::extract::{Extension, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -10,7 +10,7 @@ use utoipa::ToSchema;
 
 use super::generation::{Generation, Plan};
 use super::types::SessionInfo;
-use super::{App, Bytes, Caller};
+use super::{App, Bytes, Caller, Id};
 use crate::error::{ApiError, ApiResult};
 use crate::scheduler::{Event, EventKind, TextOptions};
 use crate::sessions::{Session, Turn, state_from_bytes};
@@ -60,7 +60,7 @@ fn info(app: &App, turn: &Turn, session: &Session) -> SessionInfo {
 pub(crate) async fn get_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Id(id): Id,
 ) -> ApiResult<Response> {
     let turn = app.begin_turn(&caller, &id).await?;
     let session = app.read_session(&turn)?.ok_or_else(missing)?;
@@ -82,7 +82,7 @@ pub(crate) async fn get_session(
 pub(crate) async fn delete_session(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Id(id): Id,
 ) -> ApiResult<Response> {
     let turn = app.begin_turn(&caller, &id).await?;
     match turn.delete().await? {
@@ -108,7 +108,7 @@ pub(crate) async fn delete_session(
 pub(crate) async fn get_state(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Id(id): Id,
 ) -> ApiResult<Response> {
     let turn = app.begin_turn(&caller, &id).await?;
     let mut session = app.read_session(&turn)?.ok_or_else(missing)?;
@@ -165,7 +165,7 @@ async fn read_unread(app: &Arc<App>, caller: &Caller, session: Session) -> ApiRe
 pub(crate) async fn put_state(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    Id(id): Id,
     request: axum::extract::Request,
 ) -> ApiResult<Response> {
     let is_binary = request

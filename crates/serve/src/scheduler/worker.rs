@@ -28,6 +28,8 @@ const SWEEP_STEPS: u64 = 64;
 struct Reader {
     job: Job,
     state: State,
+    /// The state was not empty: the prompt alone does not say what it stands for.
+    goes_on: bool,
     fed: usize,
     cached: usize,
     logprobs: Vec<TokenLogprob>,
@@ -54,7 +56,7 @@ impl Reader {
     }
 
     fn is_cacheable(&self) -> bool {
-        self.job.start.is_none()
+        !self.goes_on
             && self.job.prompt_logprobs.is_none()
             && self.job.prompt.len() >= MIN_CACHED_TOKENS
     }
@@ -157,19 +159,14 @@ impl<'a> Worker<'a> {
     }
 
     fn reader(cache: &mut PrefixCache, engine: &Engine, metrics: &Metrics, mut job: Job) -> Reader {
-        let mut reader = match job.start.take() {
-            Some(state) => {
-                // Marks the job as one that began elsewhere.
-                let job = Job { start: Some(State::new(engine.model())), ..job };
-                return Reader { state, job, fed: 0, cached: 0, logprobs: Vec::new() };
-            }
-            None => Reader {
-                state: State::new(engine.model()),
-                job,
-                fed: 0,
-                cached: 0,
-                logprobs: Vec::new(),
-            },
+        let start = job.start.take();
+        let mut reader = Reader {
+            goes_on: start.is_some(),
+            state: start.unwrap_or_else(|| State::new(engine.model())),
+            job,
+            fed: 0,
+            cached: 0,
+            logprobs: Vec::new(),
         };
         if reader.is_cacheable() && cache.is_enabled() {
             match cache.longest(&reader.job.client, &reader.job.prompt) {
@@ -530,7 +527,7 @@ impl<'a> Worker<'a> {
     fn wait(&mut self) {
         let intake = self.shared.intake();
         let is_idle = self.readers.is_empty() && self.writers.is_empty() && self.leaving.is_empty();
-        if intake.queued() > 0 && self.writers.len() < self.options.max_texts {
+        if is_idle && (intake.queued() > 0 || intake.is_closed()) {
             return;
         }
         if is_idle {

@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
+use mmfree::engine::BACKEND_VARIABLE;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::attention::{self, AttentionScratch};
@@ -61,7 +62,7 @@ pub enum CpuWeights {
 
 impl CpuBackend {
     /// A backend with `threads` threads (`None`: one for each core) and kernels of a tier by name (`None`:
-    /// the fastest that this processor runs).
+    /// what the environment variable [`BACKEND_VARIABLE`] names, or the fastest that this CPU runs).
     ///
     /// # Errors
     /// An unknown or unavailable tier, an impossible number of threads.
@@ -74,7 +75,8 @@ impl CpuBackend {
                     Error::Invalid(format!("{threads} threads: expected 1 to {MAX_THREADS}"))
                 })?,
         };
-        let tier = Tier::from_name(tier.unwrap_or("auto"))
+        let from_environment = std::env::var(BACKEND_VARIABLE).ok();
+        let tier = Tier::from_name(tier.or(from_environment.as_deref()).unwrap_or("auto"))
             .map_err(|reason| Error::Invalid(reason.to_string()))?;
         let pool = Pool::new(threads);
         Ok(Self {
@@ -82,7 +84,7 @@ impl CpuBackend {
             lookup: LookupScratch::new(pool.threads()),
             attention: AttentionScratch::new(pool.threads()),
             rope: RopeTable::new(),
-            bit_linear: BitLinearScratch::new(),
+            bit_linear: BitLinearScratch::new(pool.threads()),
             columns: ColumnScratch::new(),
             quantized: Vec::new(),
             normed: Vec::new(),
