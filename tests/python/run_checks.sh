@@ -40,3 +40,23 @@ done
 printf '#!/bin/sh\nshift\nexec %q %q "$@"\n' "$PWD/$tokenize" "$PWD/$fixtures/unigram.model" >"$work/wrong"
 chmod +x "$work/wrong"
 must_reject python3 tests/python/check_tokenizers.py "$fixtures/bpe-byte-fallback.model" "$fixtures/pinocchio.txt" --program "$work/wrong"
+
+# Token shards and trained tokenizers, on text of this repository.
+python3 - "$work/corpus.jsonl" "$work/other.jsonl" <<'END'
+import json, pathlib, sys
+pages = sorted(pathlib.Path(".").glob("docs/*.md")) + [pathlib.Path("tests/fixtures/tokenizers/pinocchio.txt")]
+texts = [part for page in pages for part in page.read_text(encoding="utf-8").split("\n\n") if part.strip()]
+for path, texts in zip(sys.argv[1:], (texts, [text.upper() for text in texts])):
+    pathlib.Path(path).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+END
+"$mmfree" tokenizer train "$work/corpus.jsonl" -o "$work/tokenizer" --vocab-size 1500
+python3 tests/python/check_token_shards.py training "$work/tokenizer" "$work/corpus.jsonl"
+must_reject python3 tests/python/check_token_shards.py training "$work/tokenizer" "$work/other.jsonl"
+for tokenizer in "$work/tokenizer" "$fixtures/llama-3.json"; do
+    rm -rf "$work/shards"
+    end=$([ -d "$tokenizer" ] && echo "</s>" || echo "<|end|>")
+    "$mmfree" tokenize "$work/corpus.jsonl" -o "$work/shards" --tokenizer "$tokenizer" --shard-tokens 5000 \
+        --eos-token "$end"
+    python3 tests/python/check_token_shards.py ids "$work/shards" "$work/corpus.jsonl"
+    must_reject python3 tests/python/check_token_shards.py ids "$work/shards" "$work/other.jsonl"
+done

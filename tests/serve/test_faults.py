@@ -13,7 +13,7 @@ import pytest
 
 from conftest import running
 
-REQUESTS = int(os.environ.get("MMFREE_FUZZ_REQUESTS", "1000"))
+REQUESTS = int(os.environ.get("MMFREE_FUZZ_REQUESTS", "10000"))
 POST = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -215,7 +215,7 @@ def test_requests_of_random_shape(server):
 def test_schemathesis(server, tmp_path):
     """Requests made from /openapi.json, right and wrong ones."""
     program = os.path.join(os.path.dirname(sys.executable), "schemathesis")
-    examples = max(10, REQUESTS // 50)
+    examples = max(10, REQUESTS // 200)
     command = [program, "run", server.url + "/openapi.json", "--max-examples", str(examples), "--seed", "1", "--phases", "fuzzing",
                "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
                "--request-timeout", "60", "--no-color", "--mode", "all"]

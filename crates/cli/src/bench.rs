@@ -15,8 +15,8 @@ use crate::progress::Progress;
 /// Measure prefill and decode speed
 ///
 /// Runs a prompt and then decodes token by token, several times, and holds the decoding speed against
-/// what the machine's memory allows: bytes streamed a token over the read bandwidth, which is measured
-/// between the runs with the same threads.
+/// what the memory allows: bytes streamed a token over the read bandwidth, which is measured between the
+/// runs with the same threads, or on the same GPU.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Hugging Face directory, GGUF file, or Hugging Face repository id [default: the built-in model]
@@ -36,6 +36,9 @@ pub struct Args {
     /// Runs before them that do not count
     #[arg(long, value_name = "N", default_value_t = 1)]
     warmup: usize,
+    /// Sequences that are decoded side by side
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    batch: usize,
     /// Print one JSON object instead of a table
     #[arg(long)]
     json: bool,
@@ -45,7 +48,7 @@ pub struct Args {
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let engine = args.engine.options();
+    let engine = args.engine.options()?;
     let layout = engine.layout()?;
     let (name, model) = match (&args.size, &args.model) {
         (Some(size), _) => {
@@ -63,6 +66,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         decode_tokens: args.decode_tokens,
         repetitions: args.repetitions,
         warmup: args.warmup,
+        batch: args.batch,
         engine,
     };
     let progress = Progress::new("measuring");
@@ -89,7 +93,13 @@ fn print_table(report: &Report) {
         )
     };
     let processor = report.processor.as_deref().unwrap_or("unknown processor");
-    println!("{}: {}, {} threads on {processor}", report.model, report.backend, report.threads);
+    match &report.device {
+        Some(device) => println!("{}: {} on {device}", report.model, report.backend),
+        None => println!(
+            "{}: {}, {} threads on {processor}",
+            report.model, report.backend, report.threads
+        ),
+    }
     println!("medians of {} runs, smallest and largest in brackets", report.repetitions);
     println!(
         "prefill, {:>5} tokens  {}  tokens/s",
@@ -98,7 +108,7 @@ fn print_table(report: &Report) {
     );
     println!(
         "decode,  {:>5} tokens  {}  tokens/s",
-        report.decode_tokens,
+        report.decode_tokens * report.batch,
         spread(&report.decode, 1.0)
     );
     println!("weights streamed       {:>10.1}  MB a token", report.bytes_per_token as f64 / 1e6);
@@ -108,11 +118,19 @@ fn print_table(report: &Report) {
         Some(bytes) => println!("peak resident memory   {:>10.1}  MiB", bytes as f64 / 1_048_576.0),
         None => println!("peak resident memory      unknown on this system"),
     }
+    if let Some(bytes) = report.peak_device_bytes {
+        println!("peak GPU memory        {:>10.1}  MiB", bytes as f64 / 1_048_576.0);
+    }
     println!("state of a sequence    {:>10.1}  KiB", report.state_bytes as f64 / 1024.0);
     match report.joules_per_token {
         Some(joules) => {
-            println!("energy of decoding     {joules:>10.3}  J a token, processor package")
+            let of = if report.device.is_some() { "GPU" } else { "processor package" };
+            println!("energy of decoding     {joules:>10.3}  J a token, {of}")
         }
-        None => println!("energy of decoding        unknown: no readable RAPL counter here"),
+        None => {
+            println!(
+                "energy of decoding        unknown: no readable counter (RAPL, NVML), or too short a run"
+            )
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, stderr};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use mmfree::builtin;
 use mmfree::checkpoint::Checkpoint;
 use mmfree::engine::{Engine, EngineOptions};
@@ -19,16 +19,27 @@ pub struct EngineArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Kernels to use: auto, scalar, avx2, avx512, avx512vbmi or neon [default: MMFREE_BACKEND, else the
-    /// fastest that this CPU runs]
+    /// Where to run: auto (a GPU if one is usable, else the CPU), cuda, cpu, or one of the CPU's kernel tiers:
+    /// scalar, avx2, avx512, avx512vbmi, neon [default: MMFREE_BACKEND, else auto]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
+    /// Number of the GPU; implies --backend cuda [default: 0]
+    #[arg(long, value_name = "N")]
+    device: Option<u16>,
 }
 
 impl EngineArgs {
     /// What the library calls them.
-    pub fn options(&self) -> EngineOptions {
-        EngineOptions { threads: self.threads.map(usize::from), backend: self.backend.clone() }
+    ///
+    /// # Errors
+    /// A GPU's number for a backend that is none.
+    pub fn options(&self) -> Result<EngineOptions> {
+        let backend = match (self.backend.as_deref(), self.device) {
+            (None | Some("auto" | "cuda"), Some(device)) => Some(format!("cuda:{device}")),
+            (Some(backend), Some(_)) => bail!("--device is for GPUs, but the backend is {backend}"),
+            (backend, None) => backend.map(str::to_owned),
+        };
+        Ok(EngineOptions { threads: self.threads.map(usize::from), backend })
     }
 }
 
@@ -56,7 +67,7 @@ pub fn load(checkpoint: &Checkpoint, args: &EngineArgs) -> Result<Loaded> {
     let source = checkpoint.tokenizer()?;
     let tokenizer = source.as_ref().map(Tokenizer::from_source).transpose()?;
     let template = source.as_ref().map(ChatTemplate::from_source).transpose()?;
-    let options = args.options();
+    let options = args.options()?;
     let model = Model::load_in(checkpoint, options.layout()?)?;
     let engine = Engine::new(Arc::new(model), &options)?;
     if stderr().is_terminal() {

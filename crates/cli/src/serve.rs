@@ -168,7 +168,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     })?;
     let checkpoint = model_arg::open(args.model.as_deref())?;
     let tokenizer = checkpoint.tokenizer()?;
-    let engine = Engine::new(Arc::new(Model::load(&checkpoint)?), &args.engine.options())?;
+    let engine = Engine::new(Arc::new(Model::load(&checkpoint)?), &args.engine.options()?)?;
     let description = engine.describe();
     let (scheme, has_keys) =
         (if options.tls.is_some() { "https" } else { "http" }, !options.api_keys.is_empty());

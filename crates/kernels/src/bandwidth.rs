@@ -1,5 +1,7 @@
 //! The yardstick for decoding: how fast this machine reads memory.
 
+pub mod cuda;
+
 use std::io;
 
 use crate::memory::{ArenaBox, WeightArena};

@@ -1,7 +1,8 @@
-//! CPU kernels of MatMul-free language models and their training, and the only crate of the workspace with unsafe code.
+//! CPU and CUDA kernels of MatMul-free language models and their training, and the only crate of the workspace with unsafe code.
 //!
 //! | module | holds |
 //! |---|---|
+//! | [`cuda`] | GPU: device, memory, kernels compiled at first use |
 //! | [`memory`] | files mapped into memory, and the arena that holds packed weights |
 //! | [`ternary`] | ternary quantiser, packed formats, [`TernaryMatrix`](ternary::TernaryMatrix) |
 //! | [`activations`], [`ternary_gemm`] | 8-bit activations and their products with trits |
@@ -21,7 +22,10 @@ pub mod bandwidth;
 pub mod bit_linear;
 pub mod column_sum;
 pub mod cross_entropy;
+pub mod cuda;
+pub mod decode;
 pub mod embedding;
+pub mod fused_rows;
 pub mod gemm;
 mod lanes;
 pub mod memory;

@@ -7,6 +7,8 @@
 //!
 //! Channels are independent, so threads share the channels and each walks through time.
 
+pub mod cuda;
+
 use std::ops::Range;
 
 use crate::column_sum::ColumnScratch;

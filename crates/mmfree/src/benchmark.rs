@@ -7,6 +7,8 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use mmfree_kernels::bandwidth::ReadBuffer;
+use mmfree_kernels::bandwidth::cuda::DeviceReadBuffer;
+use mmfree_kernels::cuda::Device;
 use serde::Serialize;
 
 use crate::engine::{Engine, EngineOptions};
@@ -16,6 +18,10 @@ use crate::state::State;
 
 /// Token ids are drawn from the first this many of the vocabulary.
 pub const DISTINCT_TOKENS: usize = 1024;
+/// NVML's energy counter moves about every 0.1 s.
+const GPU_ENERGY_MIN_SECONDS: f64 = 1.0;
+/// Many times the cache of a GPU.
+const DEVICE_READ_BUFFER_BYTES: usize = 4 << 30;
 /// Larger than any cache that a few cores share.
 const READ_BUFFER_BYTES: usize = 512 << 20;
 
@@ -30,6 +36,8 @@ pub struct Options {
     pub repetitions: usize,
     /// Runs before them that do not.
     pub warmup: usize,
+    /// Sequences that are decoded side by side. The prompt is fed to one.
+    pub batch: usize,
     /// Threads and kernel tier.
     pub engine: EngineOptions,
 }
@@ -67,36 +75,44 @@ pub struct Report {
     pub version: &'static str,
     /// Processor, where the system tells.
     pub processor: Option<String>,
-    /// Kernel tier.
+    /// `cuda`, or the CPU's kernel tier.
     pub backend: &'static str,
+    /// The GPU, if the model ran on one.
+    pub device: Option<String>,
     /// Threads that worked.
     pub threads: usize,
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
-    /// Tokens decoded.
+    /// Tokens decoded, of each sequence.
     pub decode_tokens: usize,
+    /// Sequences decoded side by side.
+    pub batch: usize,
     /// Runs that counted.
     pub repetitions: usize,
     /// Median prefill speed.
     pub prefill_tokens_per_s: f64,
-    /// Median decode speed.
+    /// Median decode speed, of all sequences together.
     pub decode_tokens_per_s: f64,
     /// Prefill speed of the runs.
     pub prefill: Spread,
     /// Decode speed of the runs.
     pub decode: Spread,
-    /// Packed weights that one decoded token streams.
+    /// Packed weights that one decoded token streams, or one of each sequence together.
     pub bytes_per_token: usize,
-    /// Median speed at which all threads together read memory.
+    /// Median speed at which all threads together, or the GPU, read memory.
     pub read_bandwidth_bytes_per_s: f64,
     /// Reading speed of the runs.
     pub read_bandwidth: Spread,
-    /// Median over runs of decode speed times bytes a token over the reading speed next to that run.
+    /// Median over runs of decode steps a second times bytes streamed over the reading speed next to that
+    /// run.
     pub share_of_read_bandwidth: f64,
     /// Largest resident memory of the process up to the end of the first prefill and decode; the buffer
     /// for reading comes later. `None` where the system does not tell.
     pub peak_rss_bytes: Option<u64>,
-    /// Energy of the processor package for a decoded token. `None` where no RAPL counter is readable.
+    /// Largest memory of the GPU that weights, states and activations took. `None` on the CPU.
+    pub peak_device_bytes: Option<usize>,
+    /// Energy of the processor package, or of the GPU, for a decoded token. `None` where no counter (RAPL,
+    /// NVML) is readable.
     pub joules_per_token: Option<f64>,
     /// Memory of one sequence.
     pub state_bytes: usize,
@@ -112,13 +128,13 @@ pub fn run(
     options: &Options,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Report> {
-    if options.prompt_tokens == 0 || options.decode_tokens == 0 || options.repetitions == 0 {
+    let counts = [options.prompt_tokens, options.decode_tokens, options.repetitions, options.batch];
+    if counts.contains(&0) {
         return Err(Error::Invalid(
-            "prompt tokens, decode tokens and repetitions must all be at least 1".to_owned(),
+            "prompt tokens, decode tokens, repetitions and batch must all be at least 1".to_owned(),
         ));
     }
     let vocabulary = model.config().vocab_size.min(DISTINCT_TOKENS) as u32;
-    let bytes_per_token = model.streamed_bytes();
     let tokens: Vec<u32> = (0..options.prompt_tokens + options.decode_tokens)
         .scan(1u32, |state, _| {
             *state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -127,34 +143,54 @@ pub fn run(
         .collect();
     let (prompt, continuation) = tokens.split_at(options.prompt_tokens);
     let mut engine = Engine::new(Arc::clone(&model), &options.engine)?;
-    let energy = EnergyCounters::find();
+    let gpu = engine.gpu().map(|(device, bytes)| (Arc::clone(device), bytes));
+    let device = gpu.as_ref().map(|(device, _)| device);
+    let bytes_per_token = gpu.as_ref().map_or_else(|| model.streamed_bytes(), |(_, bytes)| *bytes);
+    let energy = match device {
+        Some(device) => EnergyCounters::of_gpu(device),
+        None => EnergyCounters::find(),
+    };
 
     let once = |engine: &mut Engine| -> Result<Timings> {
         let mut state = State::new(&model);
         let start = Instant::now();
         engine.prefill(&mut state, prompt, &AtomicBool::new(false))?;
         let prefill_s = start.elapsed().as_secs_f64();
+        let mut others = vec![State::new(&model); options.batch - 1];
         let energy_before = energy.read();
         let start = Instant::now();
-        for &token in continuation {
-            engine.decode(&mut state, token)?;
+        match (options.batch, gpu.is_some()) {
+            (1, false) => {
+                for &token in continuation {
+                    engine.decode(&mut state, token)?;
+                }
+            }
+            // As generation runs: a token that was chosen on the GPU is fed without a look from the host.
+            (1, true) => drop(engine.greedy(&mut state, continuation[0], continuation.len())?),
+            (batch, _) => {
+                let mut states: Vec<_> = others.iter_mut().chain([&mut state]).collect();
+                engine.greedy_batch(
+                    &mut states,
+                    &vec![continuation[0]; batch],
+                    continuation.len(),
+                )?;
+            }
         }
         let decode_s = start.elapsed().as_secs_f64();
-        let joules = energy.joules_since(energy_before.as_deref());
+        let joules = energy.joules_since(energy_before.as_deref(), decode_s);
         Ok(Timings { prefill_s, decode_s, joules })
     };
 
     progress(0);
     once(&mut engine)?;
     let peak_rss_bytes = peak_rss_bytes();
-    let buffer = ReadBuffer::new(READ_BUFFER_BYTES).map_err(|reason| {
-        Error::Invalid(format!("no memory to measure the read bandwidth with: {reason}"))
-    })?;
+    let peak_device_bytes = device.map(|device| device.peak_bytes());
+    let yardstick = Yardstick::new(device)?;
     let mut bandwidths = Vec::with_capacity(options.repetitions);
     let mut runs = Vec::with_capacity(options.repetitions);
     for repetition in 1..options.warmup.max(1) + options.repetitions {
         progress(repetition);
-        let bandwidth = engine.read_bandwidth(&buffer);
+        let bandwidth = yardstick.measure(&engine)?;
         let timings = once(&mut engine)?;
         if repetition >= options.warmup {
             bandwidths.push(bandwidth);
@@ -162,10 +198,12 @@ pub fn run(
         }
     }
 
-    let decode_tokens = options.decode_tokens as f64;
+    let steps = options.decode_tokens as f64;
+    let decode_tokens = steps * options.batch as f64;
     let decode_speeds: Vec<f64> = runs.iter().map(|run| decode_tokens / run.decode_s).collect();
-    let shares = decode_speeds.iter().zip(&bandwidths);
-    let shares = shares.map(|(speed, bandwidth)| speed * bytes_per_token as f64 / bandwidth);
+    let shares = runs.iter().zip(&bandwidths);
+    let shares =
+        shares.map(|(run, bandwidth)| steps / run.decode_s * bytes_per_token as f64 / bandwidth);
     let share = Spread::of(shares.collect());
     let prefill_speeds = runs.iter().map(|run| options.prompt_tokens as f64 / run.prefill_s);
     let prefill = Spread::of(prefill_speeds.collect());
@@ -177,9 +215,11 @@ pub fn run(
         version: env!("CARGO_PKG_VERSION"),
         processor: processor_name(),
         backend: engine.backend(),
+        device: device.map(|device| device.name().to_owned()),
         threads: engine.threads(),
         prompt_tokens: options.prompt_tokens,
         decode_tokens: options.decode_tokens,
+        batch: options.batch,
         repetitions: runs.len(),
         prefill_tokens_per_s: prefill.median,
         decode_tokens_per_s: decode.median,
@@ -190,6 +230,7 @@ pub fn run(
         read_bandwidth,
         share_of_read_bandwidth: share.median,
         peak_rss_bytes,
+        peak_device_bytes,
         joules_per_token: joules.map(|joules| Spread::of(joules).median / decode_tokens),
         state_bytes: std::mem::size_of_val(State::new(&model).hidden()),
     })
@@ -201,16 +242,33 @@ struct Timings {
     joules: Option<f64>,
 }
 
-impl Engine {
-    /// Bytes per second at which this engine's threads read a buffer together: the median of three
-    /// passes.
-    fn read_bandwidth(&self, buffer: &ReadBuffer) -> f64 {
-        let passes = (0..3).map(|_| {
-            let start = Instant::now();
-            std::hint::black_box(self.read(buffer));
-            buffer.bytes() as f64 / start.elapsed().as_secs_f64()
+/// Memory to read, as a yardstick.
+enum Yardstick {
+    Host(ReadBuffer),
+    Gpu(DeviceReadBuffer),
+}
+
+impl Yardstick {
+    fn new(device: Option<&Arc<Device>>) -> Result<Self> {
+        Ok(match device {
+            None => Self::Host(ReadBuffer::new(READ_BUFFER_BYTES).map_err(|reason| {
+                Error::Invalid(format!("no memory to measure the read bandwidth with: {reason}"))
+            })?),
+            Some(device) => Self::Gpu(DeviceReadBuffer::new(device, DEVICE_READ_BUFFER_BYTES)?),
+        })
+    }
+
+    /// Bytes per second at which the engine's threads, or the GPU, read memory: the median of three passes.
+    fn measure(&self, engine: &Engine) -> Result<f64> {
+        let passes = (0..3).map(|_| match self {
+            Self::Host(buffer) => {
+                let start = Instant::now();
+                std::hint::black_box(engine.read(buffer));
+                Ok(buffer.bytes() as f64 / start.elapsed().as_secs_f64())
+            }
+            Self::Gpu(buffer) => Ok(buffer.measure()?),
         });
-        Spread::of(passes.collect()).median
+        Ok(Spread::of(passes.collect::<Result<_>>()?).median)
     }
 }
 
@@ -227,10 +285,23 @@ fn processor_name() -> Option<String> {
     Some(line.trim_start_matches([' ', '\t', ':']).to_owned())
 }
 
-/// Readable RAPL counters of the processor packages (Intel's and AMD's have the same interface).
-struct EnergyCounters(Vec<PathBuf>);
+/// Where energy is counted.
+enum EnergyCounters {
+    /// Readable RAPL counters of the processor packages (Intel's and AMD's have the same interface).
+    Packages(Vec<PathBuf>),
+    /// A GPU by its unique id.
+    Gpu(Box<nvml_wrapper::Nvml>, String),
+    None,
+}
 
 impl EnergyCounters {
+    fn of_gpu(device: &Device) -> Self {
+        match (nvml_wrapper::Nvml::init(), device.uuid()) {
+            (Ok(nvml), Ok(uuid)) => Self::Gpu(Box::new(nvml), uuid),
+            _ => Self::None,
+        }
+    }
+
     fn find() -> Self {
         let zones = fs::read_dir("/sys/class/powercap").into_iter().flatten().flatten();
         // A package is `intel-rapl:0`; its parts, `intel-rapl:0:0`, are contained in it.
@@ -239,21 +310,35 @@ impl EnergyCounters {
             name.strip_prefix("intel-rapl:").is_some_and(|rest| !rest.contains(':'))
         };
         let packages = zones.map(|zone| zone.path()).filter(|path| is_package(path));
-        Self(packages.filter(|path| read_number(&path.join("energy_uj")).is_some()).collect())
+        let readable = |path: &PathBuf| read_number(&path.join("energy_uj")).is_some();
+        Self::Packages(packages.filter(readable).collect())
     }
 
-    /// Microjoules of each package. `None` without counters.
+    /// Microjoules of each package or of the GPU. `None` without counters.
     fn read(&self) -> Option<Vec<u64>> {
-        if self.0.is_empty() {
-            return None;
+        match self {
+            Self::Packages(zones) if !zones.is_empty() => {
+                zones.iter().map(|zone| read_number(&zone.join("energy_uj"))).collect()
+            }
+            Self::Gpu(nvml, uuid) => {
+                let device = nvml.device_by_uuid(uuid.as_str()).ok()?;
+                Some(vec![device.total_energy_consumption().ok()? * 1000])
+            }
+            _ => None,
         }
-        self.0.iter().map(|zone| read_number(&zone.join("energy_uj"))).collect()
     }
 
-    fn joules_since(&self, before: Option<&[u64]>) -> Option<f64> {
+    /// Energy since a reading. `None` for a GPU in a run too short for its counter, which moves in steps.
+    fn joules_since(&self, before: Option<&[u64]>, seconds: f64) -> Option<f64> {
         let after = self.read()?;
         let mut microjoules = 0;
-        for ((zone, before), after) in self.0.iter().zip(before?).zip(after) {
+        let Self::Packages(zones) = self else {
+            if seconds < GPU_ENERGY_MIN_SECONDS {
+                return None;
+            }
+            return Some(after.first()?.checked_sub(*before?.first()?)? as f64 / 1e6);
+        };
+        for ((zone, before), after) in zones.iter().zip(before?).zip(after) {
             microjoules += match after.checked_sub(*before) {
                 Some(difference) => difference,
                 // The counter began anew.
@@ -300,7 +385,8 @@ mod tests {
             decode_tokens: 3,
             repetitions: 3,
             warmup: 1,
-            engine: EngineOptions { threads: Some(2), backend: None },
+            batch: 1,
+            engine: EngineOptions { threads: Some(2), backend: Some("cpu".to_owned()) },
         };
         let mut begun = 0;
         let report = run("probe", Arc::clone(&model), &options, &mut |_| begun += 1).expect("runs");

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 
+use mmfree_kernels::cuda::CudaError;
 use mmfree_kernels::ternary::TernaryError;
 
 /// Result with this crate's [`Error`].
@@ -33,6 +34,9 @@ pub enum Error {
     /// The caller asked for something that the model or the engine cannot do.
     #[error("{0}")]
     Invalid(String),
+    /// A GPU is missing, lacks something, or failed.
+    #[error("{0}")]
+    Cuda(#[from] CudaError),
     /// The work was cancelled between two steps.
     #[error("cancelled")]
     Cancelled,

@@ -1,13 +1,36 @@
 //! The recurrent state of one sequence.
 
+use std::sync::{Arc, OnceLock};
+
+use mmfree_kernels::cuda::{Buffer, Device};
+
 use crate::error::{Error, Result};
 use crate::model::Model;
 
 /// Memory of one sequence: `h` [L, D], of constant size however long the sequence is.
-#[derive(Clone, Debug, PartialEq)]
+///
+/// It lies where it was used last. A state that a GPU has stepped is copied to the host when somebody looks at
+/// it; should that GPU have failed meanwhile, it reads as NaN.
+#[derive(Debug)]
 pub struct State {
-    hidden: Vec<f32>,
+    /// Missing while the device's copy is newer.
+    host: OnceLock<Vec<f32>>,
+    /// The newest copy, if there is one.
+    device: Option<Buffer<f32>>,
+    len: usize,
     tokens_seen: u64,
+}
+
+impl Clone for State {
+    fn clone(&self) -> Self {
+        Self::from_host(self.hidden().to_vec(), self.tokens_seen)
+    }
+}
+
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.tokens_seen == other.tokens_seen && self.hidden() == other.hidden()
+    }
 }
 
 /// Begins a saved state.
@@ -23,12 +46,35 @@ impl State {
     /// The state before the first token: all zero.
     pub fn new(model: &Model) -> Self {
         let config = model.config();
-        Self { hidden: vec![0.0; config.num_hidden_layers * config.hidden_size], tokens_seen: 0 }
+        Self::from_host(vec![0.0; config.num_hidden_layers * config.hidden_size], 0)
+    }
+
+    fn from_host(hidden: Vec<f32>, tokens_seen: u64) -> Self {
+        Self { len: hidden.len(), host: OnceLock::from(hidden), device: None, tokens_seen }
     }
 
     /// `h` [L, D].
     pub fn hidden(&self) -> &[f32] {
-        &self.hidden
+        self.host.get_or_init(|| {
+            let mut hidden = vec![f32::NAN; self.len];
+            if let Some(device) = &self.device
+                && device.read(0, &mut hidden).is_err()
+            {
+                hidden.fill(f32::NAN);
+            }
+            hidden
+        })
+    }
+
+    /// The copy on a device, to be changed there: any other copy is out of date from now on.
+    pub(crate) fn on_device(&mut self, device: &Arc<Device>) -> Result<&mut Buffer<f32>> {
+        let is_there = self.device.as_ref().is_some_and(|copy| Arc::ptr_eq(copy.device(), device));
+        if !is_there {
+            let copy = Buffer::from_slice(device, self.hidden())?;
+            self.device = Some(copy);
+        }
+        self.host = OnceLock::new();
+        self.device.as_mut().ok_or_else(|| bad("it is nowhere"))
     }
 
     /// How many tokens the state has seen.
@@ -38,7 +84,10 @@ impl State {
 
     /// The `h` `[D]` of a layer.
     pub(crate) fn layer_mut(&mut self, layer: usize, width: usize) -> &mut [f32] {
-        &mut self.hidden[layer * width..][..width]
+        self.hidden();
+        self.device = None;
+        let hidden = self.host.get_mut().map_or(&mut [][..], |hidden| hidden);
+        &mut hidden[layer * width..][..width]
     }
 
     pub(crate) fn count_tokens(&mut self, tokens: usize) {
@@ -58,14 +107,14 @@ impl State {
     /// | last 8 | XXH3 (64 bits, seed 0) of everything before |
     pub fn to_bytes(&self, model: &Model) -> Vec<u8> {
         let config = model.config();
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + 4 * self.hidden.len() + CHECKSUM_BYTES);
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + 4 * self.len + CHECKSUM_BYTES);
         bytes.extend(MAGIC);
         bytes.extend(VERSION.to_le_bytes());
         bytes.extend((config.num_hidden_layers as u32).to_le_bytes());
         bytes.extend((config.hidden_size as u32).to_le_bytes());
         bytes.extend(self.tokens_seen.to_le_bytes());
         bytes.extend(model.fingerprint().to_le_bytes());
-        bytes.extend(self.hidden.iter().flat_map(|h| h.to_le_bytes()));
+        bytes.extend(self.hidden().iter().flat_map(|h| h.to_le_bytes()));
         bytes.extend(checksum(&bytes).to_le_bytes());
         bytes
     }
@@ -112,7 +161,7 @@ impl State {
         if hidden.iter().any(|h| !h.is_finite()) {
             return Err(bad("a value is not finite"));
         }
-        Ok(Self { hidden, tokens_seen })
+        Ok(Self::from_host(hidden, tokens_seen))
     }
 }
 

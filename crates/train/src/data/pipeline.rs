@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-use mmfree::error::Result;
+use mmfree::error::{Error, Result};
 use mmfree::tokenizer::Tokenizer;
 
 use super::source::{self, Content, Emit, Format, Item, Position, Source};
@@ -121,7 +121,12 @@ impl Corpus<'_> {
             Some(Format::Parquet) => source::read_parquet(source, at, self.field, read, emit),
             _ => {
                 source::check_utf8(source)?;
+                let located = |error| match error {
+                    Error::Tokenizer(what) => Error::Malformed { file: source.file.clone(), what },
+                    error => error,
+                };
                 source::read_text(source, at, self.separator, self.tokenizer, read, emit)
+                    .map_err(located)
             }
         }
     }

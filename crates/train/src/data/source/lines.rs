@@ -180,6 +180,8 @@ pub(in crate::data) fn read_text(
     let mut document = Document::new(tokenizer, source.has(at.document));
     let mut line = Vec::new();
     let mut starts_line = true;
+    // The line break before a separator belongs to neither document: it waits for what follows.
+    let mut line_break = "";
     loop {
         // The file may be one long line.
         let length = {
@@ -211,7 +213,18 @@ pub(in crate::data) fn read_text(
                 return Ok(());
             }
             document = Document::new(tokenizer, source.has(at.document));
-        } else if !document.push(text, at, emit)? {
+            line_break = "";
+            continue;
+        }
+        let mut goes_on = document.push(line_break, at, emit)?;
+        line_break = match separator {
+            Some(_) if text.ends_with("\r\n") => "\r\n",
+            Some(_) if text.ends_with('\n') => "\n",
+            _ => "",
+        };
+        let text = &text[..text.len() - line_break.len()];
+        goes_on = goes_on && document.push(text, at, emit)?;
+        if !goes_on {
             return Ok(());
         }
     }

@@ -124,13 +124,7 @@ fn every_format_gives_the_ids_of_the_whole_documents() {
         options.separator = Some("=====".to_owned());
         let manifest = tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
         let found = ids(&options.output);
-        assert_eq!(found.len(), expected.len(), "{output}");
-        for (number, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            // A line break before a separator belongs to the document.
-            let same = found == expected
-                || output.contains("txt") && found.starts_with(&expected[..expected.len() - 2]);
-            assert!(same, "{output}, document {number}");
-        }
+        assert!(found == expected, "{output}");
         assert_eq!(manifest.documents, 40);
         assert!(manifest.shards.len() > 3, "{}", manifest.shards.len());
         assert_eq!(manifest.tokens, found.iter().map(|ids| ids.len() as u64).sum::<u64>());
@@ -236,7 +230,8 @@ fn an_interrupted_job_goes_on_to_the_same_bytes() {
             if let Event::Resumed(documents) = event {
                 resumed = documents;
             }
-            if *events.borrow() > 3 {
+            // More each time: a long document has many parts.
+            if *events.borrow() > 6 + interruptions {
                 cancel.store(true, Ordering::Relaxed);
             }
         });
@@ -245,7 +240,7 @@ fn an_interrupted_job_goes_on_to_the_same_bytes() {
         interruptions += 1;
         assert!(interruptions < 200);
     }
-    assert!(interruptions > 10, "{interruptions}");
+    assert!(interruptions > 4, "{interruptions}");
     assert!(files(&options("parts").output) == whole);
     // Once more changes nothing.
     let mut was_done = false;
@@ -322,18 +317,22 @@ fn an_output_of_something_else_is_left_alone() {
     bench.tokenize(std::slice::from_ref(&input), "out");
     let other = bench.file("b.jsonl", b"{\"text\": \"two\"}\n");
     let refused = |options: &TokenizeOptions, expected: &str| {
+        let files = |directory: &Path| {
+            let mut files = files(directory);
+            files.retain(|(name, _)| !name.starts_with("lock-of"));
+            files
+        };
         let before = files(&options.output);
         let error =
             tokenize(options, &AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
-        let mut after = files(&options.output);
-        after.retain(|(name, _)| !name.starts_with("lock-of"));
-        assert!(after == before);
+        assert!(files(&options.output) == before);
     };
     refused(&bench.options(&[other], "out"), "complete corpus of other files");
     let mut options = bench.options(std::slice::from_ref(&input), "out");
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers");
     options.tokenizer = TokenizerSource::open(&fixtures.join("llama-3.json")).unwrap();
+    options.eos_token = Some("<|end|>".to_owned());
     refused(&options, "another tokenizer");
 
     let options = bench.options(std::slice::from_ref(&input), "stopped");

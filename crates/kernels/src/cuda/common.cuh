@@ -1,0 +1,223 @@
+// Shared by every kernel; put in front of each source before it is compiled. Needs no headers.
+//
+// Compiled without contraction of products and sums (--fmad=false): every float operation is the one that the
+// CPU performs, in the same order, so that results are the same bits. See docs/numerics.md.
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// ---- Functions (the CPU's `lanes` module) ----
+
+// e^x as 2^n e^r, clamped to normal numbers.
+__device__ __forceinline__ float exp_f32(float x) {
+    constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float shifted = x * 1.44269504f + ROUND;
+    float n = shifted - ROUND;
+    float r = (x - n * 0.6933594f) - n * -2.1219444e-4f;
+    float p = 1.9875691e-4f;
+    p = p * r + 1.3981999e-3f;
+    p = p * r + 8.333452e-3f;
+    p = p * r + 4.1665796e-2f;
+    p = p * r + 1.6666665e-1f;
+    p = p * r + 0.50000006f;
+    float e_r = p * (r * r) + r + 1.0f;
+    return __uint_as_float(__float_as_uint(e_r) + (__float_as_uint(shifted) << 23));
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exp_f32(-x)); }
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// 1 / x, rounded correctly, for x from 1 to 2^125: what the compiler's division does without its checks, which keep it
+// from interleaving several.
+__device__ __forceinline__ float reciprocal_in_range(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
+}
+
+// Four at a time, so that one check serves them all.
+__device__ __forceinline__ float4 sigmoid(float4 a) {
+    float4 d = make_float4(1.0f + exp_f32(-a.x), 1.0f + exp_f32(-a.y), 1.0f + exp_f32(-a.z), 1.0f + exp_f32(-a.w));
+    float4 s = make_float4(reciprocal_in_range(d.x), reciprocal_in_range(d.y), reciprocal_in_range(d.z),
+                           reciprocal_in_range(d.w));
+    // A NaN fails the comparison.
+    if (!(d.x < 4e37f && d.y < 4e37f && d.z < 4e37f && d.w < 4e37f))
+        s = make_float4(1.0f / d.x, 1.0f / d.y, 1.0f / d.z, 1.0f / d.w);
+    return s;
+}
+
+// The forget gate's and the input's part of one step: h = forget * h + input.
+__device__ __forceinline__ void recurrence_gates(float i, float f, float beta, float& forget, float& input) {
+    forget = beta + (1.0f - beta) * sigmoid(f);
+    input = silu(i) * (1.0f - forget);
+}
+
+__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
+
+__device__ __forceinline__ float f16_to_f32(unsigned short bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// A key whose order is that of the logits, of equal ones the lower token first.
+__device__ __forceinline__ u64 logit_key(float logit, u32 token) {
+    u32 bits = __float_as_uint(logit + 0.0f);
+    bits ^= bits >> 31 ? 0xffffffffu : 0x80000000u;
+    return (u64)bits << 32 | ~token;
+}
+
+// ---- Rows: one block works on one row that lies in shared memory. Widths are multiples of four ----
+
+// 1 / sqrt(mean(x^2) + eps). Element k goes to partial sum k % 32; partial sums are combined in halves. One warp
+// sums, for the order is fixed; all threads get the result. Synchronises before and after.
+__device__ __forceinline__ float inverse_rms(const float* row, u32 n, float eps, float* result) {
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        float sum = 0.0f;
+        u32 k = threadIdx.x;
+        for (; k + 15 * 32 < n; k += 16 * 32) {
+            float x[16];
+#pragma unroll
+            for (u32 j = 0; j < 16; ++j) x[j] = row[k + 32 * j];
+#pragma unroll
+            for (u32 j = 0; j < 16; ++j) sum += x[j] * x[j];
+        }
+        for (; k < n; k += 32) sum += row[k] * row[k];
+#pragma unroll
+        for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
+        if (threadIdx.x == 0) *result = 1.0f / sqrtf(sum / (float)n + eps);
+    }
+    __syncthreads();
+    return *result;
+}
+
+// Largest of non-negative values over the block, for J values a thread. `parts` holds J * THREADS / 32 words.
+template <u32 THREADS, u32 J>
+__device__ __forceinline__ void block_max(float (&value)[J], u32* parts) {
+    constexpr u32 WARPS = THREADS / 32;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (u32 j = 0; j < J; ++j) {
+        // The bits of floats that are not negative are in their order.
+        u32 largest = __reduce_max_sync(ALL_LANES, __float_as_uint(value[j]));
+        if (lane == 0) parts[j * WARPS + warp] = largest;
+    }
+    __syncthreads();
+#pragma unroll
+    for (u32 j = 0; j < J; ++j) {
+        u32 part = lane < WARPS ? parts[j * WARPS + lane] : 0;
+        value[j] = __uint_as_float(__reduce_max_sync(ALL_LANES, part));
+    }
+}
+
+// 127 / max(largest, 1e-5), the scale s of a quantised row (divides).
+__device__ __forceinline__ float quantizer_scale(float largest) { return 127.0f / fmaxf(largest, 1e-5f); }
+
+// Rounds half to even, clamps to +-127; a NaN becomes -127.
+__device__ __forceinline__ int quantize(float y) {
+    y = y > -127.0f ? y : -127.0f;
+    y = y < 127.0f ? y : 127.0f;
+    return (i8)(u8)__float_as_uint(y + 12582912.0f);
+}
+
+__device__ __forceinline__ float larger(float largest, float value) { return value > largest ? value : largest; }
+
+__device__ __forceinline__ float4 operator*(float4 a, float4 b) {
+    return make_float4(a.x * b.x, a.y * b.y, a.z * b.z, a.w * b.w);
+}
+
+__device__ __forceinline__ float4 operator*(float4 a, float b) {
+    return make_float4(a.x * b, a.y * b, a.z * b, a.w * b);
+}
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+__device__ __forceinline__ float4 operator-(float a, float4 b) { return make_float4(a - b.x, a - b.y, a - b.z, a - b.w); }
+
+__device__ __forceinline__ float4 silu(float4 a) { return a * sigmoid(a); }
+
+// Quantises RMSNorm(row; weight_j, 1e-6) for several layers that share a row. `store(layer, n, word)` gets four
+// activations, n < padded / 4, zeros from n on. `scale` is s of each layer; `totals`, in shared memory, the sums of the
+// integers. All of it is there for the whole block on return.
+template <u32 THREADS, u32 LAYERS, class Store>
+__device__ __forceinline__ void norm_quantize(const float* row, u32 n, u32 padded,
+                                              const float* const (&weights)[LAYERS], float* scalar, u32* parts,
+                                              float (&scale)[LAYERS], int* totals, Store store) {
+    float r = inverse_rms(row, n, 1e-6f, scalar);
+    float largest[LAYERS];
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) largest[j] = 0.0f;
+    for (u32 k = threadIdx.x; k < n / 4; k += THREADS) {
+        float4 y = ((const float4*)row)[k] * r;
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            float4 value = y * __ldg((const float4*)weights[j] + k);
+            largest[j] = larger(larger(larger(larger(largest[j], fabsf(value.x)), fabsf(value.y)), fabsf(value.z)),
+                                fabsf(value.w));
+        }
+    }
+    if (threadIdx.x < LAYERS) totals[threadIdx.x] = 0;
+    block_max<THREADS>(largest, parts);
+    int sum[LAYERS];
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        scale[j] = quantizer_scale(largest[j]);
+        sum[j] = 0;
+    }
+    for (u32 k = threadIdx.x; k < padded / 4; k += THREADS) {
+        bool inside = k < n / 4;
+        float4 y = inside ? ((const float4*)row)[k] * r : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            float4 value = y;
+            if (inside) value = y * __ldg((const float4*)weights[j] + k) * scale[j];
+            int a = quantize(value.x), b = quantize(value.y), c = quantize(value.z), d = quantize(value.w);
+            sum[j] += a + b + c + d;
+            store(j, k, (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)d << 24);
+        }
+    }
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        int part = __reduce_add_sync(ALL_LANES, sum[j]);
+        if (threadIdx.x % 32 == 0) atomicAdd(&totals[j], part);
+    }
+    __syncthreads();
+}
+
+// A sum of a ternary product becomes a float by one conversion and one product with gamma / s.
+__device__ __forceinline__ float dequantize(int sum, float factor) { return (float)sum * factor; }
+
+__device__ __forceinline__ float4 dequantize(int4 sum, float factor) {
+    return make_float4(dequantize(sum.x, factor), dequantize(sum.y, factor), dequantize(sum.z, factor),
+                       dequantize(sum.w, factor));
+}
+
+// ---- Ternary weights ----
+//
+// A tile is 16 rows by 128 inputs, 512 bytes, for a warp to load with 16 bytes a lane. Lane l = 4g + t holds four
+// code words: word j is row g + 8 (j % 2), inputs 32 t + 16 (j / 2) ...; the word's 2-bit field at bit 8 b + 2 f is
+// t + 1 of input 4 f + b of these sixteen. So (word >> 2 f) & 0x03030303 is a register of the first operand of
+// mma.m16n8k32, and the other operand's registers are words f and 4 + f of the 32 activations from input 32 t on.
+
+constexpr u32 TILE_ROWS = 16;
+constexpr u32 TILE_COLS = 128;
+constexpr u32 FIELD = 0x03030303;
+
+// c += codes * activations for 16 rows and 8 tokens: codes are unsigned (t + 1), activations signed.
+__device__ __forceinline__ void mma_u8_s8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}

@@ -1,0 +1,405 @@
+//! The products on a GPU: int8 tensor cores, exact 32-bit sums.
+
+use std::sync::Arc;
+
+use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
+use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
+
+pub(crate) const SOURCE: Source =
+    Source { name: "ternary_gemm", text: include_str!("gemm.cu"), hopper_only: false };
+
+pub(crate) const WARPGROUP_SOURCE: Source =
+    Source { name: "ternary_wgmma", text: include_str!("wgmma.cu"), hopper_only: true };
+
+/// Rows of a tile.
+pub const TILE_ROWS: usize = 16;
+/// Inputs of a tile.
+pub const TILE_COLS: usize = 128;
+/// Code words of a tile.
+pub const TILE_WORDS: usize = 128;
+/// Row tiles of a block. Matrices that share one product begin at multiples of it.
+pub const BLOCK_ROW_TILES: usize = 8;
+/// Buffers in shared memory, as in the source.
+const STAGES: usize = 4;
+/// Products of at most this many tokens may be cut along K: too few blocks otherwise.
+pub const SPLIT_MAX_TOKENS: usize = 256;
+
+// The warpgroup product, as in its source.
+const WARPGROUP_TOKENS: usize = 256;
+const WARPGROUP_THREADS: usize = 288;
+const WARPGROUP_STAGES: usize = 6;
+
+/// Quantised activations [layers][M, K] in device memory.
+#[derive(Debug)]
+pub struct Quantized {
+    /// [layers][capacity][stride]
+    pub(crate) values: Buffer<i8>,
+    /// s (divides), [layers][capacity]
+    pub(crate) scales: Buffer<f32>,
+    /// Sums of the integers, [layers][capacity]
+    pub(crate) sums: Buffer<i32>,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) layers: usize,
+    /// Rows from one layer to the next.
+    pub(crate) capacity: usize,
+    /// Laid out for the warpgroup product: [layers][token tile][column tile][8][256][16].
+    pub(crate) tiled: bool,
+}
+
+impl Quantized {
+    /// Room for nothing yet.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Ok(Self {
+            values: Buffer::zeros(device, 1)?,
+            scales: Buffer::zeros(device, 1)?,
+            sums: Buffer::zeros(device, 1)?,
+            rows: 0,
+            cols: 0,
+            layers: 0,
+            capacity: 0,
+            tiled: false,
+        })
+    }
+
+    /// Gives the activations a shape; what they held is lost.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn reshape(&mut self, layers: usize, rows: usize, cols: usize) -> Result<(), CudaError> {
+        self.tiled = has_warpgroup_product(self.values.device()) && rows > SPLIT_MAX_TOKENS;
+        let capacity = if self.tiled { rows.next_multiple_of(WARPGROUP_TOKENS) } else { rows };
+        self.values.reserve(layers * capacity * cols.next_multiple_of(TILE_COLS))?;
+        self.scales.reserve(layers * capacity)?;
+        self.sums.reserve(layers * capacity)?;
+        (self.layers, self.rows, self.cols, self.capacity) = (layers, rows, cols, capacity);
+        Ok(())
+    }
+
+    /// Bytes from one row to the next.
+    pub(crate) fn stride(&self) -> usize {
+        self.cols.next_multiple_of(TILE_COLS)
+    }
+
+    /// Takes given integers [layers][M, K], for tests; scales are 1.
+    ///
+    /// # Errors
+    /// A wrong number of values; no memory.
+    pub fn assign(
+        &mut self,
+        layers: usize,
+        rows: usize,
+        cols: usize,
+        values: &[i8],
+    ) -> Result<(), CudaError> {
+        if values.len() != layers * rows * cols {
+            return Err(CudaError::Shape(format!("{} values", values.len())));
+        }
+        self.reshape(layers, rows, cols)?;
+        let stride = self.stride();
+        let mut padded = vec![0; layers * self.capacity * stride];
+        let mut sums = vec![0; layers * self.capacity];
+        for (at, from) in values.chunks_exact(cols).enumerate() {
+            let (layer, row) = (at / rows, at % rows);
+            for (k, &q) in from.iter().enumerate() {
+                padded[layer * self.capacity * stride + self.place(row, k)] = q;
+            }
+            sums[layer * self.capacity + row] = from.iter().map(|&q| i32::from(q)).sum();
+        }
+        self.values.write(0, &padded)?;
+        self.sums.write(0, &sums)?;
+        self.scales.write(0, &vec![1.0; layers * self.capacity])
+    }
+
+    /// Where a value lies within its layer.
+    fn place(&self, row: usize, k: usize) -> usize {
+        let stride = self.stride();
+        if !self.tiled {
+            return row * stride + k;
+        }
+        // As the quantiser's source says: input 32 t + 16 half + 4 f + b of a tile is byte 4 t + b of chunk
+        // 2 f + half.
+        let (tile, t, half, f, b) = (k / TILE_COLS, k / 32 % 4, k / 16 % 2, k / 4 % 4, k % 4);
+        let block = row / WARPGROUP_TOKENS * (stride / TILE_COLS) + tile;
+        let chunk = 2 * f + half;
+        (block * 8 + chunk) * WARPGROUP_TOKENS * 16 + row % WARPGROUP_TOKENS * 16 + 4 * t + b
+    }
+
+    /// s of a row.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn read_scale(&self, layer: usize, row: usize) -> Result<f32, CudaError> {
+        let mut scale = [0.0];
+        self.scales.read(layer * self.capacity + row, &mut scale)?;
+        Ok(scale[0])
+    }
+}
+
+/// Whether a device runs the warpgroup product.
+fn has_warpgroup_product(device: &Device) -> bool {
+    device.capability() == (9, 0)
+}
+
+/// Sums of a product [M, row tiles · 16] in device memory.
+#[derive(Debug)]
+pub struct Sums {
+    pub(crate) values: Buffer<i32>,
+    /// Columns from one row to the next.
+    pub(crate) stride: usize,
+    /// Whether readers leave zeros, and all of it is zero between products.
+    pub(crate) adds: bool,
+}
+
+impl Sums {
+    /// Room for nothing yet.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Ok(Self { values: Buffer::zeros(device, 1)?, stride: 0, adds: false })
+    }
+
+    /// Prepares for the products of a pass over some tokens, with at most `stride` columns. Products of few
+    /// tokens are added to the sums, which are therefore made zero.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn begin(&mut self, rows: usize, stride: usize) -> Result<(), CudaError> {
+        self.values.reserve(rows * stride)?;
+        self.adds = rows <= SPLIT_MAX_TOKENS;
+        if self.adds {
+            self.values.clear()?;
+        }
+        Ok(())
+    }
+
+    /// Reads `rows` rows, for tests and observers.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn read(&self, rows: usize) -> Result<Vec<i32>, CudaError> {
+        let mut values = vec![0; rows * self.stride];
+        self.values.read(0, &mut values)?;
+        Ok(values)
+    }
+
+    /// Columns from one row to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+}
+
+/// Where a matrix, or several that one product computes, lies among tiles.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TileMatrix {
+    /// First tile.
+    pub first: usize,
+    /// Tiles of sixteen outputs.
+    pub row_tiles: usize,
+    /// Tiles of 128 inputs.
+    pub col_tiles: usize,
+    /// Row tiles that share an input; the next ones take the next layer's of [`Quantized`].
+    pub segment_tiles: usize,
+}
+
+impl TileMatrix {
+    /// One matrix [N, K].
+    pub fn single(first: usize, n: usize, k: usize) -> Self {
+        let row_tiles = n.div_ceil(TILE_ROWS);
+        Self { first, row_tiles, col_tiles: k.div_ceil(TILE_COLS), segment_tiles: row_tiles }
+    }
+
+    /// Several matrices of the same shape [N, K], each with its own input.
+    pub fn stacked(first: usize, matrices: usize, n: usize, k: usize) -> Self {
+        let segment_tiles = n.div_ceil(TILE_ROWS).next_multiple_of(BLOCK_ROW_TILES);
+        Self {
+            first,
+            row_tiles: matrices * segment_tiles,
+            col_tiles: k.div_ceil(TILE_COLS),
+            segment_tiles,
+        }
+    }
+
+    /// Tiles of all of it.
+    pub fn tiles(&self) -> usize {
+        self.row_tiles * self.col_tiles
+    }
+
+    /// Columns of the sums.
+    pub fn columns(&self) -> usize {
+        self.row_tiles * TILE_ROWS
+    }
+}
+
+#[repr(C)]
+struct Args {
+    weights: u64,
+    q: u64,
+    q_sums: u64,
+    out: u64,
+    m: u32,
+    rows: u32,
+    row_tiles: u32,
+    col_tiles: u32,
+    segment_tiles: u32,
+    splits: u32,
+}
+
+#[repr(C)]
+struct RepackArgs {
+    words: u64,
+    tiles: u64,
+    row_tiles: u32,
+    units: u32,
+    col_tiles: u32,
+}
+
+/// The kernels.
+#[derive(Debug)]
+pub struct Gemm {
+    device: Arc<Device>,
+    /// Tokens and threads of a block.
+    shapes: [(usize, usize, Kernel); 5],
+    /// For many tokens, on devices that have it.
+    warpgroup: Option<Kernel>,
+    repack: Kernel,
+}
+
+impl Gemm {
+    /// Compiles and loads.
+    ///
+    /// # Errors
+    /// No compiler, or its or the driver's complaints.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        let shape = |tokens, threads, name| {
+            let kernel = device.kernel(SOURCE, name, shared_bytes(tokens))?;
+            Ok::<_, CudaError>((tokens, threads, kernel))
+        };
+        Ok(Self {
+            device: Arc::clone(device),
+            shapes: [
+                shape(8, 128, "gemm_128x8")?,
+                shape(16, 128, "gemm_128x16")?,
+                shape(32, 128, "gemm_128x32")?,
+                shape(64, 128, "gemm_128x64")?,
+                shape(128, 256, "gemm_128x128")?,
+            ],
+            warpgroup: has_warpgroup_product(device)
+                .then(|| {
+                    let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
+                    device.kernel(WARPGROUP_SOURCE, "wgmma_128x256", shared)
+                })
+                .transpose()?,
+            repack: device.kernel(SOURCE, "repack", 0)?,
+        })
+    }
+
+    /// Copies a matrix to the device, into tiles from number `first` on. `staging` holds it as it is on the
+    /// CPU meanwhile.
+    ///
+    /// # Errors
+    /// Too few tiles; no memory.
+    pub fn upload(
+        &self,
+        matrix: &TernaryMatrix,
+        staging: &mut Buffer<u32>,
+        tiles: &mut Buffer<u32>,
+        first: usize,
+    ) -> Result<(), CudaError> {
+        const _: () = assert!(PANEL_ROWS == TILE_ROWS && WORD_TRITS * 8 == TILE_COLS);
+        let (row_tiles, col_tiles) = (matrix.panels(), matrix.cols().div_ceil(TILE_COLS));
+        let words = row_tiles * col_tiles * TILE_WORDS;
+        if (first * TILE_WORDS).checked_add(words).is_none_or(|end| end > tiles.len()) {
+            return Err(CudaError::Shape(format!("no room for {words} code words")));
+        }
+        let mut unpacked = Vec::new();
+        let codes: &[u32] = match matrix.layout() {
+            Layout::TwoBit => bytemuck::cast_slice(matrix.codes()),
+            _ => {
+                matrix.for_each_word(|words| unpacked.extend_from_slice(words));
+                &unpacked
+            }
+        };
+        staging.reserve(codes.len())?;
+        staging.write(0, codes)?;
+        let args = RepackArgs {
+            words: staging.address(0),
+            tiles: tiles.address(first * TILE_WORDS),
+            row_tiles: row_tiles as u32,
+            units: matrix.words() as u32,
+            col_tiles: col_tiles as u32,
+        };
+        let launch = Launch::new([words.div_ceil(256), 1, 1], 256, 0);
+        // SAFETY: the kernel reads the matrix's words and writes `words` words, which were checked to fit.
+        unsafe { self.repack.launch(launch, &args) }
+    }
+
+    /// `sums[m, n] = Σ_k q[m, k] · t[n, k]` for the matrices of `matrix` and all rows of `q`.
+    ///
+    /// # Errors
+    /// Shapes that do not fit together; the driver's.
+    pub fn multiply(
+        &self,
+        tiles: &Buffer<u32>,
+        matrix: TileMatrix,
+        q: &Quantized,
+        sums: &mut Sums,
+    ) -> Result<(), CudaError> {
+        let (m, columns) = (q.rows, matrix.columns());
+        let fits = m > 0
+            && matrix.tiles() > 0
+            && (matrix.first + matrix.tiles()) * TILE_WORDS <= tiles.len()
+            && q.stride() == matrix.col_tiles * TILE_COLS
+            && matrix.row_tiles == q.layers * matrix.segment_tiles
+            && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
+            && m * columns <= sums.values.len();
+        if !fits {
+            return Err(CudaError::Shape(format!(
+                "a product of {matrix:?} with {} times {m} rows of {}",
+                q.layers, q.cols
+            )));
+        }
+        sums.stride = columns;
+        let (tokens, threads, shared, kernel) = match &self.warpgroup {
+            Some(kernel) if q.tiled => {
+                let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
+                (&WARPGROUP_TOKENS, &WARPGROUP_THREADS, shared, kernel)
+            }
+            _ => {
+                let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
+                let (tokens, threads, kernel) = shape.unwrap_or(&self.shapes[4]);
+                (tokens, threads, shared_bytes(*tokens), kernel)
+            }
+        };
+        let grid = [matrix.row_tiles.div_ceil(BLOCK_ROW_TILES), m.div_ceil(*tokens)];
+        let splits = if sums.adds && !q.tiled {
+            let wanted = 2 * self.device.multiprocessors() / (grid[0] * grid[1]);
+            wanted.clamp(1, matrix.col_tiles)
+        } else {
+            1
+        };
+        let args = Args {
+            weights: tiles.address(matrix.first * TILE_WORDS),
+            q: q.values.address(0),
+            q_sums: q.sums.address(0),
+            out: sums.values.address(0),
+            m: m as u32,
+            rows: q.capacity as u32,
+            row_tiles: matrix.row_tiles as u32,
+            col_tiles: matrix.col_tiles as u32,
+            segment_tiles: matrix.segment_tiles as u32,
+            splits: splits as u32,
+        };
+        let launch = Launch::new([grid[0], grid[1], splits], *threads, shared);
+        // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
+        unsafe { kernel.launch(launch, &args) }
+    }
+}
+
+fn shared_bytes(tokens: usize) -> usize {
+    STAGES * tokens * TILE_COLS
+}

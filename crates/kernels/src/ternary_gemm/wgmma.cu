@@ -1,0 +1,164 @@
+// Products of many tokens on Hopper's warpgroup instructions: y[m, n] = sum_k q[m, k] t[n, k], exact.
+//
+// Trits are the first operand, unpacked into registers (see common.cuh); activations are the second, in shared memory,
+// where the quantiser has laid them out so that one bulk copy brings a tile as the instruction wants it: eight
+// chunks of 16 inputs, each [256 tokens][16 bytes]. Two warpgroups of 64 rows take turns on the tensor cores; one
+// thread of a ninth warp fetches.
+
+struct Args {
+    const uint4* weights;  // tiles [row tile][column tile][lane]
+    const i8* q;           // [segment][token tile][column tile][8][256][16]
+    const int* q_sums;     // [segment][rows]
+    int* out;              // [M][row tiles * 16]
+    u32 m;                 // tokens
+    u32 rows;              // rows of q and q_sums in a segment
+    u32 row_tiles, col_tiles;
+    u32 segment_tiles;     // row tiles that share an input
+    u32 splits;
+};
+
+#if __CUDA_ARCH__ >= 900
+constexpr u32 TOKEN_TILE = 256;
+constexpr u32 STAGES = 6;
+constexpr u32 TILE_BYTES = TOKEN_TILE * TILE_COLS;
+constexpr u32 CONSUMERS = 256;
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    u32 done = 0;
+    while (!done)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+}
+
+// Operand in shared memory: core matrices of 8 tokens by 16 bytes, 128 bytes apart by token, 4096 by chunk.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)(address >> 4 & 0x3fff) | (u64)(TOKEN_TILE * 16 >> 4) << 16 | (u64)(128 >> 4) << 32;
+}
+
+// d += codes (64 x 32) * activations (32 x 256).
+__device__ __forceinline__ void wgmma(int (&d)[128], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+        "{%128, %129, %130, %131}, %132, 1;"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
+          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
+          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
+          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]),
+          "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]),
+          "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]),
+          "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]),
+          "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63]),
+          "+r"(d[64]), "+r"(d[65]), "+r"(d[66]), "+r"(d[67]), "+r"(d[68]), "+r"(d[69]), "+r"(d[70]), "+r"(d[71]),
+          "+r"(d[72]), "+r"(d[73]), "+r"(d[74]), "+r"(d[75]), "+r"(d[76]), "+r"(d[77]), "+r"(d[78]), "+r"(d[79]),
+          "+r"(d[80]), "+r"(d[81]), "+r"(d[82]), "+r"(d[83]), "+r"(d[84]), "+r"(d[85]), "+r"(d[86]), "+r"(d[87]),
+          "+r"(d[88]), "+r"(d[89]), "+r"(d[90]), "+r"(d[91]), "+r"(d[92]), "+r"(d[93]), "+r"(d[94]), "+r"(d[95]),
+          "+r"(d[96]), "+r"(d[97]), "+r"(d[98]), "+r"(d[99]), "+r"(d[100]), "+r"(d[101]), "+r"(d[102]),
+          "+r"(d[103]), "+r"(d[104]), "+r"(d[105]), "+r"(d[106]), "+r"(d[107]), "+r"(d[108]), "+r"(d[109]),
+          "+r"(d[110]), "+r"(d[111]), "+r"(d[112]), "+r"(d[113]), "+r"(d[114]), "+r"(d[115]), "+r"(d[116]),
+          "+r"(d[117]), "+r"(d[118]), "+r"(d[119]), "+r"(d[120]), "+r"(d[121]), "+r"(d[122]), "+r"(d[123]),
+          "+r"(d[124]), "+r"(d[125]), "+r"(d[126]), "+r"(d[127])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}
+
+// A block computes 128 rows by 256 tokens.
+__device__ __forceinline__ void product(const Args& a) {
+    extern __shared__ __align__(128) u8 tiles[];  // [stage][TILE_BYTES]
+    __shared__ u64 full[STAGES], empty[STAGES];
+    u32 warp = threadIdx.x / 32, segment = blockIdx.x * 8 / a.segment_tiles;
+    if (threadIdx.x == 0) {
+        for (u32 s = 0; s < STAGES; ++s) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" ::"r"(shared_address(empty + s)) : "memory");
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (warp == CONSUMERS / 32) {
+        if (threadIdx.x % 32 != 0) return;
+        const i8* q = a.q + (size_t)segment * a.rows * a.col_tiles * TILE_COLS +
+                      (size_t)blockIdx.y * a.col_tiles * TILE_BYTES;
+        for (u32 tile = 0; tile < a.col_tiles; ++tile) {
+            u32 stage = tile % STAGES;
+            if (tile >= STAGES) wait(shared_address(empty + stage), (tile / STAGES - 1) % 2);
+            u32 barrier = shared_address(full + stage);
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                         "r"(TILE_BYTES)
+                         : "memory");
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                    shared_address(tiles + stage * TILE_BYTES)),
+                "l"(q + (size_t)tile * TILE_BYTES), "r"(TILE_BYTES), "r"(barrier)
+                : "memory");
+        }
+        return;
+    }
+
+    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    u32 row_tile = blockIdx.x * 8 + warp;
+    // Row tiles beyond the last one repeat it; their results are dropped.
+    const uint4* weights = a.weights + (size_t)min(row_tile, a.row_tiles - 1) * a.col_tiles * 32 + lane;
+    int d[128];
+#pragma unroll
+    for (u32 i = 0; i < 128; ++i) d[i] = 0;
+    uint4 next = __ldg(weights);
+    for (u32 tile = 0; tile < a.col_tiles; ++tile) {
+        uint4 w = next;
+        if (tile + 1 < a.col_tiles) next = __ldg(weights + (size_t)(tile + 1) * 32);
+        u32 codes[4][4];
+#pragma unroll
+        for (u32 f = 0; f < 4; ++f) {
+            codes[f][0] = w.x >> 2 * f & FIELD;
+            codes[f][1] = w.y >> 2 * f & FIELD;
+            codes[f][2] = w.z >> 2 * f & FIELD;
+            codes[f][3] = w.w >> 2 * f & FIELD;
+        }
+        u32 stage = tile % STAGES;
+        wait(shared_address(full + stage), tile / STAGES % 2);
+        u32 address = shared_address(tiles + stage * TILE_BYTES);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (u32 f = 0; f < 4; ++f)
+            wgmma(d, codes[f][0], codes[f][1], codes[f][2], codes[f][3],
+                  descriptor(address + 2 * f * TOKEN_TILE * 16));
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (threadIdx.x % 128 == 0)
+            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(empty + stage)) : "memory");
+    }
+    if (row_tile >= a.row_tiles) return;
+    u32 width = a.row_tiles * TILE_ROWS, row = row_tile * TILE_ROWS + g;
+    u32 first = blockIdx.y * TOKEN_TILE + 2 * t;
+#pragma unroll
+    for (u32 i = 0; i < 128; i += 4) {
+#pragma unroll
+        for (u32 side = 0; side < 2; ++side) {
+            u32 m = first + 2 * i + side;
+            if (m >= a.m) continue;
+            int sum = __ldg(a.q_sums + segment * a.rows + m);
+            int* out = a.out + (size_t)m * width + row;
+            out[0] = d[i + side] - sum;
+            out[8] = d[i + 2 + side] - sum;
+        }
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(288, 1) wgmma_128x256(const __grid_constant__ Args a) {
+#if __CUDA_ARCH__ >= 900
+    product(a);
+#endif
+}

@@ -1,0 +1,168 @@
+//! The CUDA kernels: they compile without a GPU, and on one they agree with a naive reference.
+
+use mmfree_kernels::cuda::{self, Buffer, CudaError, Device};
+use mmfree_kernels::memory::WeightArena;
+use mmfree_kernels::ternary::{Layout, TernaryMatrix};
+use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums, TILE_WORDS, TileMatrix};
+
+/// `MMFREE_REQUIRE_NVRTC=1` makes the compiler's absence a failure.
+#[test]
+fn every_kernel_compiles_within_its_register_budget() {
+    if !cuda::is_compiler_present() {
+        assert!(std::env::var_os("MMFREE_REQUIRE_NVRTC").is_none(), "libnvrtc is not there");
+        eprintln!("!!! SKIPPED, kernels NOT COMPILED: no libnvrtc");
+        return;
+    }
+    for architecture in ["sm_80", "sm_90a"] {
+        for source in cuda::SOURCES {
+            if source.hopper_only && architecture != "sm_90a" {
+                continue;
+            }
+            let compiled = cuda::compile_for(source, architecture).expect("compiles");
+            assert!(!compiled.code.is_empty());
+            let kernels = compiled.log.matches("Compiling entry function").count();
+            println!("{} for {architecture}: {kernels} kernels", source.name);
+            for line in compiled.log.lines().filter(|line| line.contains("bytes spill stores")) {
+                let spilled = number_before(line, " bytes spill stores");
+                assert!(spilled <= MAX_SPILLED_BYTES, "{} {architecture}: {line}", source.name);
+            }
+        }
+    }
+}
+
+/// A few bytes happen where the compiler aims at an occupancy; more is a mistake.
+const MAX_SPILLED_BYTES: usize = 16;
+
+fn number_before(line: &str, what: &str) -> usize {
+    let before = line.split(what).next().unwrap_or_default();
+    before.rsplit(|c: char| !c.is_ascii_digit()).next().and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn a_wrong_source_is_an_error_with_the_compilers_words() {
+    if !cuda::is_compiler_present() {
+        eprintln!("!!! SKIPPED: no libnvrtc");
+        return;
+    }
+    let source = cuda::Source { name: "wrong", text: "not_a_type x;", hopper_only: false };
+    let error = cuda::compile_for(source, "sm_90a").expect_err("does not compile").to_string();
+    assert!(error.contains("not_a_type") && error.contains("wrong"), "{error}");
+}
+
+fn device() -> Option<std::sync::Arc<Device>> {
+    match Device::open(0) {
+        Ok(device) => Some(device),
+        Err(reason) => {
+            assert!(std::env::var_os("MMFREE_REQUIRE_CUDA").is_none(), "{reason}");
+            eprintln!("!!! SKIPPED, no GPU: {reason}");
+            None
+        }
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 =
+            self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 33
+    }
+}
+
+#[test]
+fn products_are_exact() {
+    let Some(device) = device() else { return };
+    let gemm = Gemm::new(&device).expect("compiles");
+    let mut random = Random(7);
+    for (layers, m, n, k) in [
+        (1, 1, 1, 1),
+        (1, 2, 17, 127),
+        (1, 7, 16, 128),
+        (1, 8, 97, 129),
+        (1, 9, 130, 64),
+        (1, 16, 300, 1031),
+        (1, 17, 128, 256),
+        (3, 5, 40, 100),
+        (3, 33, 129, 300),
+        (1, 64, 2100, 40),
+        (1, 65, 200, 513),
+        (3, 130, 140, 260),
+        (1, 129, 1000, 384),
+        (1, 257, 515, 700),
+        (1, 700, 96, 130),
+        (3, 300, 140, 260),
+        (1, 520, 300, 1000),
+    ] {
+        for extreme in [false, true] {
+            let q: Vec<i8> = (0..layers * m * k)
+                .map(|_| if extreme { 127 } else { (random.next() % 255) as u8 as i8 })
+                .map(|q| q.max(-127))
+                .collect();
+            let trits: Vec<i8> = (0..layers * n * k)
+                .map(|_| if extreme { 1 } else { (random.next() % 3) as i8 - 1 })
+                .collect();
+            let place = if layers == 1 {
+                TileMatrix::single(3, n, k)
+            } else {
+                TileMatrix::stacked(3, layers, n, k)
+            };
+            let tiles_len = (place.first + place.tiles()) * TILE_WORDS;
+            let poison = vec![0x5555_5555u32; tiles_len];
+            let mut tiles = Buffer::from_slice(&device, &poison).expect("memory");
+            let mut staging = Buffer::zeros(&device, 1).expect("memory");
+            for (layer, trits) in trits.chunks(n * k).enumerate() {
+                let matrix = TernaryMatrix::from_trits(
+                    &WeightArena::new(),
+                    if extreme { Layout::TwoBit } else { Layout::Base3 },
+                    n,
+                    k,
+                    1.0,
+                    trits,
+                );
+                let first = place.first + layer * place.segment_tiles * place.col_tiles;
+                gemm.upload(&matrix.expect("packs"), &mut staging, &mut tiles, first)
+                    .expect("fits");
+            }
+            let mut input = Quantized::new(&device).expect("memory");
+            input.assign(layers, m, k, &q).expect("fits");
+            let mut sums = Sums::new(&device).expect("memory");
+            sums.begin(m, place.columns()).expect("memory");
+            gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
+            let found = sums.read(m).expect("reads");
+            for layer in 0..layers {
+                for row in 0..m {
+                    let q = &q[(layer * m + row) * k..][..k];
+                    for out in 0..n {
+                        let t = &trits[(layer * n + out) * k..][..k];
+                        let expected: i32 =
+                            q.iter().zip(t).map(|(&q, &t)| i32::from(q) * i32::from(t)).sum();
+                        let column = layer * place.segment_tiles * 16 + out;
+                        let sum = found[row * sums.stride() + column];
+                        assert_eq!(
+                            sum, expected,
+                            "{layers} x {m} x {n} x {k}: {layer} {row} {out}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_failing_launch_is_an_error_and_the_device_stays_usable() {
+    let Some(device) = device() else { return };
+    let error = cuda::launch_impossible(&device).expect_err("4096 threads a block");
+    assert!(matches!(error, CudaError::Kernel { .. }), "{error}");
+    println!("{error}");
+    let mut buffer = Buffer::<u32>::zeros(&device, 5).expect("memory");
+    buffer.write(0, &[1, 2, 3, 4, 5]).expect("writes");
+    let mut found = [0; 5];
+    buffer.read(0, &mut found).expect("reads");
+    assert_eq!(found, [1, 2, 3, 4, 5]);
+    assert!(matches!(buffer.write(4, &[1, 2]), Err(CudaError::Shape(_))));
+    let (_, total) = device.memory().expect("known");
+    let error = Buffer::<u8>::zeros(&device, 2 * total).expect_err("larger than the memory");
+    assert!(matches!(error, CudaError::OutOfMemory { .. }), "{error}");
+}

@@ -1,0 +1,209 @@
+//! The engine on a GPU against the engine on the processor: the same bits. Skipped, loudly, without a GPU.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use mmfree::benchmark::DISTINCT_TOKENS;
+use mmfree::builtin;
+use mmfree::checkpoint::Checkpoint;
+use mmfree::config::ModelConfig;
+use mmfree::engine::{Activation, Engine, EngineOptions, Sequence};
+use mmfree::error::Error;
+use mmfree::model::Model;
+use mmfree::state::State;
+use mmfree_kernels::ternary::Layout;
+
+/// An engine on the first GPU; `None` where there is none.
+fn gpu(model: &Arc<Model>) -> Option<Engine> {
+    match mmfree_kernels::cuda::Device::open(0) {
+        Ok(_) => Some(engine(model, "cuda")),
+        Err(reason) => {
+            assert!(std::env::var_os("MMFREE_REQUIRE_CUDA").is_none(), "{reason}");
+            eprintln!("!!! SKIPPED, no GPU: {reason}");
+            None
+        }
+    }
+}
+
+fn engine(model: &Arc<Model>, backend: &str) -> Engine {
+    let options = EngineOptions { threads: Some(2), backend: Some(backend.to_owned()) };
+    Engine::new(Arc::clone(model), &options).expect("engine")
+}
+
+fn models() -> Vec<(&'static str, Arc<Model>)> {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
+    let config = |hidden_size, intermediate_size, num_hidden_layers, vocab_size| ModelConfig {
+        hidden_size,
+        intermediate_size,
+        num_hidden_layers,
+        vocab_size,
+        ..ModelConfig::preset("370m").expect("preset")
+    };
+    let random = |config| {
+        Arc::new(Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5).expect("random model"))
+    };
+    vec![
+        ("tiny", Arc::new(Model::load(&Checkpoint::open(fixture).expect("opens")).expect("loads"))),
+        ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),
+        ("odd sizes", random(config(132, 340, 2, 1003))),
+        ("wide", random(config(1024, 2816, 2, 5000))),
+    ]
+}
+
+fn tokens(model: &Model, count: usize) -> Vec<u32> {
+    let vocab = model.config().vocab_size.min(DISTINCT_TOKENS);
+    (0..count).map(|i| ((i * i * 37 + 11 * i + 5) % vocab) as u32).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn every_way_of_feeding_gives_the_bits_of_the_processor() {
+    let cancel = AtomicBool::new(false);
+    for (name, model) in models() {
+        let Some(mut gpu) = gpu(&model) else { return };
+        let mut cpu = engine(&model, "cpu");
+        println!("{name}: {} against {}", gpu.describe(), cpu.describe());
+        let text = tokens(&model, 300);
+        let mut expected_state = State::new(&model);
+        let expected = bits(cpu.prefill(&mut expected_state, &text, &cancel).expect("runs"));
+
+        let mut state = State::new(&model);
+        let found = bits(gpu.prefill(&mut state, &text, &cancel).expect("runs"));
+        assert!(found == expected, "{name}: prefill");
+        assert!(bits(state.hidden()) == bits(expected_state.hidden()), "{name}: state of prefill");
+        assert_eq!(state.to_bytes(&model), expected_state.to_bytes(&model));
+
+        for chunk in [1, 3, 9, 20, 50, 100, 130] {
+            let mut state = State::new(&model);
+            let mut found = Vec::new();
+            for chunk in text.chunks(chunk) {
+                found = bits(gpu.prefill(&mut state, chunk, &cancel).expect("runs"));
+            }
+            assert!(found == expected, "{name}: chunks of {chunk}");
+            assert!(state == expected_state, "{name}: state of chunks of {chunk}");
+        }
+
+        let mut state = State::new(&model);
+        let mut found = Vec::new();
+        for &token in &text {
+            found = bits(gpu.decode(&mut state, token).expect("runs"));
+        }
+        assert!(found == expected, "{name}: token by token");
+        assert!(state == expected_state, "{name}: state of token by token");
+    }
+}
+
+#[test]
+fn batches_give_the_bits_of_the_processor() {
+    for (name, model) in models() {
+        let Some(mut gpu) = gpu(&model) else { return };
+        let mut cpu = engine(&model, "cpu");
+        let text = tokens(&model, 700);
+        for lengths in [vec![1; 2], vec![1; 7], vec![1; 33], vec![1; 70], vec![1, 40, 1, 300, 5, 9]]
+        {
+            let run = |engine: &mut Engine| {
+                let mut states: Vec<State> = lengths.iter().map(|_| State::new(&model)).collect();
+                let mut logits = Vec::new();
+                // Twice, so that the second pass begins with states that the first left.
+                for round in 0..2 {
+                    let mut batch: Vec<_> = states
+                        .iter_mut()
+                        .zip(&lengths)
+                        .enumerate()
+                        .map(|(at, (state, &length))| Sequence {
+                            state,
+                            tokens: &text[3 * at + round..][..length],
+                        })
+                        .collect();
+                    logits = bits(engine.forward(&mut batch).expect("runs"));
+                }
+                (logits, states)
+            };
+            let (expected, expected_states) = run(&mut cpu);
+            let (found, states) = run(&mut gpu);
+            assert!(found == expected, "{name}: logits of {lengths:?}");
+            assert!(states == expected_states, "{name}: states of {lengths:?}");
+        }
+    }
+}
+
+#[test]
+fn logits_and_activations_of_every_position_agree() {
+    for (name, model) in models() {
+        let Some(mut gpu) = gpu(&model) else { return };
+        let mut cpu = engine(&model, "cpu");
+        let text = tokens(&model, 45);
+        let run = |engine: &mut Engine| {
+            let mut seen: Vec<(usize, Option<Activation>, Vec<u32>)> = Vec::new();
+            engine
+                .logits(&mut State::new(&model), &text, &mut |position, logits| {
+                    seen.push((position, None, bits(logits)));
+                    Ok(())
+                })
+                .expect("runs");
+            engine
+                .observe(&mut State::new(&model), &text, &mut |layer, what, values| {
+                    seen.push((layer, Some(what), bits(values)));
+                })
+                .expect("runs");
+            seen
+        };
+        let (expected, found) = (run(&mut cpu), run(&mut gpu));
+        assert_eq!(expected.len(), found.len());
+        for (expected, found) in expected.iter().zip(&found) {
+            assert!(expected == found, "{name}: {} {:?}", expected.0, expected.1);
+        }
+    }
+}
+
+#[test]
+fn greedy_text_is_the_same_and_states_move_between_devices() {
+    for (name, model) in models() {
+        let Some(mut gpu) = gpu(&model) else { return };
+        let mut cpu = engine(&model, "cpu");
+        let cancel = AtomicBool::new(false);
+        let prompt = tokens(&model, 12);
+        let (mut on_cpu, mut on_gpu) = (State::new(&model), State::new(&model));
+        cpu.prefill(&mut on_cpu, &prompt, &cancel).expect("runs");
+        gpu.prefill(&mut on_gpu, &prompt, &cancel).expect("runs");
+        let expected = cpu.greedy(&mut on_cpu, 3, 40).expect("runs");
+        assert_eq!(gpu.greedy(&mut on_gpu, 3, 40).expect("runs"), expected, "{name}");
+        assert!(on_cpu == on_gpu, "{name}");
+        // Through bytes to the other device, and on.
+        let bytes = on_gpu.to_bytes(&model);
+        let mut moved = State::from_bytes(&model, &bytes).expect("own bytes");
+        let next = cpu.greedy(&mut moved, 7, 5).expect("runs");
+        assert_eq!(gpu.greedy(&mut on_cpu, 7, 5).expect("runs"), next, "{name}: state of the CPU");
+        assert_eq!(cpu.greedy(&mut on_gpu, 7, 5).expect("runs"), next, "{name}: state of the GPU");
+        assert!(moved == on_cpu && moved == on_gpu, "{name}");
+
+        let first: Vec<u32> = tokens(&model, 9);
+        let run = |engine: &mut Engine| {
+            let mut states: Vec<State> = first.iter().map(|_| State::new(&model)).collect();
+            let mut states: Vec<_> = states.iter_mut().collect();
+            engine.greedy_batch(&mut states, &first, 6).expect("runs")
+        };
+        assert_eq!(run(&mut gpu), run(&mut cpu), "{name}: batch");
+    }
+}
+
+#[test]
+fn wrong_calls_are_errors_and_leave_the_engine_usable() {
+    let model = models().swap_remove(0).1;
+    let no_such = EngineOptions { threads: None, backend: Some("cuda:4095".to_owned()) };
+    let error = Engine::new(Arc::clone(&model), &no_such).expect_err("no such GPU").to_string();
+    assert!(error.contains("4095") || error.contains("libcuda"), "{error}");
+    for bad in ["cuda:", "cuda:x", "cuda:-1"] {
+        let options = EngineOptions { threads: None, backend: Some(bad.to_owned()) };
+        let error = Engine::new(Arc::clone(&model), &options).expect_err("bad name");
+        assert!(error.to_string().contains("cuda:N"), "{error}");
+    }
+    let Some(mut gpu) = gpu(&model) else { return };
+    let mut state = State::new(&model);
+    assert!(matches!(gpu.decode(&mut state, 97), Err(Error::TokenId { .. })));
+    assert_eq!(state, State::new(&model));
+    gpu.decode(&mut state, 96).expect("runs");
+}
