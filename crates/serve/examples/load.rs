@@ -158,14 +158,16 @@ async fn request(
     // The last bytes, where markers may be cut.
     let mut tail = Vec::new();
     let mut last: Option<Instant> = None;
+    let mut has_head = false;
     loop {
         let length = stream.read(&mut buffer).await?;
         if length == 0 {
             return Err("the connection was closed".into());
         }
-        if last.is_none() && !buffer.starts_with(b"HTTP/1.1 200") {
+        if !has_head && !buffer.starts_with(b"HTTP/1.1 200") {
             return Err(String::from_utf8_lossy(&buffer[..length.min(300)]).into());
         }
+        has_head = true;
         tail.extend_from_slice(&buffer[..length]);
         let events = count(&tail, b"\"text\":\"");
         let now = Instant::now();
