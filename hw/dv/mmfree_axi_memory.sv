@@ -81,8 +81,8 @@ module mmfree_axi_memory #(
         wptr_q              <= wptr_q + 1'b1;
       end
 
-      // Read data
-      if (credit_q < 32'd4096) credit_q <= credit_q + rate_i;
+      // Read data; bandwidth that is not used is lost.
+      if (credit_q < 32'd512) credit_q <= credit_q + rate_i;
       if (rvalid_o && rready_i) rvalid_o <= 1'b0;
       if ((!rvalid_o || rready_i) && wptr_q != rptr_q && !hang_i && now_q >= time_q[rptr_q[3:0]] &&
           credit_q >= 32'd256 && dram_chance(stall_percent_i) == 0) begin

@@ -37,7 +37,8 @@ module mmfree_tb
 );
 
   import "DPI-C" function void trace_write(input int element, input int value);
-  import "DPI-C" function void trace_scalar(input int index, input int mantissa, input int exponent);
+  import "DPI-C" function void trace_scalar(input int index, input int mantissa,
+                                            input int exponent);
   import "DPI-C" function void trace_address(input int index, input int value);
   import "DPI-C" function void trace_retire(input int pc);
 

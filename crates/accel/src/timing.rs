@@ -14,14 +14,16 @@ const OVERHEAD: f64 = 4.0;
 /// From the issue of the last word of a pass to its result (`mmfree_row_pkg::LaneLatency`), and the states
 /// around a row-wise instruction.
 const PASS_LATENCY: f64 = 10.0;
-const ROW_STATES: f64 = 2.0;
+const ROW_STATES: f64 = 1.0;
 /// Cycles of `mmfree_rms_unit`: mean, epsilon, shifts, root, division; its quantiser skips the first and third.
-const RMS_CYCLES: f64 = 64.0 + 1.0 + 5.0 + 32.0 + 33.0 + 3.0;
-const QUANT_CYCLES: f64 = 5.0 + 33.0 + 3.0;
-/// From the command to the first beat, and from the last sum to the last write of the writeback.
-const MATVEC_STATES: f64 = 6.0;
+const RMS_CYCLES: f64 = 64.0 + 1.0 + 5.0 + 32.0 + 33.0 + 2.0;
+const QUANT_CYCLES: f64 = 5.0 + 33.0 + 2.0;
+/// From the last sum to the last write of the writeback.
+const MATVEC_STATES: f64 = 2.0;
 /// From the FIFO's input to its output.
 const FIFO_LATENCY: f64 = 2.0;
+/// From room in the FIFO to a request, and from its answer to room again, without the memory's latency.
+const READER_STATES: f64 = 6.0;
 /// Largest burst of the data port, in beats.
 const DATA_BURST: u32 = 64;
 
@@ -80,6 +82,13 @@ struct Walk<'a> {
 
 /// Cycles and work of one run of a program that the machine accepts.
 pub fn estimate(program: &[Instruction], configuration: &Configuration, memory: Memory) -> Cost {
+    // A slow answer bounds the rate, too: no more is on its way than the FIFO has room for.
+    let in_flight = memory.latency + f64::from(configuration.burst_beats) + READER_STATES;
+    let memory = Memory {
+        latency: memory.latency.max(1.0),
+        weight_rate: memory.weight_rate.min(f64::from(configuration.fifo_beats) / in_flight),
+        ..memory
+    };
     let mut walk = Walk {
         configuration,
         memory,
@@ -118,7 +127,7 @@ impl Walk<'_> {
         let from = self.cost.cycles.max(self.ready_at);
         self.cost.cycles += cycles;
         let flowing = (self.cost.cycles - from).max(0.0) * self.memory.weight_rate;
-        let room = f64::from(self.configuration.fifo_beats) + 1.0 - self.stored;
+        let room = f64::from(self.configuration.fifo_beats) - self.stored;
         self.stored += flowing.min(room.max(0.0)).min(self.left - self.stored);
     }
 
@@ -179,7 +188,7 @@ impl Walk<'_> {
         let bursts = (words / f64::from(limit)).ceil();
         // A word: read, offered, taken. A burst: address, first read, response.
         let word = 1.0 + self.handshake();
-        self.data(words, words * word + bursts * (4.0 + 2.0 * self.handshake()) + 1.0);
+        self.data(words, words * word + bursts * (2.0 + self.handshake()) + 1.0);
     }
 
     fn data(&mut self, words: f64, cycles: f64) {
@@ -216,7 +225,7 @@ impl Walk<'_> {
             self.stored = (stored - before_dry * (1.0 - rate / out)).max(0.0);
         } else {
             busy += left / out;
-            let room = f64::from(c.fifo_beats) + 1.0;
+            let room = f64::from(c.fifo_beats);
             self.stored = (stored + busy * rate - left).clamp(0.0, room);
         }
         self.left -= beats;

@@ -26,6 +26,7 @@ mod state_file;
 mod token_ids;
 mod tokenize;
 mod tokenizer;
+mod train;
 
 /// Run, pack and inspect MatMul-free language models
 ///
@@ -52,6 +53,7 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Train(train::Args),
     Accel(accel::Args),
     Tokenize(tokenize::Args),
     Tokenizer(tokenizer::Args),
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Train(args) => train::run(&args),
         Command::Accel(args) => accel::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Tokenizer(args) => tokenizer::run(&args),

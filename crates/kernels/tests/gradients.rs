@@ -379,7 +379,7 @@ fn bit_linear_passes_gradients_straight_through() {
         let run = |backend, pool: &Pool, before: f32| {
             let (mut dx, mut d_norm) = (vec![before; m * k], vec![before; k]);
             let mut d_weight = vec![before; n * k];
-            let mut scratch = BitLinearScratch::new(pool.threads());
+            let mut scratch = BitLinearScratch::new();
             bit_linear::backward(
                 backend,
                 pool,

@@ -85,7 +85,7 @@ impl<F> Optimizer<F> {
                 group.range.clone(),
                 parameters,
                 gradients,
-                self.shard.start,
+                group.range.start - self.shard.start,
                 first_moment,
                 second_moment,
             )?;
@@ -133,9 +133,7 @@ mod tests {
             ("b", 3, ParameterKind::LowerBounds),
             ("m", 20, ParameterKind::Matrix),
         ];
-        ParameterLayout::new(
-            tensors.map(|(name, len, kind)| (name.to_owned(), vec![len], kind)).into_iter(),
-        )
+        ParameterLayout::new(tensors.map(|(name, len, kind)| (name.to_owned(), vec![len], kind)))
     }
 
     #[test]

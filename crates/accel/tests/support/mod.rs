@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 use mmfree_accel::config::Configuration;
 use mmfree_accel::image::Image;
@@ -39,10 +40,18 @@ pub fn hardware() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../hw").canonicalize().unwrap()
 }
 
-/// Builds the RTL of `rtl` (the folder of the sources, maybe a changed copy).
+/// One build at a time; tests that want the same one share it.
+static BUILT: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Builds the RTL of `rtl` (the folder of the sources, maybe a changed copy) under a name.
 pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configuration) -> Rtl {
     let c = configuration;
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rtl-{name}"));
+    let program = target.join("Vmmfree_tb");
+    let mut built = BUILT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    if built.iter().any(|done| done == name) {
+        return Rtl { program };
+    }
     let sizes = [
         ("Cores", "CORES", c.cores),
         ("WeightBytes", "WEIGHT_BYTES", c.weight_bytes),
@@ -68,7 +77,7 @@ pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configura
             "fast",
         ])
         .args(["--assert", "-DMMFREE_ASSERTIONS", "--no-timing", "-Wno-fatal"])
-        .args(["--top-module", "mmfree_tb", "-CFLAGS", "-O2 -std=c++17"])
+        .args(["--top-module", "mmfree_tb", "-CFLAGS", "-O1 -std=c++17"])
         // PyPI's package leaves this unset: GCC then takes the precompiled header for a file to link.
         .args(["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include"])
         .arg("--Mdir")
@@ -95,7 +104,8 @@ pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configura
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
-    Rtl { program: target.join("Vmmfree_tb") }
+    built.push(name.to_owned());
+    Rtl { program }
 }
 
 impl Rtl {

@@ -84,7 +84,7 @@ impl CpuBackend {
             lookup: LookupScratch::new(pool.threads()),
             attention: AttentionScratch::new(pool.threads()),
             rope: RopeTable::new(),
-            bit_linear: BitLinearScratch::new(pool.threads()),
+            bit_linear: BitLinearScratch::new(),
             columns: ColumnScratch::new(),
             quantized: Vec::new(),
             normed: Vec::new(),

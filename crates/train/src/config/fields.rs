@@ -65,6 +65,7 @@ pub fn fields() -> &'static [Field] {
         Conduct data.tokenizer;
         Course data.tokenizer_vocab_size;
         Course data.text_field;
+        Course data.separator;
         Conduct data.cache;
         Model model.architecture;
         Model model.vocab_size;

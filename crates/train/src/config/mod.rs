@@ -96,6 +96,8 @@ pub struct DataConfig {
     pub tokenizer_vocab_size: usize,
     /// Field of JSON lines and column of parquet that holds the text.
     pub text_field: String,
+    /// Line that stands between two documents of a `.txt` file; empty: a file is one document.
+    pub separator: String,
     /// Directory of what is made from texts, once: tokenizer and shards; empty is `DIRECTORY/data`.
     pub cache: String,
 }
@@ -231,6 +233,7 @@ impl Default for DataConfig {
             tokenizer: String::new(),
             tokenizer_vocab_size: 4096,
             text_field: "text".to_owned(),
+            separator: String::new(),
             cache: String::new(),
         }
     }

@@ -127,3 +127,45 @@ fn differences_are_those_that_decide_the_result() {
         ]
     );
 }
+
+#[test]
+fn the_examples_write_out_every_key_and_can_be_trained() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+        let config = TrainConfig::load(&path, &[]).unwrap();
+        // Without comments, a file is exactly what is written of its configuration.
+        let plain: Vec<_> = text
+            .lines()
+            .map(|line| line.split("   #").next().unwrap().trim_end())
+            .filter(|line| !line.is_empty() && !line.starts_with('#'))
+            .collect();
+        let keys = plain.iter().filter(|line| line.contains(" = ")).count();
+        assert_eq!(keys, fields().len(), "{name} does not write out every key once");
+        if let Some(size) = name.split('-').next().filter(|size| *size != "tiny") {
+            let preset = mmfree::config::ModelConfig::preset(size).unwrap();
+            assert_eq!(config.model.hidden_size, preset.hidden_size, "{name}");
+            assert_eq!(config.model.num_hidden_layers, preset.num_hidden_layers, "{name}");
+            assert_eq!(config.intermediate_size(), preset.intermediate_size, "{name}");
+        }
+        names.push(name);
+    }
+    names.sort();
+    let expected = [
+        "1.3b",
+        "1.3b-transformer",
+        "2.7b",
+        "2.7b-transformer",
+        "370m",
+        "370m-transformer",
+        "tiny",
+        "tiny-transformer",
+    ];
+    assert_eq!(names, expected);
+}

@@ -1,6 +1,6 @@
 //! What a run trains on: token shards, made from raw text at first use.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
@@ -9,7 +9,7 @@ use mmfree::config::{ModelConfig, TransformerConfig};
 use crate::architecture::Architecture;
 use crate::backend::IGNORED;
 use crate::config::{self, TrainConfig};
-use crate::data::{Batch, Dataset, Loader, LoaderOptions, Manifest, Order, Part};
+use crate::data::{Batch, Dataset, Loader, LoaderOptions, Order, Part};
 use crate::error::{Error, Result};
 
 /// Token shards of a run and the tokenizer that made them.
@@ -189,9 +189,4 @@ impl Corpus {
         }
         files
     }
-}
-
-/// Whether a path is a directory of token shards.
-pub(super) fn is_shards(path: &Path) -> Result<bool> {
-    Ok(path.is_dir() && !Manifest::find(path)?.is_empty())
 }

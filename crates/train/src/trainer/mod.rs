@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 mod corpus;
@@ -13,7 +14,7 @@ mod resume;
 pub use corpus::Corpus;
 pub use data_parallel::{DataParallel, Plan};
 use mmfree::benchmark::peak_rss_bytes;
-pub use prepare::{Prepared, prepare};
+pub use prepare::{PrepareObserver, Prepared, prepare};
 
 use guard::Guard;
 
@@ -138,20 +139,20 @@ impl<B: Backend + 'static> Trainer<B> {
         self.step
     }
 
-    /// Trains until all steps are done or `stop` says so on any process. Saves a checkpoint in both
+    /// Trains until all steps are done or `stop` is set on any process. Saves a checkpoint in both
     /// cases.
     ///
     /// # Errors
     /// A loss that is no number or diverges; errors of the data, the disk, the other processes. The
     /// checkpoints that are there stay.
-    pub fn run(&mut self, stop: &dyn Fn() -> bool, observer: &mut dyn Observer) -> Result<Outcome> {
+    pub fn run(&mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
         let (mut clock, mut tokens_at_clock) = (Instant::now(), 0);
         while self.step < self.config.run.steps {
             let (loss, norm, learning_rate) = self.train_step()?;
             let step = self.step;
             tokens_at_clock += self.config.tokens_per_step();
             let last = step == self.config.run.steps;
-            let stopping = self.engine.any(u8::from(stop()))? != 0;
+            let stopping = self.engine.any(u8::from(stop.load(Ordering::Relaxed)))? != 0;
             let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
             let validation_loss =
                 if due(self.config.evaluation.every) { self.evaluate()? } else { None };

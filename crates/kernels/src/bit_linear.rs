@@ -10,9 +10,6 @@
 //! and [`ternary_gemm::multiply`](crate::ternary_gemm::multiply). Nothing of it is stored: norm, integers and
 //! trits are computed again here.
 
-mod input_gradient;
-
-use self::input_gradient::InputGradientScratch;
 use crate::activations::{inverse_rms, round_to_i8_range};
 use crate::column_sum::ColumnScratch;
 use crate::gemm::{self, Matrix};
@@ -22,32 +19,28 @@ use crate::rms_norm;
 use crate::tier::{Backend, compiled_for_each_tier};
 
 /// Working memory. Grows to the largest layer and batch.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BitLinearScratch {
     /// q / s, [M, K].
     inputs: Vec<f32>,
+    /// t, [N, K].
+    trits: Vec<f32>,
     /// Gradient of the normalised input, [M, K].
     d_normed: Vec<f32>,
     columns: ColumnScratch,
-    products: InputGradientScratch,
 }
 
 impl BitLinearScratch {
-    /// Empty scratch for a pool of `threads` threads.
-    pub fn new(threads: usize) -> Self {
-        Self {
-            inputs: Vec::new(),
-            d_normed: Vec::new(),
-            columns: ColumnScratch::new(),
-            products: InputGradientScratch::new(threads),
-        }
+    /// Empty scratch.
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Grows for a layer and a batch, so that [`backward`] need not allocate.
     pub fn reserve(&mut self, tokens: usize, outputs: usize, inputs: usize) {
         grow(&mut self.inputs, tokens * inputs);
         grow(&mut self.d_normed, tokens * inputs);
-        self.products.reserve(outputs, inputs);
+        grow(&mut self.trits, outputs * inputs);
     }
 }
 
@@ -96,17 +89,25 @@ pub fn backward(
     pool.for_each_chunk(inputs, cols, &|_, row, out| {
         fake_quantize(backend, &x[row * cols..][..cols], layer.norm, layer.eps, out);
     });
+    let dy = Matrix::new(dy, rows, outputs);
     let inputs = Matrix::new(inputs, rows, cols);
-    let d_outputs = Matrix::new(dy, rows, outputs).transposed();
-    gemm::multiply(pool, d_outputs, inputs, 1.0, true, d_weight);
+    gemm::multiply(pool, dy.transposed(), inputs, 1.0, true, d_weight);
 
+    let trits = grow(&mut scratch.trits, outputs * cols);
+    let inverse = 1.0 / layer.scale;
+    pool.for_each_chunk(trits, TRITS_TASK, &|_, task, trits| {
+        let weight = &layer.weight[task * TRITS_TASK..][..trits.len()];
+        float_trits(backend, weight, inverse, trits);
+    });
     let d_normed = grow(&mut scratch.d_normed, rows * cols);
-    let products = &mut scratch.products;
-    let BitLinear { weight, scale, .. } = layer;
-    input_gradient::multiply(backend, pool, products, dy, weight, scale, cols, d_normed);
+    let trits = Matrix::new(trits, outputs, cols);
+    gemm::multiply(pool, dy, trits, layer.scale, false, d_normed);
     let columns = &mut scratch.columns;
     rms_norm::backward(backend, pool, columns, x, layer.norm, layer.eps, d_normed, dx, d_norm);
 }
+
+/// Weights of one task.
+const TRITS_TASK: usize = 1 << 14;
 
 compiled_for_each_tier! {
     /// `q / s` of one row: what the product sees of the normalised input.
@@ -121,5 +122,19 @@ fn fake_quantize_body(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let step = 1.0 / scale;
     for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight) {
         *out = f32::from(round_to_i8_range(x * inverse_rms * w * scale)) * step;
+    }
+}
+
+compiled_for_each_tier! {
+    /// Trits as floats.
+    fn float_trits(weights: &[f32], inverse: f32, trits: &mut [f32]) = float_trits_body
+}
+
+#[inline(always)]
+fn float_trits_body(weights: &[f32], inverse: f32, trits: &mut [f32]) {
+    for (trit, &w) in trits.iter_mut().zip(weights) {
+        let scaled = w * inverse;
+        let sign = if scaled > 0.0 { 1.0 } else { -1.0 };
+        *trit = if scaled.abs() > 0.5 { sign } else { 0.0 };
     }
 }

@@ -1,0 +1,356 @@
+//! `mmfree train` as a user meets it: from a text to a model that writes, stopped, killed and resumed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+fn mmfree() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mmfree"));
+    for name in ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// A run of a model that takes milliseconds a step, in a directory of its own.
+struct Run {
+    directory: TempDir,
+    name: &'static str,
+}
+
+/// Keys that make `configs/tiny.toml` a model of a few thousand parameters.
+const SMALL: [&str; 12] = [
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_hidden_layers=2",
+    "data.tokenizer_vocab_size=300",
+    "batch.sequence_length=32",
+    "batch.sequences=8",
+    "batch.micro_batch=2",
+    "evaluation.sequences=8",
+    "evaluation.every=5",
+    "checkpoint.every=3",
+    "run.steps=24",
+    "run.threads=1",
+];
+
+impl Run {
+    fn new() -> Self {
+        Self { directory: tempfile::tempdir().unwrap(), name: "run" }
+    }
+
+    /// A second run on the same tokens.
+    fn beside(&self, name: &'static str) -> Beside<'_> {
+        Beside { first: self, name }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join(self.name)
+    }
+
+    fn command(&self, set: &[&str]) -> Command {
+        command(self.directory.path(), self.name, set)
+    }
+}
+
+struct Beside<'a> {
+    first: &'a Run,
+    name: &'static str,
+}
+
+impl Beside<'_> {
+    fn path(&self) -> PathBuf {
+        self.first.directory.path().join(self.name)
+    }
+
+    fn command(&self, set: &[&str]) -> Command {
+        command(self.first.directory.path(), self.name, set)
+    }
+}
+
+fn command(directory: &Path, name: &str, set: &[&str]) -> Command {
+    let mut command = mmfree();
+    command.current_dir(root()).args(["train", "configs/tiny.toml"]);
+    let own = [
+        format!("run.directory={}", directory.join(name).display()),
+        format!("data.cache={}", directory.join("data").display()),
+    ];
+    for set in
+        SMALL.iter().copied().chain(own.iter().map(String::as_str)).chain(set.iter().copied())
+    {
+        command.args(["--set", set]);
+    }
+    command
+}
+
+fn succeed(command: &mut Command) -> Output {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn refused(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    error
+}
+
+/// What a run came to: losses of every step as they are written, and the bytes of the last checkpoint.
+fn result(run: &Path) -> (Vec<String>, Vec<(String, Vec<u8>)>) {
+    let log = fs::read_to_string(run.join("log.jsonl")).unwrap();
+    let lines = log.lines().map(|line| {
+        let record: serde_json::Value = serde_json::from_str(line).unwrap();
+        let keys = ["step", "tokens", "loss", "validation_loss", "gradient_norm", "learning_rate"];
+        keys.map(|key| record[key].to_string()).join(" ")
+    });
+    let model = fs::canonicalize(run.join("model")).unwrap();
+    let mut files: Vec<_> = ["model.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"]
+        .iter()
+        .map(|name| ((*name).to_owned(), fs::read(model.join(name)).unwrap()))
+        .collect();
+    files.push(("path".to_owned(), model.file_name().unwrap().as_encoded_bytes().to_vec()));
+    (lines.collect(), files)
+}
+
+fn assert_same(found: &Path, expected: &Path) {
+    let (found, expected) = (result(found), result(expected));
+    assert_eq!(found.0, expected.0, "losses");
+    for (found, expected) in found.1.iter().zip(&expected.1) {
+        assert!(found == expected, "{} differs", found.0);
+    }
+}
+
+#[test]
+fn stopped_and_resumed_runs_equal_an_uninterrupted_one() {
+    let whole = Run::new();
+    succeed(&mut whole.command(&[]));
+    // Another evaluation, log or number of threads changes nothing that is learnt.
+    let stopped = whole.beside("stopped");
+    for signal in ["INT", "TERM"] {
+        let mut child = stopped.command(&["run.threads=2"]).arg("--resume").spawn().unwrap();
+        let before = checkpoints(&stopped.path()).last().cloned();
+        wait_until(&mut child, || checkpoints(&stopped.path()).last().cloned() > before);
+        kill(&child, signal);
+        let code = child.wait().unwrap().code();
+        let expected = if signal == "INT" { 130 } else { 143 };
+        assert!(code == Some(expected) || code == Some(0), "{code:?} after SIG{signal}");
+    }
+    succeed(stopped.command(&[]).arg("--resume"));
+    assert_same(&stopped.path(), &whole.path());
+    // Two checkpoints are kept, and finished means finished.
+    assert_eq!(checkpoints(&whole.path()), ["step-00000021", "step-00000024"]);
+    succeed(stopped.command(&[]).arg("--resume"));
+    assert_same(&stopped.path(), &whole.path());
+    let error = refused(&mut stopped.command(&[]));
+    assert!(error.contains("--resume"), "{error}");
+    let error =
+        refused(stopped.command(&["optimizer.beta1=0.8", "model.hidden_size=64"]).arg("--resume"));
+    assert!(error.contains("optimizer.beta1: 0.9, 0.8"), "{error}");
+    assert!(error.contains("model.hidden_size: 32, 64"), "{error}");
+    // The event files are there, and a plot can be drawn.
+    let svg = whole.directory.path().join("loss.svg");
+    succeed(mmfree().arg("plot").args([whole.path(), stopped.path()]).arg("-o").arg(&svg));
+    assert!(fs::read_to_string(svg).unwrap().contains("<svg"));
+}
+
+/// Kills at random moments, often while a checkpoint is written: `checkpoint.every=1`. MMFREE_KILLS says how
+/// often, 5 times if it does not.
+#[test]
+fn a_killed_run_loses_nothing_but_the_steps_since_its_checkpoint() {
+    let kills: u64 = std::env::var("MMFREE_KILLS").map_or(5, |kills| kills.parse().unwrap());
+    let set = ["checkpoint.every=1", "run.steps=60"];
+    let whole = Run::new();
+    let start = Instant::now();
+    succeed(&mut whole.command(&set));
+    let took = start.elapsed();
+    let killed = whole.beside("killed");
+    let mut random = 0x1234_5678_9abc_def0u64;
+    let mut hit = 0;
+    while hit < kills {
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Long runs survive short lives; at times one gets to its end.
+        let life =
+            took.mul_f64((0.02 + 0.3 * (random >> 40) as f64 / (1u64 << 24) as f64).min(1.0));
+        let before = checkpoints(&killed.path());
+        let mut child = killed.command(&set).arg("--resume").stderr(Stdio::null()).spawn().unwrap();
+        thread::sleep(life);
+        if child.try_wait().unwrap().is_some() {
+            assert_same(&killed.path(), &whole.path());
+            fs::remove_dir_all(killed.path()).unwrap();
+            continue;
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        hit += 1;
+        // What was there is there.
+        assert!(checkpoints(&killed.path()).last() >= before.last());
+    }
+    succeed(killed.command(&set).arg("--resume"));
+    assert_same(&killed.path(), &whole.path());
+    let left: Vec<_> = fs::read_dir(killed.path().join("checkpoints")).unwrap().collect();
+    assert_eq!(left.len(), 2, "what was begun is removed");
+    eprintln!("{hit} kills");
+}
+
+/// A limit on the size of files is a disk that is full: the last checkpoint stays whole, the error says
+/// so, and with more room the run goes on to the same bits.
+#[test]
+fn a_full_disk_keeps_the_checkpoint_and_the_run_goes_on() {
+    let whole = Run::new();
+    succeed(&mut whole.command(&[]));
+    let full = whole.beside("full");
+    let mut child = full.command(&[]).stderr(Stdio::null()).spawn().unwrap();
+    wait_until(&mut child, || checkpoints(&full.path()).len() > 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let before = checkpoints(&full.path());
+    let blocks = "20"; // of 1024 bytes: less than the weights
+    let limited = full.command(&[]);
+    let mut shell = Command::new("bash");
+    shell.current_dir(root()).env_remove("RANK");
+    shell.args(["-c", "trap '' XFSZ; ulimit -f \"$0\"; exec \"$@\" --resume", blocks]);
+    shell.arg(limited.get_program()).args(limited.get_args());
+    let error = refused(&mut shell);
+    assert!(error.contains("cannot write"), "{error}");
+    assert!(error.contains("is whole") && error.contains("--resume"), "{error}");
+    assert_eq!(checkpoints(&full.path()), before);
+    succeed(full.command(&[]).arg("--resume"));
+    assert_same(&full.path(), &whole.path());
+}
+
+/// From a text to a model that has learnt from it, is packed and writes.
+#[test]
+fn a_tiny_model_learns_is_packed_and_writes() {
+    let directory = tempfile::tempdir().unwrap();
+    let run = directory.path().join("run");
+    succeed(
+        mmfree()
+            .current_dir(root())
+            .args(["train", "configs/tiny.toml", "--set"])
+            .arg(format!("run.directory={}", run.display()))
+            .args(["--set", "run.steps=120", "--set", "evaluation.every=120"]),
+    );
+    let (losses, _) = result(&run);
+    let last: f64 = losses[losses.len() - 1].split(' ').nth(3).unwrap().parse().unwrap();
+    let uniform = (1024f64).ln();
+    assert!(last < LEARNT, "validation loss {last:.3}, of {uniform:.3} at the start");
+    let packed = directory.path().join("model.gguf");
+    succeed(mmfree().arg("pack").arg(run.join("model")).arg("-o").arg(&packed));
+    let write = |model: &Path| {
+        let mut command = mmfree();
+        command.arg("generate").arg(model).args([
+            "Once upon a time",
+            "--greedy",
+            "--max-tokens",
+            "20",
+        ]);
+        String::from_utf8(succeed(&mut command).stdout).unwrap()
+    };
+    let text = write(&packed);
+    assert!(text.split_whitespace().count() > 5, "{text}");
+    assert_eq!(text, write(&run.join("model")));
+}
+
+/// Validation loss that 120 steps of `configs/tiny.toml` must get below.
+const LEARNT: f64 = 4.0;
+
+#[test]
+fn processes_of_a_launcher_give_the_bits_of_one_and_resume_in_other_numbers() {
+    let alone = Run::new();
+    succeed(&mut alone.command(&[]));
+    let together = alone.beside("together");
+    // Four processes, then two, then one.
+    for (size, stop) in [(4, "step-00000006"), (2, "step-00000012")] {
+        let mut children = launch(&together, size);
+        wait_until(&mut children[0], || {
+            checkpoints(&together.path()).last().is_some_and(|last| last.as_str() >= stop)
+        });
+        kill(&children[1], "TERM");
+        for mut child in children {
+            assert!(matches!(child.wait().unwrap().code(), Some(0 | 130 | 143)));
+        }
+    }
+    succeed(together.command(&[]).arg("--resume"));
+    assert_same(&together.path(), &alone.path());
+}
+
+#[test]
+fn wrong_configurations_and_data_are_refused_with_everything_that_is_wrong() {
+    let run = Run::new();
+    let error = refused(&mut run.command(&["batch.micro_batch=3", "schedule.warmup_steps=99"]));
+    assert!(
+        error.contains("batch.micro_batch is 3") && error.contains("warmup_steps is 99"),
+        "{error}"
+    );
+    let error = refused(&mut run.command(&["batch.microbatch=2", "optimiser.beta1=0"]));
+    assert!(error.contains("did you mean batch.micro_batch"), "{error}");
+    assert!(error.contains("did you mean optimizer.beta1"), "{error}");
+    let error = refused(&mut run.command(&["data.train=no-such-text.txt"]));
+    assert!(error.contains("no-such-text.txt"), "{error}");
+    let error = refused(run.command(&[]).env("RANK", "0"));
+    assert!(error.contains("WORLD_SIZE"), "{error}");
+    let mut config = mmfree();
+    config.current_dir(root()).args(["train", "configs/370m.toml", "--print-config"]);
+    let printed = succeed(&mut config);
+    assert!(String::from_utf8_lossy(&printed.stdout).contains("hidden_size = 1024"));
+}
+
+#[test]
+fn a_run_that_diverges_stops_and_keeps_its_checkpoint() {
+    let run = Run::new();
+    let set = ["optimizer.learning_rate=9", "optimizer.clip_grad_norm=0", "guard.divergence=0.5"];
+    let error = refused(run.command(&set).args(["--set", "run.steps=400"]));
+    assert!(error.contains("stopped at step") && error.contains("learning_rate"), "{error}");
+}
+
+/// Starts the processes of a run as a launcher does.
+fn launch(run: &Beside, size: usize) -> Vec<Child> {
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    (0..size)
+        .map(|rank| {
+            run.command(&[])
+                .arg("--resume")
+                .env("RANK", rank.to_string())
+                .env("WORLD_SIZE", size.to_string())
+                .env("MASTER_ADDR", "127.0.0.1")
+                .env("MASTER_PORT", port.to_string())
+                .spawn()
+                .unwrap()
+        })
+        .collect()
+}
+
+fn checkpoints(run: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(run.join("checkpoints")) else { return Vec::new() };
+    let mut names: Vec<_> = entries
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with("step-"))
+        .collect();
+    names.sort();
+    names
+}
+
+fn kill(child: &Child, signal: &str) {
+    let id = child.id().to_string();
+    // It may have ended by itself.
+    let _ = Command::new("kill").args(["-s", signal, &id]).stderr(Stdio::null()).status();
+}
+
+/// Waits for something that a process does, or for its end.
+fn wait_until(child: &mut Child, what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() && child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(120), "it takes too long");
+        thread::sleep(Duration::from_millis(2));
+    }
+}

