@@ -168,7 +168,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     })?;
     let checkpoint = model_arg::open(args.model.as_deref())?;
     let tokenizer = checkpoint.tokenizer()?;
-    let engine = Engine::new(Arc::new(Model::load(&checkpoint)?), &args.engine.options()?)?;
+    let engine_options = args.engine.options()?;
+    let model = Model::load_in(&checkpoint, engine_options.layout()?)?;
+    let engine = Engine::new(Arc::new(model), &engine_options)?;
     let description = engine.describe();
     let (scheme, has_keys) =
         (if options.tls.is_some() { "https" } else { "http" }, !options.api_keys.is_empty());

@@ -106,7 +106,8 @@ pub(super) fn load(
     capability: (i32, i32),
     driver_version: i32,
 ) -> Result<Ptx, CudaError> {
-    let architecture = std::env::var(ARCHITECTURE_VARIABLE).ok();
+    // What only one architecture has cannot be compiled for another: it would be empty there.
+    let architecture = std::env::var(ARCHITECTURE_VARIABLE).ok().filter(|_| !source.hopper_only);
     let architecture = architecture.unwrap_or_else(|| architecture_of(source, capability));
     let file = cache_folder().map(|folder| {
         let key = cache_key(source, &architecture, driver_version);
