@@ -62,6 +62,8 @@ impl Writer {
                     tokens,
                     documents,
                 )?);
+                // The process may have ended between the record of a full shard and its completion.
+                writer.finish_full_shard()?;
             }
         }
         Ok(writer)
@@ -141,11 +143,15 @@ impl Writer {
         manifest.tokens += tokens;
         manifest.text_bytes += bytes;
         self.advance(after)?;
-        let shard = self.shard.as_ref().expect("still being written");
-        if shard.tokens() >= self.progress.job.shard_tokens || shard.documents() >= MAX_DOCUMENTS {
-            self.finish_shard()?;
-        }
-        Ok(())
+        self.finish_full_shard()
+    }
+
+    /// Completes the shard if it has its size.
+    fn finish_full_shard(&mut self) -> Result<()> {
+        let most = self.progress.job.shard_tokens;
+        let is_full =
+            |shard: &ShardWriter| shard.tokens() >= most || shard.documents() >= MAX_DOCUMENTS;
+        if self.shard.as_ref().is_some_and(is_full) { self.finish_shard() } else { Ok(()) }
     }
 
     /// Counts something broken that is left out, and the whole document if it is a part of one.
