@@ -62,7 +62,7 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
     let log = unsafe { result::get_program_log(program.0) }.map_or_else(
         |_| String::new(),
         |log| {
-            let bytes: Vec<u8> = log.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+            let bytes: Vec<u8> = log.iter().map(|c| c.to_ne_bytes()[0]).take_while(|&c| c != 0).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         },
     );
@@ -86,7 +86,7 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
         // SAFETY: the program is alive and was compiled.
         let text = unsafe { result::get_ptx(program.0) };
         let text = text.map_err(|error| failed(error.to_string()))?;
-        text.iter().map(|&c| c as u8).collect()
+        text.iter().map(|c| c.to_ne_bytes()[0]).collect()
     };
     Ok(Compiled { code, log })
 }

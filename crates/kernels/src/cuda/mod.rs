@@ -151,7 +151,7 @@ impl Device {
         let uuid =
             self.context.uuid().map_err(|error| CudaError::driver("cuDeviceGetUuid", error))?;
         let hex: Vec<String> =
-            uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect();
+            uuid.bytes.iter().map(|byte| format!("{:02x}", byte.to_ne_bytes()[0])).collect();
         let part = |range: std::ops::Range<usize>| hex[range].concat();
         Ok(format!(
             "GPU-{}-{}-{}-{}-{}",
