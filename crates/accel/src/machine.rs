@@ -379,7 +379,7 @@ impl Machine {
         let end = start + u64::from(i.imm) * u64::from(self.configuration.weight_bytes);
         let limit = self.streams.iter().map(Vec::len).min().unwrap_or(0) as u64;
         let whole = u64::from(self.configuration.burst_beats * self.configuration.weight_bytes);
-        if start % whole != 0 {
+        if !start.is_multiple_of(whole) {
             return Err(format!(
                 "streams begin at multiples of a burst of {whole} bytes, found {start}"
             ));

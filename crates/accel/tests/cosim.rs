@@ -93,7 +93,7 @@ fn random_image(configuration: &Configuration, seed: u64) -> Image {
                 emit(Opcode::Mlgru, &mut |i| (i.vd, i.va, i.vb, i.vc, i.n) = (d, slots[1], b, c, n))
             }
             7 => emit(Opcode::ArgMax, &mut |i| (i.va, i.n) = (a, n)),
-            8 if imm % 3 == 0 => emit(Opcode::ClearMax, &mut |_| {}),
+            8 if imm.is_multiple_of(3) => emit(Opcode::ClearMax, &mut |_| {}),
             9 => emit(Opcode::Store, &mut |i| (i.va, i.sa, i.sd, i.n) = (a, 2, 1, n)),
             10 => {
                 emit(Opcode::SetA, &mut |i| (i.sd, i.imm) = (3, imm % 100));
@@ -118,7 +118,7 @@ fn random_image(configuration: &Configuration, seed: u64) -> Image {
                 emit(Opcode::End, &mut |_| {});
             }
             _ => {
-                let packing = if imm % 2 == 0 { Packing::T2 } else { Packing::T5 };
+                let packing = if imm.is_multiple_of(2) { Packing::T2 } else { Packing::T5 };
                 let (rows, cols) = (n, 1 + (imm >> 3) as u16 % longest as u16);
                 beats += configuration.beats(packing, rows.into(), cols.into()) as u64;
                 let scale = (imm >> 20) as u8 % 16;

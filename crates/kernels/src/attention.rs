@@ -86,7 +86,7 @@ impl AttentionScratch {
 }
 
 /// Cuts memory into pieces.
-fn pieces<'a, const N: usize>(memory: &'a mut [f32], sizes: [usize; N]) -> [&'a mut [f32]; N] {
+fn pieces<const N: usize>(memory: &mut [f32], sizes: [usize; N]) -> [&mut [f32]; N] {
     let mut rest = memory;
     sizes.map(|size| {
         let (piece, others) = std::mem::take(&mut rest).split_at_mut(size);

@@ -133,9 +133,7 @@ mod tests {
             ("b", 3, ParameterKind::LowerBounds),
             ("m", 20, ParameterKind::Matrix),
         ];
-        ParameterLayout::new(
-            tensors.map(|(name, len, kind)| (name.to_owned(), vec![len], kind)).into_iter(),
-        )
+        ParameterLayout::new(tensors.map(|(name, len, kind)| (name.to_owned(), vec![len], kind)))
     }
 
     #[test]

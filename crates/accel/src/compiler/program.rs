@@ -229,7 +229,7 @@ impl<'a> Builder<'a> {
         if whole > 1 {
             self.emit(Opcode::End, |_| {});
         }
-        if rows % tile > 0 {
+        if !rows.is_multiple_of(tile) {
             body(self, whole * tile, rows % tile);
         }
     }

@@ -195,8 +195,9 @@ fn run(
     cancel: &AtomicBool,
     events: &mut dyn FnMut(Event),
 ) -> Result<()> {
+    let sources = writer.sources().to_vec();
     let corpus = Corpus {
-        sources: &writer.sources().to_vec(),
+        sources: &sources,
         tokenizer: encoder.tokenizer,
         separator: options.separator.as_deref(),
         field: &options.field,
