@@ -27,7 +27,7 @@ struct Run {
 }
 
 /// Keys that make `configs/tiny.toml` a model of a few thousand parameters.
-const SMALL: [&str; 12] = [
+const SMALL: [&str; 13] = [
     "model.hidden_size=32",
     "model.intermediate_size=48",
     "model.num_hidden_layers=2",
@@ -35,6 +35,7 @@ const SMALL: [&str; 12] = [
     "batch.sequence_length=32",
     "batch.sequences=8",
     "batch.micro_batch=2",
+    "batch.reduction_groups=4",
     "evaluation.sequences=8",
     "evaluation.every=5",
     "checkpoint.every=3",

@@ -23,7 +23,8 @@ pub(super) struct Corpus<'a> {
     pub tokenizer: &'a Tokenizer,
     /// Line between two documents of a `.txt` file.
     pub separator: Option<&'a str>,
-    /// JSON field or parquet column.
+    /// Parquet column: the field of JSON lines is read behind the pipeline.
+    #[cfg_attr(not(feature = "parquet"), expect(dead_code))]
     pub field: &'a str,
 }
 
