@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests/python"))
+# In place of this folder, whose tokenize.py would hide that of the standard library.
+sys.path[0] = str(ROOT / "tests/python")
+import torch  # noqa: E402
 from reference_model import MatMulFree  # noqa: E402
 
 CONFIG = dict(
