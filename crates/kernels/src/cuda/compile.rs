@@ -62,7 +62,8 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
     let log = unsafe { result::get_program_log(program.0) }.map_or_else(
         |_| String::new(),
         |log| {
-            let bytes: Vec<u8> = log.iter().map(|c| c.to_ne_bytes()[0]).take_while(|&c| c != 0).collect();
+            let bytes: Vec<u8> =
+                log.iter().map(|c| c.to_ne_bytes()[0]).take_while(|&c| c != 0).collect();
             String::from_utf8_lossy(&bytes).into_owned()
         },
     );

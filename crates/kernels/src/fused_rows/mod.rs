@@ -2,7 +2,7 @@
 //!
 //! | function | computes |
 //! |---|---|
-//! | [`FusedRows::embed`] | x = embeddings[token] |
+//! | [`FusedRows::embed`] | `x = embeddings[token]` |
 //! | [`FusedRows::residual`] | x += y; Q8(RMSNorm(RMSNorm(x; norm, ε); w, 1e-6)) for one or three w |
 //! | [`FusedRows::gate`] | Q8(RMSNorm(RMSNorm(g; norm, ε) ⊙ silu(h); w, 1e-6)) |
 //! | [`FusedRows::glu`] | Q8(RMSNorm(silu(a) ⊙ b; w, 1e-6)) |

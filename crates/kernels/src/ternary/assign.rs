@@ -6,7 +6,7 @@ use crate::tier::{Backend, compiled_for_each_tier};
 
 impl TernaryMatrix {
     /// Becomes the quantised form of full-precision weights [N, K], row-major, in place: what
-    /// [`absmean_scale`] and [`quantize_trits`] give.
+    /// `absmean_scale` and the quantiser of trits give.
     ///
     /// # Errors
     /// A wrong number of weights, a weight that is NaN or infinite; the matrix is then unchanged.

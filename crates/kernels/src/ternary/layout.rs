@@ -23,7 +23,7 @@ pub(crate) type PanelVector = [u32; PANEL_ROWS];
 pub enum Layout {
     /// Two bits a trit: a unit is a word.
     TwoBit,
-    /// Five trits a byte, 1.6 bits a trit: four units hold five words (see [`base3`]).
+    /// Five trits a byte, 1.6 bits a trit: four units hold five words (see the module `base3`).
     Base3,
 }
 

@@ -9,7 +9,7 @@ pub enum TensorKind {
     Ternary,
     /// The embedding table [V, D].
     Embeddings,
-    /// Weight of an RMSNorm [width].
+    /// Weight of an RMSNorm, `[width]`.
     Norm,
     /// The learned lower bounds [L, D].
     LowerBounds,
