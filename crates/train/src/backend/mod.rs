@@ -3,7 +3,8 @@
 //! A backend owns its memory: parameters, gradients and moments are [`Flat`](Backend::Flat) buffers in
 //! f32, activations are [`Tensor`](Backend::Tensor)s in whatever precision it computes with. Nothing but
 //! [`take_loss`](Backend::take_loss), [`sum_of_squares`](Backend::sum_of_squares) and reads and writes of flat
-//! buffers waits for the device, and after [`reserve`](Backend::reserve) no operation allocates.
+//! buffers waits for the device. [`reserve`](Backend::reserve) allocates scratch memory before the first step; on the CPU
+//! some of it still grows at first use, and small vectors are made in each call.
 //!
 //! Every operation is deterministic: the same inputs give the same bits on any number of threads.
 //! Backward operations take the forward's inputs and recompute what is cheap. They **add** to
