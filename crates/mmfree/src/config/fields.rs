@@ -77,6 +77,46 @@ impl FieldReader<'_> {
     }
 }
 
+/// A configuration, unless its fields or their values have problems.
+///
+/// # Errors
+/// [`Error::Config`] with what the fields have; if they have nothing, with what `problems` finds.
+pub(super) fn checked<C>(
+    file: &str,
+    of_fields: Vec<String>,
+    config: C,
+    problems: impl FnOnce(&C) -> Vec<String>,
+) -> Result<C> {
+    let problems = if of_fields.is_empty() { problems(&config) } else { of_fields };
+    if problems.is_empty() {
+        Ok(config)
+    } else {
+        Err(Error::Config { file: file.to_owned(), problems })
+    }
+}
+
+/// Sizes, by name, that are zero or above their limit.
+pub(super) fn size_problems(sizes: &[(&str, usize, usize)]) -> Vec<String> {
+    let wrong = sizes.iter().filter(|(_, value, limit)| *value == 0 || value > limit);
+    wrong.map(|(name, value, limit)| format!("{name} is {value}, expected 1 to {limit}")).collect()
+}
+
+/// What is wrong with the epsilon of the norms.
+pub(super) fn epsilon_problem(rms_norm_eps: f32) -> Option<String> {
+    let is_fine = rms_norm_eps > 0.0 && rms_norm_eps < 1.0;
+    (!is_fine)
+        .then(|| format!("rms_norm_eps is {rms_norm_eps}, expected a positive number below 1"))
+}
+
+/// Ids of special tokens that the vocabulary does not have.
+pub(super) fn token_problems(vocab_size: usize, bos: Option<u32>, eos: &[u32]) -> Vec<String> {
+    let bos = bos.iter().map(|id| ("bos_token_id", id));
+    let all = bos.chain(eos.iter().map(|id| ("eos_token_id", id)));
+    all.filter(|(_, id)| **id as usize >= vocab_size)
+        .map(|(name, id)| format!("{name} is {id}, expected less than vocab_size {vocab_size}"))
+        .collect()
+}
+
 fn token_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok())
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use self::fields::FieldReader;
 use crate::checkpoint::layout::{TensorKind, expected_tensors};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 pub use transformer::TransformerConfig;
 
@@ -92,8 +92,9 @@ impl ModelConfig {
     /// Reads a Hugging Face `config.json`. `file` names it in errors.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if it is no JSON object, otherwise one [`Error::Config`] with everything
-    /// that is missing, out of bounds or asks for something that is not computed here.
+    /// [`Malformed`](crate::error::Error::Malformed) if it is no JSON object, otherwise one
+    /// [`Config`](crate::error::Error::Config) with everything that is missing, out of bounds or asks for
+    /// something that is not computed here.
     pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self> {
         let fields = fields::parse(file, bytes)?;
         let mut reader = FieldReader { fields: &fields, problems: Vec::new() };
@@ -109,45 +110,23 @@ impl ModelConfig {
             bos_token_id: reader.token_ids("bos_token_id").first().copied(),
             eos_token_ids: reader.token_ids("eos_token_id"),
         };
-        let mut problems = reader.problems;
-        if problems.is_empty() {
-            problems = config.problems();
-        }
-        if problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(Error::Config { file: file.to_owned(), problems })
-        }
+        fields::checked(file, reader.problems, config, Self::problems)
     }
 
     /// Everything that keeps the configuration from being run; empty if it is fine.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        for (name, value, limit) in [
+        let mut problems = fields::size_problems(&[
             ("vocab_size", self.vocab_size, MAX_VOCAB_SIZE),
             ("hidden_size", self.hidden_size, MAX_HIDDEN_SIZE),
             ("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE),
             ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
-        ] {
-            if value == 0 || value > limit {
-                problems.push(format!("{name} is {value}, expected 1 to {limit}"));
-            }
-        }
-        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
-            problems.push(format!(
-                "rms_norm_eps is {}, expected a positive number below 1",
-                self.rms_norm_eps
-            ));
-        }
-        let tokens = self.bos_token_id.iter().map(|id| ("bos_token_id", id));
-        for (name, &id) in tokens.chain(self.eos_token_ids.iter().map(|id| ("eos_token_id", id))) {
-            if id as usize >= self.vocab_size {
-                problems.push(format!(
-                    "{name} is {id}, expected less than vocab_size {}",
-                    self.vocab_size
-                ));
-            }
-        }
+        ]);
+        problems.extend(fields::epsilon_problem(self.rms_norm_eps));
+        problems.extend(fields::token_problems(
+            self.vocab_size,
+            self.bos_token_id,
+            &self.eos_token_ids,
+        ));
         problems
     }
 

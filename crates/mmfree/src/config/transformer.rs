@@ -7,7 +7,7 @@ use super::fields::{self, FieldReader};
 use super::{
     MAX_HIDDEN_SIZE, MAX_INTERMEDIATE_SIZE, MAX_LAYERS, MAX_VOCAB_SIZE, float_json, token_ids_json,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Configuration of a Transformer++ (`model_type` `llama`), validated: RMSNorm, RoPE, causal softmax
 /// attention with as many key heads as query heads, SwiGLU, full-precision weights without bias.
@@ -39,8 +39,9 @@ impl TransformerConfig {
     /// Reads a Hugging Face `config.json`. `file` names it in errors.
     ///
     /// # Errors
-    /// [`Error::Malformed`] if it is no JSON object, otherwise one [`Error::Config`] with everything
-    /// that is missing, out of bounds or asks for something that is not computed here.
+    /// [`Malformed`](crate::error::Error::Malformed) if it is no JSON object, otherwise one
+    /// [`Config`](crate::error::Error::Config) with everything that is missing, out of bounds or asks for
+    /// something that is not computed here.
     pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self> {
         let fields = fields::parse(file, bytes)?;
         let mut reader = FieldReader { fields: &fields, problems: Vec::new() };
@@ -74,54 +75,34 @@ impl TransformerConfig {
                 );
             }
         }
-        let mut problems = reader.problems;
-        if problems.is_empty() {
-            problems = config.problems();
-        }
-        if problems.is_empty() {
-            Ok(config)
-        } else {
-            Err(Error::Config { file: file.to_owned(), problems })
-        }
+        fields::checked(file, reader.problems, config, Self::problems)
     }
 
     /// Everything that keeps the configuration from being run; empty if it is fine.
     pub fn problems(&self) -> Vec<String> {
-        let mut problems = Vec::new();
-        for (name, value, limit) in [
+        let mut problems = fields::size_problems(&[
             ("vocab_size", self.vocab_size, MAX_VOCAB_SIZE),
             ("hidden_size", self.hidden_size, MAX_HIDDEN_SIZE),
             ("intermediate_size", self.intermediate_size, MAX_INTERMEDIATE_SIZE),
             ("num_hidden_layers", self.num_hidden_layers, MAX_LAYERS),
             ("num_attention_heads", self.num_attention_heads, MAX_HIDDEN_SIZE),
             ("max_position_embeddings", self.max_position_embeddings, usize::MAX),
-        ] {
-            if value == 0 || value > limit {
-                problems.push(format!("{name} is {value}, expected 1 to {limit}"));
-            }
-        }
+        ]);
         let (d, heads) = (self.hidden_size, self.num_attention_heads);
         if heads > 0 && !d.is_multiple_of(2 * heads) {
             problems.push(format!(
                 "hidden_size is {d}, expected a multiple of twice num_attention_heads {heads}"
             ));
         }
-        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
-            problems.push(format!(
-                "rms_norm_eps is {}, expected a positive number below 1",
-                self.rms_norm_eps
-            ));
-        }
+        problems.extend(fields::epsilon_problem(self.rms_norm_eps));
         if !(self.rope_theta >= 1.0 && self.rope_theta <= 1e12) {
             problems.push(format!("rope_theta is {}, expected 1 to 1e12", self.rope_theta));
         }
-        let tokens = self.bos_token_id.iter().map(|id| ("bos_token_id", id));
-        for (name, &id) in tokens.chain(self.eos_token_ids.iter().map(|id| ("eos_token_id", id))) {
-            if id as usize >= self.vocab_size {
-                let limit = self.vocab_size;
-                problems.push(format!("{name} is {id}, expected less than vocab_size {limit}"));
-            }
-        }
+        problems.extend(fields::token_problems(
+            self.vocab_size,
+            self.bos_token_id,
+            &self.eos_token_ids,
+        ));
         problems
     }
 
