@@ -1,6 +1,6 @@
 //! `mmfree chat`: a conversation.
 
-use std::io::{BufRead, IsTerminal, Write, stdin, stdout};
+use std::io::{BufRead, IsTerminal, stdin};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +17,7 @@ use rustyline::error::ReadlineError;
 
 use crate::model_arg::{self, EngineArgs, Loaded};
 use crate::sampling_args::SamplingArgs;
+use crate::streamed_text::print;
 use crate::{interrupt, state_file};
 
 const HELP: &str = "\
@@ -208,14 +209,6 @@ impl Conversation {
         }
         Ok(())
     }
-}
-
-fn print(text: &str) -> mmfree::error::Result<()> {
-    let mut stdout = stdout().lock();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(|reason| Error::Write { file: "standard output".into(), reason })
 }
 
 /// Lines from a terminal, with editing and history, or from anything else.

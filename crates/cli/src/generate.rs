@@ -1,12 +1,10 @@
 //! `mmfree generate`: continues a text.
 
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use mmfree::error::Error;
 use mmfree::output::OutputFile;
 use mmfree::state::State;
 use mmfree::text::generate::{Event, FinishReason, GenerateOptions, generate};
@@ -16,7 +14,7 @@ use crate::model_arg::{self, EngineArgs};
 use crate::prompt::{Prompt, split_positionals};
 use crate::sampling_args::SamplingArgs;
 use crate::token_ids::TokenIds;
-use crate::{interrupt, state_file};
+use crate::{interrupt, state_file, streamed_text};
 
 /// Continue a text
 ///
@@ -216,17 +214,12 @@ impl Output {
         if self.ends_line { Ok(()) } else { self.print("\n") }
     }
 
-    /// Prints at once: a reader sees each token when it comes.
     fn print(&mut self, text: &str) -> mmfree::error::Result<()> {
         if text.is_empty() {
             return Ok(());
         }
         self.has_printed = true;
         self.ends_line = text.ends_with('\n');
-        let mut stdout = stdout().lock();
-        stdout
-            .write_all(text.as_bytes())
-            .and_then(|()| stdout.flush())
-            .map_err(|reason| Error::Write { file: "standard output".into(), reason })
+        streamed_text::print(text)
     }
 }

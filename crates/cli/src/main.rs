@@ -23,6 +23,7 @@ mod prompt;
 mod sampling_args;
 mod serve;
 mod state_file;
+mod streamed_text;
 mod token_ids;
 mod tokenize;
 mod tokenizer;

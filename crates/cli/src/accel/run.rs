@@ -1,13 +1,11 @@
 //! `mmfree accel run`: generates text on the simulated accelerator.
 
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
-use mmfree::error::Error;
 use mmfree::sampler::Sampler;
 use mmfree::tokenizer::Tokenizer;
 use mmfree_accel::generate::{Finish, generate};
@@ -17,6 +15,7 @@ use serde_json::json;
 use super::HardwareArgs;
 use crate::prompt::{Prompt, split_positionals};
 use crate::sampling_args::SamplingArgs;
+use crate::streamed_text::print;
 use crate::token_ids::TokenIds;
 use crate::{interrupt, model_arg};
 
@@ -140,13 +139,4 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         print(if text.ends_with('\n') { "" } else { "\n" })?;
     }
     Ok(if finish == Finish::Cancelled { interrupt::EXIT_CODE.into() } else { ExitCode::SUCCESS })
-}
-
-/// Prints at once: a reader sees each token when it comes.
-fn print(text: &str) -> mmfree::error::Result<()> {
-    let mut stdout = stdout().lock();
-    stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-        .map_err(|reason| Error::Write { file: "standard output".into(), reason })
 }
