@@ -152,14 +152,21 @@ pub fn tokenize(
         shard_tokens: options.shard_tokens,
     };
 
-    let journal = Journal::open(output, &options.part.manifest_name())?;
     let manifest_path = output.join(options.part.manifest_name());
-    if manifest_path.exists() {
+    let mut already_done = || {
         let done = Manifest::read(&manifest_path)?;
-        journal.remove();
         check_done(&manifest_path, &done, &manifest)?;
         events(Event::AlreadyDone);
-        return Ok(done);
+        Ok(done)
+    };
+    // Without the lock: the processes of a run look at the same complete corpus at the same time.
+    if manifest_path.exists() && !Journal::is_left(output, &options.part.manifest_name()) {
+        return already_done();
+    }
+    let journal = Journal::open(output, &options.part.manifest_name())?;
+    if manifest_path.exists() {
+        journal.remove();
+        return already_done();
     }
     let recorded = match journal.read()? {
         Some(recorded) => {

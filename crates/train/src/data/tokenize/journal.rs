@@ -11,6 +11,10 @@ use crate::data::manifest::Manifest;
 use crate::data::shard::sync_directory;
 use crate::data::source::{Position, Source};
 
+/// What the names of a job's own files begin with.
+const PROGRESS: &str = "progress-of-";
+const LOCK: &str = "lock-of-";
+
 /// Everything that decides which bytes a job writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,8 +55,8 @@ impl Journal {
     /// # Errors
     /// Another process holds it; a directory that cannot be written.
     pub(super) fn open(directory: &Path, manifest_name: &str) -> Result<Self> {
-        let path = directory.join(format!("progress-of-{manifest_name}"));
-        let lock = directory.join(format!("lock-of-{manifest_name}"));
+        let path = directory.join(format!("{PROGRESS}{manifest_name}"));
+        let lock = directory.join(format!("{LOCK}{manifest_name}"));
         let write_error = |reason| Error::Write { file: lock.display().to_string(), reason };
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&lock);
         let file = file.map_err(write_error)?;
@@ -65,6 +69,13 @@ impl Journal {
             // A file system without locks: the user has to see to it.
             Err(TryLockError::Error(_)) => Ok(Self { path, lock, _locked: file }),
         }
+    }
+
+    /// Whether a job still runs, or was stopped before it could clean up.
+    pub(super) fn is_left(directory: &Path, manifest_name: &str) -> bool {
+        [PROGRESS, LOCK]
+            .iter()
+            .any(|name| directory.join(format!("{name}{manifest_name}")).exists())
     }
 
     /// What an earlier process left.

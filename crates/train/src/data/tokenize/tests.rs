@@ -433,6 +433,26 @@ fn a_text_that_cannot_be_encoded_in_parts_is_left_out_whole() {
     assert!(ids(&options.output) == expected(&["first".to_owned(), "last".to_owned()]));
 }
 
+/// The processes of a run do this to one corpus at the same time.
+#[test]
+fn a_complete_corpus_is_found_by_many_at_once() {
+    let bench = Bench::new();
+    let input = bench.file("a.jsonl", json_lines(&documents()).as_bytes());
+    let options = bench.options(&[input], "out");
+    let manifest = tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    std::thread::scope(|scope| {
+        let look = || {
+            for _ in 0..50 {
+                let found = tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+                assert_eq!(found, manifest);
+            }
+        };
+        for _ in 0..4 {
+            scope.spawn(look);
+        }
+    });
+}
+
 #[test]
 fn a_second_job_at_the_same_time_is_refused() {
     let bench = Bench::new();
