@@ -96,12 +96,24 @@ impl CpuEngine {
 
     /// Brings each sequence's last row to the front.
     pub fn gather_last_rows(&mut self, batch: &[Sequence<'_>]) {
+        let ends = batch.iter().scan(0, |end, sequence| {
+            *end += sequence.tokens.len();
+            Some(*end - 1)
+        });
+        self.gather(ends);
+    }
+
+    /// Brings rows, named in rising order, to the front.
+    pub fn gather(&mut self, rows: impl Iterator<Item = usize>) {
         let width = self.model.config().hidden_size;
-        let mut end = 0;
-        for (at, sequence) in batch.iter().enumerate() {
-            end += sequence.tokens.len();
-            self.buffers.x.copy_within((end - 1) * width..end * width, at * width);
+        for (at, row) in rows.enumerate() {
+            self.buffers.x.copy_within(row * width..(row + 1) * width, at * width);
         }
+    }
+
+    /// Kernels and threads, for work on the logits.
+    pub fn logits_and_pool(&mut self) -> (Backend, &Pool, &mut [f32]) {
+        (self.backend, &self.pool, &mut self.logits)
     }
 
     /// Runs all tokens through all blocks and leaves the residual stream in `buffers.x`.

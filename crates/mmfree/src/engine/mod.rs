@@ -17,6 +17,7 @@
 
 mod cpu;
 mod cuda;
+mod likelihood;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use std::thread;
 
 use mmfree_kernels::bandwidth::ReadBuffer;
 use mmfree_kernels::cuda::Device;
+use mmfree_kernels::pool::Pool;
 use mmfree_kernels::ternary::Layout;
 use mmfree_kernels::tier::Backend;
 
@@ -35,6 +37,7 @@ use crate::state::State;
 
 use cpu::CpuEngine;
 use cuda::CudaEngine;
+pub use likelihood::{TokenScore, WantedRow};
 
 /// Environment variable that names the kernel tier where the options do not.
 pub const BACKEND_VARIABLE: &str = "MMFREE_BACKEND";
@@ -105,6 +108,8 @@ pub struct Engine {
     executor: Executor,
     /// Why `auto` did not choose a GPU that is there.
     fallback: Option<String>,
+    /// Threads of the processor for what is done with a GPU's logits, once needed.
+    host_pool: Option<Pool>,
 }
 
 /// Scratch memory and kernels.
@@ -149,7 +154,7 @@ impl Engine {
                 None => cpu(cpu_backend(Some(name))?),
             },
         };
-        Ok(Self { model, executor, fallback })
+        Ok(Self { model, executor, fallback, host_pool: None })
     }
 
     /// The model.
@@ -388,7 +393,8 @@ impl Engine {
         }
     }
 
-    fn chunk_rows(&self) -> usize {
+    /// Rows of one pass that keep the machine busy in bounded memory.
+    pub(crate) fn chunk_rows(&self) -> usize {
         match &self.executor {
             Executor::Cpu(_) => cpu::CHUNK_ROWS,
             Executor::Cuda(engine) => engine.chunk_rows(),
