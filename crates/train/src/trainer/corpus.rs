@@ -94,13 +94,14 @@ impl Corpus {
         Ok((batch, rows))
     }
 
-    /// What the tokens are, for checkpoints: sizes and the hash of the tokenizer.
+    /// What the tokens are, for checkpoints: sizes, checksum of all shards, and the hash of the tokenizer.
     pub fn fingerprint(&self) -> String {
         let (dataset, tokenizer) = (&self.dataset, self.dataset.tokenizer());
         format!(
-            "{} tokens in {} documents, tokenizer {}",
+            "{} tokens in {} documents, checksum {:016x}, tokenizer {}",
             dataset.tokens(),
             dataset.documents(),
+            dataset.checksum(),
             tokenizer.sha256
         )
     }
