@@ -3,7 +3,7 @@
 
 mod support;
 
-use mmfree_train::communicator::{Communicator as _, Local, Mpi};
+use mmfree_train::communicator::{Local, Mpi};
 use support::{Processes, finished, golden_gradients, trajectory};
 
 fn main() {
