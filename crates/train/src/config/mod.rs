@@ -338,13 +338,13 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`].
     pub fn parse(file: &str, text: &str, overrides: &[Override]) -> Result<Self> {
-        let (config, places, mut problems) = parse::parse(text, overrides);
-        // What contradicts what is only told where every value was understood.
+        let mut parsed = parse::parse(text, overrides);
+        let mut contradictions = check::contradictions(&parsed.config, &parsed.places);
+        contradictions.retain(|problem| parsed.is_certain(problem));
+        let mut problems = std::mem::take(&mut parsed.problems);
+        problems.extend(contradictions);
         if problems.is_empty() {
-            problems = check::contradictions(&config, &places);
-        }
-        if problems.is_empty() {
-            return Ok(config);
+            return Ok(parsed.config);
         }
         problems.sort_by_key(|problem| problem.line);
         Err(Error::Config {

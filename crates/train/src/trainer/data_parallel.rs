@@ -149,6 +149,11 @@ impl<B: Backend + 'static> DataParallel<B> {
         &mut *self.communicator
     }
 
+    /// Ends the work, for something else with the same processes.
+    pub fn into_communicator(self) -> Box<dyn Communicator<B::Flat>> {
+        self.communicator
+    }
+
     /// What computes.
     pub fn describe(&self) -> String {
         self.backend.describe()
