@@ -1,0 +1,914 @@
+//! Benches of single modules: random and corner inputs beside the simulator's arithmetic.
+
+use std::collections::VecDeque;
+
+use mmfree_accel::arith::{self, Scale, Sigmoid};
+use mmfree_accel::config::Packing;
+use mmfree_accel::isa::{Instruction, Opcode};
+
+use crate::Random;
+use crate::bench::Bench;
+
+/// `Err` says what is wrong.
+type Outcome = Result<(), String>;
+/// A module, its number in `mmfree_units_tb.sv`, and its bench.
+pub type Unit = (&'static str, u8, fn(&mut Bench, &mut Random) -> Outcome);
+
+/// Every module but the top, which whole programs test.
+pub const ALL: [Unit; 14] = [
+    ("round", 0, round),
+    ("trits", 1, trits),
+    ("tree", 2, tree),
+    ("vectors", 3, vectors),
+    ("fifo", 4, fifo),
+    ("lane", 5, lane),
+    ("rms", 6, rms),
+    ("row", 7, row),
+    ("ternary", 8, ternary),
+    ("reader", 9, reader),
+    ("data", 10, data),
+    ("writeback", 11, writeback),
+    ("core", 12, core),
+    ("control", 13, control),
+];
+
+macro_rules! ensure {
+    ($condition:expr, $($what:tt)*) => {
+        if !$condition {
+            return Err(format!($($what)*));
+        }
+    };
+}
+
+fn word(value: i32) -> u128 {
+    u128::from(value as u32)
+}
+
+fn scale_bits(scale: Scale) -> u128 {
+    u128::from(scale.mantissa) << 6 | u128::from(scale.exponent)
+}
+
+fn random_scale(random: &mut Random) -> Scale {
+    match random.below(6) {
+        0 => Scale { mantissa: 1, exponent: 0 },
+        1 => Scale { mantissa: (1 << 31) - 1, exponent: random.below(64) as u32 },
+        _ => Scale { mantissa: random.next() as u32 & 0x7fff_ffff, exponent: 20 + random.below(30) as u32 },
+    }
+}
+
+fn round(bench: &mut Bench, random: &mut Random) -> Outcome {
+    let wide = |random: &mut Random| (random.next() as i64) << 31 ^ random.next() as i64;
+    for turn in 0..600 {
+        let shift = random.below(64) as u32;
+        let half = if shift == 0 { 0 } else { 1i64 << (shift - 1).min(61) };
+        let value = match turn % 6 {
+            0 => half,
+            1 => -half,
+            2 => (i64::from(i32::MAX) << shift.min(30)) + half,
+            3 => (i64::from(i32::MIN) << shift.min(30)) - half - 1,
+            _ => wide(random) >> random.below(62),
+        }
+        .clamp(-(1 << 62), 1 << 62);
+        let [found] = bench.cycle(&[(u128::from(value as u64), 64), (shift.into(), 6)], [32])?;
+        let half = if shift == 0 { 0 } else { 1i128 << (shift - 1) };
+        let exact = (i128::from(value) + half) >> shift;
+        let expected = exact.clamp(i32::MIN.into(), i32::MAX.into()) as i32;
+        ensure!(found == word(expected), "{value} >> {shift}: {:#x}, expected {expected:#x}", found);
+    }
+    Ok(())
+}
+
+fn trits(bench: &mut Bench, _: &mut Random) -> Outcome {
+    for packing in [Packing::T2, Packing::T5] {
+        for byte in 0..=255u8 {
+            let fields = [(packing.flag().into(), 1), (byte.into(), 8)];
+            let [found] = bench.cycle(&fields, [10])?;
+            // {is negative, is not zero} each.
+            let expected = packing.decode(byte).iter().rev().fold(0, |bits, &trit| {
+                bits << 2 | u128::from(trit < 0) << 1 | u128::from(trit != 0)
+            });
+            ensure!(found == expected, "{packing:?} {byte}: {found:#b}, expected {expected:#b}");
+        }
+    }
+    Ok(())
+}
+
+fn tree(bench: &mut Bench, random: &mut Random) -> Outcome {
+    let mut flight = VecDeque::new();
+    for turn in 0..400 {
+        let terms: [i8; 8] = std::array::from_fn(|_| match turn % 5 {
+            0 => -127,
+            1 => 127,
+            _ => random.next() as i8,
+        });
+        let enabled = random.below(4) > 0;
+        let bits = terms.iter().rev().fold(0, |bits, &term| bits << 8 | u128::from(term as u8));
+        let [sum] = bench.cycle(&[(enabled.into(), 1), (bits, 64)], [11])?;
+        if flight.len() == 3 {
+            let expected: i32 = flight[0];
+            ensure!(sum == word(expected) & 0x7ff, "sum {sum:#x}, expected {expected}");
+        }
+        if enabled {
+            flight.push_back(terms.iter().map(|&term| i32::from(term)).sum());
+            if flight.len() > 3 {
+                flight.pop_front();
+            }
+        }
+    }
+    Ok(())
+}
+
+fn vectors(bench: &mut Bench, random: &mut Random) -> Outcome {
+    let mut memory = [[0u32; 2]; 16];
+    let mut expected = None;
+    for turn in 0..600u64 {
+        let filling = turn < 16;
+        let addresses: [u64; 2] =
+            std::array::from_fn(|_| if filling { turn } else { random.below(16) });
+        let enables: [bool; 2] = std::array::from_fn(|_| filling || random.below(2) == 0);
+        let values: [u32; 2] = std::array::from_fn(|_| random.next() as u32);
+        // Often the address that is written: the old value comes.
+        let reads: [u64; 3] = std::array::from_fn(|port| {
+            if random.below(2) == 0 { addresses[port % 2] } else { random.below(16) }
+        });
+        let fields = [
+            (reads[2].into(), 4),
+            (reads[1].into(), 4),
+            (reads[0].into(), 4),
+            (enables[1].into(), 1),
+            (enables[0].into(), 1),
+            (addresses[1].into(), 4),
+            (addresses[0].into(), 4),
+            (values[1].into(), 32),
+            (values[0].into(), 32),
+        ];
+        let found = bench.cycle(&fields, [32; 6])?;
+        if let Some(expected) = expected {
+            ensure!(found == expected, "cycle {turn}: {found:x?}, expected {expected:x?}");
+        }
+        let read = |port: usize, lane: usize| u128::from(memory[reads[port] as usize][lane]);
+        expected = (turn >= 16)
+            .then(|| [read(2, 1), read(2, 0), read(1, 1), read(1, 0), read(0, 1), read(0, 0)]);
+        for lane in 0..2 {
+            if enables[lane] {
+                memory[addresses[lane] as usize][lane] = values[lane];
+            }
+        }
+    }
+    Ok(())
+}
+
+fn fifo(bench: &mut Bench, random: &mut Random) -> Outcome {
+    let mut queue = VecDeque::new();
+    let mut next = 0u16;
+    let mut most = 0;
+    for turn in 0..900 {
+        // It fills up, runs empty, and both.
+        let (push, pop) = match turn / 100 % 3 {
+            0 => (true, random.below(8) == 0),
+            1 => (random.below(8) == 0, true),
+            _ => (random.below(2) == 0, random.below(2) == 0),
+        };
+        let fields = [(push.into(), 1), (pop.into(), 1), (next.into(), 16)];
+        // The offer may not change before it is taken, so it is made until then.
+        let [ready, valid, data] = bench.cycle(&fields, [1, 1, 16])?;
+        if valid == 1 && pop {
+            let expected = queue.pop_front();
+            ensure!(expected == Some(data as u16), "found {data}, expected {expected:?}");
+        }
+        if push && ready == 1 {
+            queue.push_back(next);
+            next = next.wrapping_add(1);
+        }
+        most = most.max(queue.len());
+    }
+    // The eight of its memory, and the one in its output register.
+    ensure!(most == 9, "it held {most} entries, expected 9");
+    for _ in 0..12 {
+        let [_, valid, data] = bench.cycle(&[(0, 1), (1, 1), (0, 16)], [1, 1, 16])?;
+        if valid == 1 {
+            ensure!(queue.pop_front() == Some(data as u16), "{data} came out of order");
+        }
+    }
+    ensure!(queue.is_empty(), "{} entries were lost", queue.len());
+    Ok(())
+}
+
+/// Passes of `mmfree_row_pkg`.
+const PASS_QUANT: u128 = 4;
+
+fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const LATENCY: usize = 9;
+    let sigmoid = Sigmoid::default();
+    let one = arith::ONE;
+    let corners =
+        [0, 1, -1, one, -one, i32::MAX, i32::MIN, -128, 127, 16 * one, 16 * one - 1, -16 * one, one / 16];
+    for pass in 0..12u128 {
+        let scale = if pass == PASS_QUANT {
+            Scale { mantissa: 1, exponent: 0 }
+        } else {
+            random_scale(random)
+        };
+        let inputs: Vec<[i32; 3]> = (0..60)
+            .map(|i| {
+                let corner = |random: &mut Random| corners[random.below(13) as usize];
+                match i {
+                    0..13 => [corners[i], corner(random), corner(random)],
+                    // The largest twice, for the search.
+                    20 | 30 => [i32::MAX, 1, 1],
+                    _ => [random.element(), random.element(), random.element()],
+                }
+            })
+            .collect();
+        let mut outputs = Vec::new();
+        for cycle in 0..inputs.len() + LATENCY + 2 {
+            let [a, b, c] = cycle.checked_sub(1).and_then(|i| inputs.get(i)).copied().unwrap_or_default();
+            let counts = (1..=inputs.len()).contains(&cycle);
+            let fields = [
+                (pass, 4),
+                (scale_bits(scale), 37),
+                ((cycle == 0).into(), 1),
+                (counts.into(), 1),
+                (cycle as u128, 32),
+                (word(a), 32),
+                (word(b), 32),
+                (word(c), 32),
+            ];
+            outputs.push(bench.cycle(&fields, [32, 8, 64, 32, 32, 32])?);
+        }
+        for (i, &[a, b, c]) in inputs.iter().enumerate() {
+            let [result, quant, ..] = outputs[i + 1 + LATENCY];
+            let expected = match pass {
+                3 => arith::mul(scale.apply(a), b),
+                5 => arith::add(a, b),
+                6 => arith::mul(a, b),
+                7 => sigmoid.eval(a),
+                8 => sigmoid.silu(a),
+                9 => arith::mul(sigmoid.silu(a), b),
+                10 => arith::forget_gate(&sigmoid, a, b),
+                11 => arith::recurrence(&sigmoid, a, b, c),
+                PASS_QUANT => {
+                    let expected = arith::quantize(a, scale);
+                    ensure!(quant as u8 as i8 == expected, "quant {a}: {quant}, expected {expected}");
+                    continue;
+                }
+                _ => continue,
+            };
+            ensure!(
+                result == word(expected),
+                "pass {pass}, {a} {b} {c}, {scale:?}: {result:#x}, expected {expected:#x}"
+            );
+        }
+        let [_, _, sum, max, best, index] = outputs[outputs.len() - 1];
+        let largest = inputs.iter().map(|x| x[0].unsigned_abs()).max().unwrap();
+        ensure!(max == largest.into(), "pass {pass}: maximum {max}, expected {largest}");
+        let (at, value) =
+            inputs.iter().enumerate().rev().max_by_key(|(_, x)| x[0]).map(|(i, x)| (i + 1, x[0])).unwrap();
+        ensure!(
+            (best, index) == (word(value), at as u128),
+            "pass {pass}: best {best:#x} at {index}, expected {value:#x} at {at}"
+        );
+        if pass == 0 {
+            let expected = inputs.iter().fold(0u64, |sum, x| sum.wrapping_add(arith::square(x[0])));
+            ensure!(sum == expected.into(), "sum {sum}, expected {expected}");
+        }
+    }
+    Ok(())
+}
+
+fn rms(bench: &mut Bench, random: &mut Random) -> Outcome {
+    let mut lengths = [0u32; 2];
+    for turn in 0..48 {
+        let is_quant = turn % 2 == 1;
+        let sum = match turn {
+            0 => 0,
+            2 => u64::MAX,
+            4 => 1,
+            _ => (random.next() << 33 ^ random.next()) >> random.below(64),
+        };
+        let count = 1 + random.below(16_383) as u32;
+        let epsilon = [0, 1, 268, random.next() as u32][turn % 4];
+        let maximum = match turn {
+            1 => 0,
+            3 => 1 << 31,
+            5 => 9,
+            7 => 10,
+            _ => random.next() as u32 >> random.below(31),
+        };
+        let factor = random_scale(random);
+        let mut fields = [
+            (1, 1),
+            (is_quant.into(), 1),
+            (sum.into(), 64),
+            (count.into(), 16),
+            (epsilon.into(), 32),
+            (maximum.into(), 32),
+            (scale_bits(factor), 37),
+        ];
+        let widths = [1, 1, 37, 37];
+        let [ready, ..] = bench.cycle(&fields, widths)?;
+        ensure!(ready == 1, "not ready for request {turn}");
+        fields[0].0 = 0;
+        let mut cycles = 1;
+        let (inverse, dequant) = loop {
+            let [_, done, inverse, dequant] = bench.cycle(&fields, widths)?;
+            if done == 1 {
+                break (inverse, dequant);
+            }
+            cycles += 1;
+            ensure!(cycles < 400, "no answer");
+        };
+        let expected = if is_quant {
+            let expected = arith::dequant_scale(maximum, factor);
+            ensure!(dequant == scale_bits(expected), "{maximum} * {factor:?}: {dequant:#x}, {expected:?}");
+            arith::quant_factor(maximum)
+        } else {
+            arith::inverse_rms(sum, count, epsilon)
+        };
+        ensure!(
+            inverse == scale_bits(expected),
+            "quant {is_quant}, {sum} / {count} + {epsilon}, {maximum}: {inverse:#x}, expected {expected:?}"
+        );
+        let length = &mut lengths[usize::from(is_quant)];
+        ensure!(*length == 0 || *length == cycles, "{cycles} cycles, before {length}");
+        *length = cycles;
+    }
+    // What the timing model counts on.
+    ensure!(lengths == [136, 39], "cycles of both modes: {lengths:?}");
+    Ok(())
+}
+
+fn row(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 9] = [1, 1, 37, 32, 1, 5, 16, 32, 32];
+    let sigmoid = Sigmoid::default();
+    let mut memory: Vec<i32> = (0..128).map(|_| random.element()).collect();
+    let fill = |bench: &mut Bench, at: usize, memory: &[i32], write: bool| {
+        let fields = [
+            (write.into(), 1),
+            (at as u128, 6),
+            (word(memory[2 * at + 1]), 32),
+            (word(memory[2 * at]), 32),
+        ];
+        bench.cycle(&fields, WIDTHS)
+    };
+    for at in 0..64 {
+        fill(bench, at, &memory, true)?;
+    }
+    let (mut best, mut best_index, mut next) = (i32::MIN, 0u32, 0u32);
+    let opcodes = [
+        Opcode::ClearMax,
+        Opcode::RmsNorm,
+        Opcode::Quant,
+        Opcode::Add,
+        Opcode::Mul,
+        Opcode::Sigmoid,
+        Opcode::Silu,
+        Opcode::SwiGlu,
+        Opcode::Mlgru,
+        Opcode::ArgMax,
+        Opcode::SetS,
+    ];
+    for turn in 0..3 * opcodes.len() {
+        let opcode = opcodes[turn % opcodes.len()];
+        let n = [1, 2, 1 + random.below(24) as usize][turn / opcodes.len()];
+        // Four vectors of 16 words; sometimes in place.
+        let [d, mut a, b, c] = [0usize, 16, 32, 48];
+        if turn % 2 == 0 && opcode != Opcode::Mlgru {
+            a = d;
+        }
+        let epsilon = random.below(1 << 16) as u32;
+        let factor = random_scale(random);
+        let fields = [
+            (1, 1),
+            (opcode as u128, 7),
+            (d as u128, 16),
+            (a as u128, 16),
+            (b as u128, 16),
+            (c as u128, 16),
+            (n as u128, 16),
+            (epsilon.into(), 32),
+            (scale_bits(factor), 37),
+            (0, 71),
+        ];
+        bench.cycle(&fields, WIDTHS)?;
+        let mut activations = Vec::new();
+        let mut cycles = 0;
+        let scale = loop {
+            let [_, done, scale, _, act_we, act_addr, act_data, ..] = bench.cycle(&[], WIDTHS)?;
+            if act_we == 1 {
+                ensure!(act_addr == activations.len() as u128 / 2, "activation word {act_addr}");
+                activations.extend([act_data as u8 as i8, (act_data >> 8) as u8 as i8]);
+            }
+            if done == 1 {
+                break scale;
+            }
+            cycles += 1;
+            ensure!(cycles < 1000, "{opcode:?} does not end");
+        };
+        let (d, a, b, c) = (2 * d, 2 * a, 2 * b, 2 * c);
+        let padded = n.next_multiple_of(2);
+        let old = memory.clone();
+        let mut each = |target: usize, f: &dyn Fn(usize) -> i32| {
+            for j in 0..padded {
+                memory[target + j] = f(j);
+            }
+        };
+        match opcode {
+            Opcode::RmsNorm => {
+                let sum = old[a..a + n].iter().map(|&x| arith::square(x)).sum();
+                let factor = arith::inverse_rms(sum, n as u32, epsilon);
+                each(d, &|j| arith::mul(factor.apply(old[a + j]), old[b + j]));
+            }
+            Opcode::Quant => {
+                let maximum = old[a..a + n].iter().map(|x| x.unsigned_abs()).max().unwrap();
+                let quant = arith::quant_factor(maximum);
+                let expected: Vec<i8> = (0..padded)
+                    .map(|j| if j < n { arith::quantize(old[a + j], quant) } else { 0 })
+                    .collect();
+                ensure!(activations == expected, "{activations:?}, expected {expected:?}");
+                let expected = arith::dequant_scale(maximum, factor);
+                ensure!(scale == scale_bits(expected), "scale {scale:#x}, expected {expected:?}");
+            }
+            Opcode::Add => each(d, &|j| arith::add(old[a + j], old[b + j])),
+            Opcode::Mul => each(d, &|j| arith::mul(old[a + j], old[b + j])),
+            Opcode::Sigmoid => each(d, &|j| sigmoid.eval(old[a + j])),
+            Opcode::Silu => each(d, &|j| sigmoid.silu(old[a + j])),
+            Opcode::SwiGlu => each(d, &|j| arith::mul(sigmoid.silu(old[a + j]), old[b + j])),
+            Opcode::Mlgru => {
+                each(b, &|j| arith::forget_gate(&sigmoid, old[b + j], old[c + j]));
+                let gate = memory.clone();
+                for j in 0..padded {
+                    memory[d + j] = arith::recurrence(&sigmoid, old[a + j], gate[b + j], old[d + j]);
+                }
+            }
+            Opcode::ArgMax => {
+                for &value in &old[a..a + n] {
+                    if value > best {
+                        (best, best_index) = (value, next);
+                    }
+                    next += 1;
+                }
+            }
+            Opcode::SetS => {
+                let expected = Scale::from_words(old[a + n], old[a + n + 1]);
+                ensure!(scale == scale_bits(expected), "scale {scale:#x}, expected {expected:?}");
+            }
+            _ => (best, best_index, next) = (i32::MIN, 0, 0),
+        }
+        for at in 0..=64usize {
+            let [_, _, _, index, .., high, low] = fill(bench, at % 64, &memory, false)?;
+            ensure!(index == best_index.into(), "{opcode:?}: best {index}, expected {best_index}");
+            if at > 0 {
+                let expected = (word(memory[2 * at - 1]), word(memory[2 * at - 2]));
+                ensure!((high, low) == expected, "{opcode:?} of {n}: word {}", at - 1);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sums of a group's rows.
+fn group_sums(packing: Packing, bytes: &[u8], activations: &[i8]) -> [i32; 5] {
+    let mut sums = [0; 5];
+    for (&byte, &q) in bytes.iter().zip(activations) {
+        for (sum, trit) in sums.iter_mut().zip(packing.decode(byte)) {
+            *sum += i32::from(trit) * i32::from(q);
+        }
+    }
+    sums
+}
+
+fn sum_bits(sums: [i32; 5]) -> u128 {
+    sums.iter().rev().fold(0, |bits, &sum| bits << 24 | u128::from(sum as u32 & 0xff_ffff))
+}
+
+/// Activations of a product: often the largest of one sign, so that sums reach their limits.
+fn random_activations(random: &mut Random, turn: usize, count: usize) -> Vec<i8> {
+    (0..count)
+        .map(|_| match turn % 4 {
+            0 => 127,
+            1 => -127,
+            _ => (random.below(255) as i32 - 127) as i8,
+        })
+        .collect()
+}
+
+fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 5] = [1, 1, 1, 120, 1];
+    const WIDTH: usize = 8;
+    for turn in 0..12 {
+        let packing = [Packing::T2, Packing::T5][turn % 2];
+        let cols = [1, 8, 9, 64, 1 + random.below(64) as usize][turn % 5];
+        let rows = [1, 10, 11, 1 + random.below(60) as usize][turn % 4];
+        let beats = cols.div_ceil(WIDTH);
+        let groups = rows.div_ceil(packing.trits() * 2);
+        let mut activations = random_activations(random, turn, cols);
+        activations.resize(beats * WIDTH, 0);
+        for (at, pair) in activations.chunks(2).enumerate() {
+            let data = u128::from(pair[1] as u8) << 8 | u128::from(pair[0] as u8);
+            bench.cycle(&[(1, 1), (at as u128, 5), (data, 16), (0, 66)], WIDTHS)?;
+        }
+        let weights: Vec<u8> = (0..groups * beats * WIDTH)
+            .map(|_| match turn % 3 {
+                0 => packing.encode(&[1; 5][..packing.trits()]),
+                _ => random.next() as u8,
+            })
+            .collect();
+        let command = [
+            (1, 1),
+            (packing.flag().into(), 1),
+            (rows as u128, 16),
+            (cols as u128, 16),
+            (0, 88),
+        ];
+        let [ready, ..] = bench.cycle(&command, WIDTHS)?;
+        ensure!(ready == 1, "not ready for a product");
+        let (mut sent, mut taken, mut offered) = (0, 0, false);
+        for cycle in 0.. {
+            ensure!(cycle < 4000, "{taken} of {groups} groups came");
+            let left = sent < groups * beats;
+            offered |= left && random.below(3) > 0;
+            let beat = &weights[sent.min(groups * beats - 1) * WIDTH..][..WIDTH];
+            let bits = beat.iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte));
+            let sum_ready = turn % 3 == 0 || random.below(6) == 0;
+            let fields = [(offered.into(), 1), (bits, 64), (sum_ready.into(), 1)];
+            let [_, weight_ready, valid, sums, starved] = bench.cycle(&fields, WIDTHS)?;
+            ensure!(
+                starved == u128::from(weight_ready == 1 && !offered),
+                "starved is {starved}, weights offered: {offered}"
+            );
+            if offered && weight_ready == 1 {
+                sent += 1;
+                offered = false;
+            }
+            if valid == 1 && sum_ready {
+                let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
+                let expected = group_sums(packing, bytes, &activations);
+                ensure!(sums == sum_bits(expected), "group {taken}: {sums:#x}, expected {expected:?}");
+                taken += 1;
+                if taken == groups {
+                    break;
+                }
+            }
+        }
+        ensure!(sent == groups * beats, "{sent} beats were taken, expected {}", groups * beats);
+    }
+    Ok(())
+}
+
+/// A memory behind an AXI read port: bursts are answered in order.
+#[derive(Default)]
+struct ReadMemory {
+    /// Addresses of beats that were asked for.
+    beats: VecDeque<u64>,
+}
+
+impl ReadMemory {
+    fn request(&mut self, address: u128, length: u128, width: u64) -> Outcome {
+        let (address, beats) = (address as u64, length as u64 + 1);
+        ensure!(
+            address / 4096 == (address + beats * width - 1) / 4096,
+            "a burst of {beats} beats at {address} crosses a page"
+        );
+        self.beats.extend((0..beats).map(|beat| address + beat * width));
+        Ok(())
+    }
+}
+
+/// What lies at an address.
+fn content(address: u64) -> u64 {
+    (address + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+fn reader(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 8] = [1, 1, 40, 8, 1, 1, 64, 1];
+    for turn in 0..10u64 {
+        let beats = [1, 4, 5, 16, 33, 64][turn as usize % 6] + random.below(3);
+        let base = 4096 - 64 + 32 * turn;
+        let command = [(1, 1), (base.into(), 40), (beats.into(), 32), (0, 67)];
+        let [ready, ..] = bench.cycle(&command, WIDTHS)?;
+        ensure!(ready == 1, "not ready for a stream");
+        let mut memory = ReadMemory::default();
+        let (mut asked, mut taken, mut full_seen) = (0, 0, false);
+        for cycle in 0.. {
+            ensure!(cycle < 3000, "{taken} of {beats} beats came");
+            // Nobody takes anything for a while: the reader runs ahead and stops.
+            let takes = cycle > 120 && random.below(3) > 0;
+            let arready = random.below(2) == 0;
+            let answer = random.below(4) > 0;
+            let address = memory.beats.front().copied().filter(|_| answer);
+            let fields = [
+                (arready.into(), 1),
+                (address.is_some().into(), 1),
+                (address.map_or(0, content).into(), 64),
+                (takes.into(), 1),
+            ];
+            let [_, arvalid, araddr, arlen, rready, valid, data, full] = bench.cycle(&fields, WIDTHS)?;
+            full_seen |= full == 1;
+            if address.is_some() {
+                ensure!(rready == 1, "the memory has to wait");
+                memory.beats.pop_front();
+            }
+            if arvalid == 1 && arready {
+                ensure!(araddr == u128::from(base + 8 * asked), "address {araddr}, {asked} asked");
+                memory.request(araddr, arlen, 8)?;
+                asked += arlen as u64 + 1;
+                ensure!(asked - taken <= 16, "{} beats for a FIFO of 16", asked - taken);
+            }
+            if valid == 1 && takes {
+                ensure!(data == content(base + 8 * taken).into(), "beat {taken} is wrong");
+                taken += 1;
+                if taken == beats {
+                    break;
+                }
+            }
+        }
+        ensure!(asked == beats, "{asked} beats were asked for, expected {beats}");
+        ensure!(full_seen == (beats > 16), "{beats} beats, FIFO full: {full_seen}");
+    }
+    Ok(())
+}
+
+fn data(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 17] = [1, 1, 6, 1, 6, 64, 1, 40, 8, 1, 1, 40, 8, 1, 64, 1, 1];
+    for turn in 0..16u64 {
+        let is_store = turn % 2 == 1;
+        let n = [1, 2, 127, 128, 1 + random.below(128)][turn as usize % 5];
+        let words = n.div_ceil(2);
+        let base = [0, 4096 - 128, 4096 - 8, 8192][turn as usize % 4];
+        let first = random.below(64 - words + 1);
+        let command = [
+            (1, 1),
+            (is_store.into(), 1),
+            (base.into(), 40),
+            (first.into(), 16),
+            (n.into(), 16),
+            (0, 133),
+        ];
+        let [ready, ..] = bench.cycle(&command, WIDTHS)?;
+        ensure!(ready == 1, "not ready for a command");
+        let mut memory = ReadMemory::default();
+        let (mut read_data, mut moved) = (0, 0u64);
+        // Writes: beats left of the burst, and whether it wants its response.
+        let (mut write_left, mut wants_response) = (0u64, false);
+        for cycle in 0.. {
+            ensure!(cycle < 4000, "{moved} of {words} words were moved");
+            let address = memory.beats.front().copied().filter(|_| random.below(3) > 0);
+            let arready = random.below(2) == 0;
+            let awready = write_left == 0 && !wants_response && random.below(2) == 0;
+            let wready = write_left > 0 && random.below(2) == 0;
+            let bvalid = wants_response && random.below(2) == 0;
+            let fields = [
+                (read_data, 64),
+                (arready.into(), 1),
+                (address.is_some().into(), 1),
+                (address.map_or(0, content).into(), 64),
+                (awready.into(), 1),
+                (wready.into(), 1),
+                (bvalid.into(), 1),
+            ];
+            let [
+                _, done, raddr, we, waddr, wdata, arvalid, araddr, arlen, rready, awvalid, awaddr, awlen,
+                wvalid, axi_wdata, wlast, bready,
+            ] = bench.cycle(&fields, WIDTHS)?;
+            read_data = u128::from(content(raddr as u64));
+            if arvalid == 1 && arready {
+                ensure!(!is_store, "a store reads");
+                memory.request(araddr, arlen, 8)?;
+            }
+            if address.is_some() && rready == 1 {
+                memory.beats.pop_front();
+                let expected = content(base + 8 * moved);
+                ensure!(
+                    (we, waddr, wdata) == (1, (first + moved).into(), expected.into()),
+                    "word {moved} goes to {waddr}: {wdata:#x}"
+                );
+                moved += 1;
+            }
+            if awvalid == 1 && awready {
+                ensure!(is_store && awaddr == u128::from(base + 8 * moved), "write address {awaddr}");
+                write_left = awlen as u64 + 1;
+                let (begin, end) = (awaddr as u64, awaddr as u64 + 8 * write_left - 1);
+                ensure!(begin / 4096 == end / 4096, "a burst at {begin} crosses a page");
+            } else if wvalid == 1 && wready {
+                ensure!(axi_wdata == content(first + moved).into(), "word {moved} of a store is wrong");
+                ensure!(wlast == u128::from(write_left == 1), "wlast {wlast}, {write_left} left");
+                moved += 1;
+                write_left -= 1;
+                wants_response = write_left == 0;
+            } else if bvalid && bready == 1 {
+                wants_response = false;
+            }
+            if done == 1 {
+                break;
+            }
+        }
+        ensure!(
+            moved == words && memory.beats.is_empty() && write_left == 0 && !wants_response,
+            "it ended after {moved} of {words} words"
+        );
+    }
+    Ok(())
+}
+
+fn writeback(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 6] = [1, 1, 3, 4, 24, 128];
+    for turn in 0..14 {
+        let packing = [Packing::T5, Packing::T2][turn % 2];
+        let group = packing.trits();
+        let rows = [1, group * 3, group * 3 + 1, 1 + random.below(100) as usize][turn % 4];
+        let groups = rows.div_ceil(group * 3);
+        let first = random.below(30) as usize;
+        let scale = random_scale(random);
+        let fields = [
+            (1, 1),
+            (packing.flag().into(), 1),
+            (rows as u128, 16),
+            (first as u128, 6),
+            (scale_bits(scale), 37),
+            (0, 123),
+        ];
+        bench.cycle(&fields, WIDTHS)?;
+        let sums: Vec<[i32; 5]> = (0..groups * 3)
+            .map(|_| {
+                std::array::from_fn(|_| match random.below(4) {
+                    0 => (1 << 23) - 1,
+                    1 => -(1 << 23),
+                    _ => (random.next() as i32) >> 8,
+                })
+            })
+            .collect();
+        let mut found: Vec<Option<i32>> = vec![None; 256];
+        let (mut at, mut valid) = (0, false);
+        for cycle in 0.. {
+            ensure!(cycle < 2000, "the last of {rows} rows does not come");
+            valid |= at < sums.len() && random.below(2) == 0;
+            let bits = sums.get(at).map_or(0, |&sums| sum_bits(sums));
+            let offer = u128::from(valid) << (at % 3);
+            let [_, done, ready, we, waddr, wdata] =
+                bench.cycle(&[(offer, 3), (bits, 120)], WIDTHS)?;
+            for lane in 0..4 {
+                if we >> lane & 1 == 1 {
+                    let element = (waddr >> (6 * lane) & 63) as usize * 4 + lane;
+                    let old = found[element].replace((wdata >> (32 * lane)) as u32 as i32);
+                    ensure!(old.is_none(), "element {element} is written twice");
+                }
+            }
+            if valid && ready >> (at % 3) & 1 == 1 {
+                (at, valid) = (at + 1, false);
+            }
+            if done == 1 {
+                break;
+            }
+        }
+        ensure!(at == sums.len(), "{at} groups were taken, expected {}", sums.len());
+        let mut expected = vec![None; 256];
+        for row in 0..rows {
+            expected[4 * first + row] = Some(scale.apply(sums[row / group][row % group]));
+        }
+        ensure!(found == expected, "{rows} rows of {packing:?} at {first}, {scale:?}");
+    }
+    Ok(())
+}
+
+fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 10] = [1, 1, 1, 40, 8, 1, 1, 120, 1, 1];
+    const WIDTH: usize = 4;
+    for turn in 0..8 {
+        let packing = [Packing::T5, Packing::T2][turn % 2];
+        let (cols, rows) = (1 + random.below(32) as usize, 1 + random.below(40) as usize);
+        let beats = cols.div_ceil(WIDTH);
+        let groups = rows.div_ceil(packing.trits());
+        let mut activations = random_activations(random, turn, cols);
+        activations.resize(beats * WIDTH, 0);
+        for (at, pair) in activations.chunks(2).enumerate() {
+            let bits = u128::from(pair[1] as u8) << 8 | u128::from(pair[0] as u8);
+            bench.cycle(&[(1, 1), (at as u128, 4), (bits, 16), (0, 35)], WIDTHS)?;
+        }
+        let weights: Vec<u8> =
+            (0..groups * beats * WIDTH).map(|_| random.next() as u8).collect();
+        bench.cycle(&[(1, 1), ((groups * beats) as u128, 32), (0, 90)], WIDTHS)?;
+        // Weights come ahead of the product.
+        let start = random.below(40);
+        let mut memory = ReadMemory::default();
+        let (mut taken, mut starved_seen) = (0, 0);
+        for cycle in 0.. {
+            ensure!(cycle < 6000, "{taken} of {groups} groups came");
+            let address = memory.beats.front().copied().filter(|_| random.below(2) == 0);
+            let beat = address.map_or(0, |address| {
+                let bytes = &weights[address as usize..][..WIDTH];
+                bytes.iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte))
+            });
+            let (arready, sum_ready) = (random.below(2) == 0, random.below(2) == 0);
+            let fields = [
+                ((cycle == start).into(), 1),
+                (packing.flag().into(), 1),
+                (rows as u128, 16),
+                (cols as u128, 16),
+                (0, 21),
+                (arready.into(), 1),
+                (address.is_some().into(), 1),
+                (beat, 32),
+                (sum_ready.into(), 1),
+            ];
+            let [_, _, arvalid, araddr, arlen, rready, valid, sums, starved, _] =
+                bench.cycle(&fields, WIDTHS)?;
+            starved_seen += starved;
+            if address.is_some() {
+                ensure!(rready == 1, "the memory has to wait");
+                memory.beats.pop_front();
+            }
+            if arvalid == 1 && arready {
+                memory.request(araddr, arlen, WIDTH as u64)?;
+            }
+            if valid == 1 && sum_ready {
+                let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
+                let expected = group_sums(packing, bytes, &activations);
+                ensure!(sums == sum_bits(expected), "group {taken}: {sums:#x}, expected {expected:?}");
+                taken += 1;
+                if taken == groups {
+                    break;
+                }
+            }
+        }
+        ensure!(groups * beats < 40 || starved_seen > 0, "a slow memory starved nobody");
+    }
+    Ok(())
+}
+
+fn control(bench: &mut Bench, random: &mut Random) -> Outcome {
+    const WIDTHS: [u32; 15] = [1, 1, 32, 1, 7, 16, 37, 40, 1, 1, 1, 1, 1, 8, 128];
+    let instruction = |opcode, fill: &dyn Fn(&mut Instruction)| {
+        let mut instruction = Instruction::new(opcode);
+        fill(&mut instruction);
+        instruction
+    };
+    let program = [
+        instruction(Opcode::SetA, &|i| (i.sd, i.imm) = (2, 77)),
+        instruction(Opcode::SetO, &|i| i.imm = 5),
+        instruction(Opcode::Loop, &|i| i.imm = 3),
+        instruction(Opcode::Loop, &|i| i.imm = 0),
+        instruction(Opcode::AddO, &|i| i.imm = 65_530),
+        instruction(Opcode::Load, &|i| (i.vd, i.indexed, i.sa, i.sd, i.n) = (9, true, 2, 1, 65)),
+        instruction(Opcode::End, &|_| {}),
+        instruction(Opcode::Loop, &|i| i.imm = 2),
+        instruction(Opcode::Quant, &|i| (i.sd, i.sa, i.n) = (3, 3, 4)),
+        instruction(Opcode::End, &|_| {}),
+        instruction(Opcode::End, &|_| {}),
+        instruction(Opcode::Embed, &|i| (i.vd, i.sa, i.n, i.imm) = (1, 2, 8, 3)),
+        instruction(Opcode::Stream, &|i| (i.sa, i.imm) = (2, 9)),
+        instruction(Opcode::MatVec, &|i| (i.vd, i.sa, i.vc, i.n) = (4, 3, 8, 8)),
+        instruction(Opcode::Halt, &|_| {}),
+    ];
+    let write = |bench: &mut Bench, at: usize, bytes: [u8; 16]| {
+        let fields = [(1, 1), (at as u128, 8), (u128::from_le_bytes(bytes), 128), (0, 103)];
+        bench.cycle(&fields, WIDTHS).map(|_| ())
+    };
+    for (at, instruction) in program.iter().enumerate() {
+        write(bench, at, instruction.encode())?;
+    }
+    let token = 11u32;
+    let mut expected = vec![0, 1, 2];
+    for _ in 0..3 {
+        expected.extend([3, 4, 5, 6, 7, 8, 9, 8, 9, 10]);
+    }
+    expected.extend([11, 12, 13, 14]);
+    bench.cycle(&[(1, 1), (token.into(), 32), (0, 70)], WIDTHS)?;
+    let scale = scale_bits(random_scale(random));
+    let best = random.next() as u32;
+    let (mut retired, mut offset, mut units) = (Vec::new(), 5u16, 77u128);
+    for cycle in 0.. {
+        ensure!(cycle < 3000, "the program does not end: {retired:?}");
+        let ready = random.below(3) == 0;
+        let fields = [(ready.into(), 1), (scale, 37), (best.into(), 32)];
+        let [_, done, _, error, opcode, vd, scalar, address, row, matvec, data, stream, retire, pc, _] =
+            bench.cycle(&fields, WIDTHS)?;
+        ensure!(error == 0, "an error is raised at {pc}");
+        let issued = [row, matvec, data, stream].iter().sum::<u128>();
+        ensure!(issued <= 1, "{issued} units are asked at a time");
+        if data == 1 && ready && opcode == Opcode::Load as u128 {
+            offset = offset.wrapping_add(65_530);
+            ensure!(vd == u128::from(9u16.wrapping_add(offset)), "vd is {vd}, offset {offset}");
+            ensure!(address == units << 7, "address {address}, expected {}", units << 7);
+            // 65 elements of two a word: 264 bytes, three units.
+            units += 3;
+        }
+        if data == 1 && opcode == Opcode::Embed as u128 {
+            let expected = (units + 33) << 7;
+            ensure!(address == expected, "the embedding is at {address}, expected {expected}");
+        }
+        if matvec == 1 {
+            ensure!(scalar == scale, "s3 is {scalar:#x}, expected {scale:#x}");
+        }
+        if retire == 1 {
+            retired.push(pc as usize);
+        }
+        if done == 1 {
+            break;
+        }
+    }
+    ensure!(retired == expected, "{retired:?}, expected {expected:?}");
+    let [busy, _, result, ..] = bench.cycle(&[], WIDTHS)?;
+    ensure!((busy, result) == (0, best.into()), "token {result}, expected {best}");
+    Ok(())
+}
