@@ -61,7 +61,9 @@ fn a_compiled_image_runs_and_its_program_reads_as_assembly() {
     assert_eq!(report["cost"]["weight_bytes"], report["bytes_streamed_per_token"]);
     assert!((1.6..2.0).contains(&number("bits_per_weight")));
     let map = report["data_map"].as_array().unwrap();
-    let end = map.iter().map(|entry| entry["address"].as_u64().unwrap() + entry["bytes"].as_u64().unwrap());
+    let end = map
+        .iter()
+        .map(|entry| entry["address"].as_u64().unwrap() + entry["bytes"].as_u64().unwrap());
     assert!(map.len() == 4 && end.max().unwrap() <= report["data_bytes"].as_u64().unwrap());
     assert_eq!(report["weight_map"].as_array().unwrap().len(), 2);
     let readable = stdout(&["compile", TINY, "--config", "tiny"]);
@@ -69,7 +71,8 @@ fn a_compiled_image_runs_and_its_program_reads_as_assembly() {
         assert!(readable.contains(words), "no {words:?} in {readable}");
     }
 
-    let ids = ["--token-ids", "5,9", "--greedy", "--max-tokens", "4", "--ignore-eos", "--print-ids"];
+    let ids =
+        ["--token-ids", "5,9", "--greedy", "--max-tokens", "4", "--ignore-eos", "--print-ids"];
     let from_image = stdout(&[&["run", "--image", text(&image), TINY][..], &ids].concat());
     let compiled = stdout(&[&["run", "--config", "tiny", TINY][..], &ids].concat());
     assert_eq!((&from_image, from_image.trim().split(',').count()), (&compiled, 4));
@@ -90,7 +93,16 @@ fn assembler_errors_name_every_place_and_write_nothing() {
     std::fs::write(&source, "halt\n  load v1, a9+, 3\nlod v1\nend\n").unwrap();
     refused(
         &["asm", text(&source), "-o", text(&image)],
-        &["3 errors", "bad.s", "a9+", "largest possible is 7", "\"lod\"", "no loop is open", "2:12", "3:1"],
+        &[
+            "3 errors",
+            "bad.s",
+            "a9+",
+            "largest possible is 7",
+            "\"lod\"",
+            "no loop is open",
+            "2:12",
+            "3:1",
+        ],
     );
     assert!(!image.exists());
     refused(&["asm", text(&directory.path().join("none.s"))], &["cannot read", "none.s"]);
@@ -125,9 +137,18 @@ fn damaged_and_foreign_images_are_refused() {
 
 #[test]
 fn models_and_sizes_that_do_not_fit_say_what_to_change() {
-    refused(&["report", "--size", "1.3b", "--config", "tiny"], &["activation_bytes is 512", "choose at least"]);
-    refused(&["compile", TINY, "--config", "tiny", "--vector-words", "64"], &["vector_words is 64", "choose at least"]);
-    refused(&["compile", TINY, "--config", "tiny", "--row-lanes", "3"], &["row_lanes is 3", "power of two"]);
+    refused(
+        &["report", "--size", "1.3b", "--config", "tiny"],
+        &["activation_bytes is 512", "choose at least"],
+    );
+    refused(
+        &["compile", TINY, "--config", "tiny", "--vector-words", "64"],
+        &["vector_words is 64", "choose at least"],
+    );
+    refused(
+        &["compile", TINY, "--config", "tiny", "--row-lanes", "3"],
+        &["row_lanes is 3", "power of two"],
+    );
     refused(&["compile", TINY, "--config", "tiny", "--row-lanes", "16"], &["weight_bytes is 8"]);
     refused(&["compile", TINY, "--config", "tiny", "--cores", "0"], &["cores is 0"]);
     refused(&["compile", TINY, "--config", "tiny", "--burst-beats", "64"], &["burst_beats is 64"]);
@@ -142,7 +163,9 @@ fn the_report_gives_speed_energy_and_what_limits() {
     let found = json(&["report", "--size", "1.3b", "--board", "d5005"]);
     let number = |name: &str| found[name].as_f64().unwrap_or_else(|| panic!("{name}: {found}"));
     assert!(number("tokens_per_s") > 200.0);
-    assert!((number("watts") / number("tokens_per_s") / number("joules_per_token") - 1.0).abs() < 1e-6);
+    assert!(
+        (number("watts") / number("tokens_per_s") / number("joules_per_token") - 1.0).abs() < 1e-6
+    );
     assert!((0.8..1.0).contains(&number("share_of_memory_bandwidth")));
     assert!((0.8..1.0).contains(&number("share_of_memory_limit")));
     assert_eq!(found["limited_by"], "memory");
@@ -151,7 +174,9 @@ fn the_report_gives_speed_energy_and_what_limits() {
         assert!(found["energy"]["watts"][range].as_f64().unwrap() > 0.0);
     }
     let readable = stdout(&["report", "--size", "1.3b", "--board", "d5005"]);
-    for words in ["basis:", "tokens/s", "memory alone allows", "limited by", "estimated", "published"] {
+    for words in
+        ["basis:", "tokens/s", "memory alone allows", "limited by", "estimated", "published"]
+    {
         assert!(readable.contains(words), "no {words:?} in {readable}");
     }
     // The built-in model on the small board.

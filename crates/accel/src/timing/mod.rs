@@ -43,7 +43,8 @@ pub struct Memory {
 
 impl Memory {
     /// As fast as the arithmetic, behind 50 cycles of latency.
-    pub const FULL_RATE: Self = Self { latency: 50.0, weight_rate: 1.0, data_rate: 1.0, stall: 0.0 };
+    pub const FULL_RATE: Self =
+        Self { latency: 50.0, weight_rate: 1.0, data_rate: 1.0, stall: 0.0 };
 }
 
 /// What one run of a program costs.
@@ -53,7 +54,8 @@ pub struct Cost {
     pub cycles: f64,
     /// Cycles in which a core waits for weights: the arithmetic waits for the memory.
     pub starved_cycles: f64,
-    /// Cycles in which a FIFO has no room for the next burst: the memory waits for the arithmetic.
+    /// Cycles in which all weights that were asked for have come and a FIFO has no room for the next burst: the
+    /// memory waits for the arithmetic.
     pub full_cycles: f64,
     /// Cycles of matrix products, waiting included.
     pub matvec_cycles: f64,
@@ -170,7 +172,8 @@ impl Walk<'_> {
     /// Words of the bursts of a vector: none is longer than [`DATA_BURST`] or leaves its page.
     fn bursts(&self, i: &Instruction, words: u64) -> Vec<u32> {
         let word = u64::from(self.configuration.data_bytes());
-        let mut at = u64::from(self.addresses[usize::from(i.sa) % ADDRESS_REGISTERS]) * ADDRESS_UNIT;
+        let mut at =
+            u64::from(self.addresses[usize::from(i.sa) % ADDRESS_REGISTERS]) * ADDRESS_UNIT;
         let mut left = words;
         let mut bursts = Vec::with_capacity((words / DATA_BURST) as usize + 2);
         while left > 0 {
@@ -223,8 +226,7 @@ impl Walk<'_> {
         let packing = Packing::from_flag(i.sd);
         let (n, k) = (usize::from(i.n), usize::from(i.vc));
         self.cost.matvec_cycles += self.streams.product(c, packing, n, k) as f64;
-        let bytes =
-            c.beats(packing, n, k) as u64 * u64::from(c.weight_bytes) * u64::from(c.cores);
+        let bytes = c.beats(packing, n, k) as u64 * u64::from(c.weight_bytes) * u64::from(c.cores);
         self.cost.weight_bytes += bytes;
         self.cost.ternary_additions += bytes * packing.trits() as u64;
         self.cost.activation_accesses += bytes;

@@ -127,7 +127,7 @@ pub(super) struct Streams {
     weight_shift: u32,
     row_lanes: u32,
     pub(super) now: u64,
-    /// Cycles in which a core waits for weights, and in which a FIFO has no room for the next burst.
+    /// Cycles in which a core waits for weights, and in which a memory waits for room in the FIFO.
     pub(super) starved: u64,
     pub(super) full: u64,
     columns: u32,
@@ -271,7 +271,8 @@ impl Streams {
             // Reader
             let burst = core.left.min(self.burst_beats);
             let room = core.reserved + burst <= self.fifo_beats;
-            full |= core.left > 0 && !room;
+            let pending = core.channel.valid || !core.channel.queue.is_empty();
+            full |= core.left > 0 && !room && !pending;
             let request = (core.left > 0 && room && core.channel.ready).then_some(burst);
             core.reserved += request.unwrap_or(0);
             core.reserved -= u32::from(take);

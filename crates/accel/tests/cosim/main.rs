@@ -1,12 +1,18 @@
 //! Lock-step co-simulation: the RTL under Verilator beside the functional simulator, memory and registers
 //! compared after every instruction, with random latency and stalls of DRAM.
 
+use std::sync::Arc;
+
 use mmfree::builtin;
 use mmfree::checkpoint::Checkpoint;
+use mmfree::engine::{Engine, EngineOptions};
+use mmfree::model::Model;
+use mmfree::state::State;
 use mmfree_accel::arith;
 use mmfree_accel::asm::{assemble, listing};
 use mmfree_accel::compiler::Plan;
 use mmfree_accel::config::{Configuration, Packing};
+use mmfree_accel::generate;
 use mmfree_accel::image::{Image, Region, Shape};
 use mmfree_accel::isa::{Instruction, Opcode};
 use mmfree_accel::machine::Machine;
@@ -259,10 +265,13 @@ fn a_program_that_the_hardware_cannot_run_raises_its_error() {
     assert_eq!((outcome.exit_code, outcome.report["status"].as_str()), (3, Some("error")));
 }
 
+fn tiny_checkpoint() -> Checkpoint {
+    Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny")).unwrap()
+}
+
 /// A whole model, small enough for the smallest hardware.
 fn small_model(packing: Packing) -> (Plan, Image) {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
-    let checkpoint = Checkpoint::open(folder).unwrap();
+    let checkpoint = tiny_checkpoint();
     let configuration = Configuration::preset("tiny").unwrap();
     let plan = Plan::new(checkpoint.config(), &configuration, packing).unwrap();
     let image = plan.image(&checkpoint, &mut |_, _| {}).unwrap();
@@ -304,9 +313,14 @@ fn the_timing_model_is_near_the_rtl() {
     images.push(("small model, t5".to_owned(), small_model(Packing::T5).1));
     images.push(("small model, t2".to_owned(), small_model(Packing::T2).1));
     for (name, image) in &images {
-        for (latency, rate, stall) in
-            [(0u64, 256u64, 0u64), (20, 256, 0), (60, 64, 0), (20, 20, 0), (30, 200, 40), (9, 256, 70)]
-        {
+        for (latency, rate, stall) in [
+            (0u64, 256u64, 0u64),
+            (20, 256, 0),
+            (60, 64, 0),
+            (20, 20, 0),
+            (30, 200, 40),
+            (9, 256, 70),
+        ] {
             let memory = Memory {
                 latency: latency as f64,
                 weight_rate: rate as f64 / 256.0,
@@ -318,8 +332,8 @@ fn the_timing_model_is_near_the_rtl() {
                 [("--latency", latency), ("--rate", rate), ("--stall", stall), ("--seed", 9)];
             let outcome = rtl.run(image, &[1], &options, false);
             let found = outcome.report["cycles"][0].as_f64().unwrap();
-            let [starved, full] =
-                ["starved_cycles", "full_cycles"].map(|name| outcome.report[name].as_f64().unwrap());
+            let [starved, full] = ["starved_cycles", "full_cycles"]
+                .map(|name| outcome.report[name].as_f64().unwrap());
             let error = expected.cycles / found - 1.0;
             println!(
                 "{name}, latency {latency}, rate {rate}/256, stalls {stall} %: RTL {found}, model {:.0}, {:+.2} %; \
@@ -355,7 +369,8 @@ fn counters_tell_who_waits_for_whom() {
     let shares = |rate| {
         let outcome = rtl.run(&image, &[1], &[("--latency", 20), ("--rate", rate)], false);
         let cycles = outcome.report["cycles"][0].as_f64().unwrap();
-        ["starved_cycles", "full_cycles"].map(|name| outcome.report[name].as_f64().unwrap() / cycles)
+        ["starved_cycles", "full_cycles"]
+            .map(|name| outcome.report[name].as_f64().unwrap() / cycles)
     };
     let (fast, slow) = (shares(256), shares(8));
     assert!(fast[0] < 0.02 && fast[1] > 0.3, "a fast memory: {fast:?}");
@@ -416,7 +431,63 @@ fn faults_are_found_by_whole_programs() {
     }
 }
 
-/// The built-in model in RTL, as many greedy tokens as MMFREE_RTL_TOKENS says: minutes, so only on demand.
+/// Greedy tokens of the float engine on the CPU, and how far the accelerator's logits are from its own after each
+/// (root mean square over their standard deviation), with the text that both read.
+fn engine_beside(
+    checkpoint: &Checkpoint,
+    image: &Image,
+    start: u32,
+    count: usize,
+) -> (Vec<u32>, f64) {
+    let model = Arc::new(Model::load(checkpoint).unwrap());
+    let mut state = State::new(&model);
+    let mut engine = Engine::new(model, &EngineOptions::default()).unwrap();
+    let mut machine = Machine::new(image.clone());
+    let (mut tokens, mut token, mut furthest) = (Vec::new(), start, 0.0f64);
+    for _ in 0..count {
+        let theirs = engine.decode(&mut state, token).unwrap().to_vec();
+        machine.run(token).unwrap();
+        let ours = generate::logits(&machine);
+        let mean = theirs.iter().sum::<f32>() / theirs.len() as f32;
+        let variance: f32 = theirs.iter().map(|x| (x - mean).powi(2)).sum();
+        let squares: f32 = theirs.iter().zip(&ours).map(|(a, b)| (a - b).powi(2)).sum();
+        furthest = furthest.max(f64::from((squares / variance).sqrt()));
+        let best = theirs.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
+        token = best.unwrap().0 as u32;
+        tokens.push(token);
+    }
+    (tokens, furthest)
+}
+
+/// The simulator, the RTL and the CPU engine with the same weights and the same first token.
+fn side_by_side(rtl: &Rtl, checkpoint: &Checkpoint, image: &Image, start: u32, count: usize) {
+    let mut machine = Machine::new(image.clone());
+    let mut simulated = Vec::new();
+    let mut token = start;
+    for _ in 0..count {
+        token = machine.run(token).unwrap();
+        simulated.push(token);
+    }
+    let options = [("--generate", count as u64), ("--latency", 60)];
+    let outcome = rtl.run(image, &[start], &options, false);
+    let (engine, furthest) = engine_beside(checkpoint, image, start, count);
+    println!("simulator  {simulated:?}\nRTL        {}", outcome.report["results"]);
+    println!("CPU engine {engine:?}, logits differ by {:.2} % at most", furthest * 100.0);
+    println!("RTL cycles {}", outcome.report["cycles"]);
+    assert_eq!(outcome.report["results"], serde_json::json!(simulated));
+    assert_eq!(engine, simulated, "the CPU engine writes other tokens");
+    assert!(furthest < 0.05, "logits differ by {furthest}");
+}
+
+#[test]
+fn simulator_rtl_and_cpu_engine_write_the_same_tokens() {
+    let Some(verilator) = support::verilator() else { return };
+    let configuration = Configuration::preset("tiny").unwrap();
+    let rtl = support::build(&verilator, &support::hardware().join("rtl"), "tiny", &configuration);
+    side_by_side(&rtl, &tiny_checkpoint(), &small_model(Packing::T5).1, 5, 16);
+}
+
+/// The built-in model, as many greedy tokens as MMFREE_RTL_TOKENS says: minutes, so only on demand.
 #[test]
 fn the_builtin_model_writes_the_same_tokens_in_rtl() {
     let Ok(count) = std::env::var("MMFREE_RTL_TOKENS") else {
@@ -429,15 +500,6 @@ fn the_builtin_model_writes_the_same_tokens_in_rtl() {
     let checkpoint = builtin::checkpoint().unwrap();
     let plan = Plan::new(checkpoint.config(), &configuration, Packing::T5).unwrap();
     let image = plan.image(&checkpoint, &mut |_, _| {}).unwrap();
-    let mut machine = Machine::new(image.clone());
-    let mut expected = Vec::new();
-    let mut token = 1;
-    for _ in 0..count {
-        token = machine.run(token).unwrap();
-        expected.push(token);
-    }
     let rtl = support::build(&verilator, &support::hardware().join("rtl"), "sim", &configuration);
-    let outcome = rtl.run(&image, &[1], &[("--generate", count), ("--latency", 60)], false);
-    println!("{}", outcome.report);
-    assert_eq!(outcome.report["results"], serde_json::json!(expected));
+    side_by_side(&rtl, &checkpoint, &image, 1, count);
 }

@@ -53,6 +53,7 @@ mutations! {
     "ternary" "ternary_unit" "sums run on": "acc_first ? '0 : acc_q[r]" => "acc_q[r]";
     "reader" "weight_reader" "more than the FIFO holds": "reserved_q + burst <= CountWidth'(FifoBeats)" => "reserved_q <= CountWidth'(FifoBeats)";
     "reader" "weight_reader" "one beat too many": "8'(burst - 1'b1)" => "8'(burst)";
+    "reader" "weight_reader" "full while the memory owes weights": "pending_q == '0" => "1'b1";
     "data" "data_port" "bursts cross pages": "13'(burst) > page" => "1'b0";
     "data" "data_port" "the last beat is marked early": "beat_q == 9'd1" => "beat_q == 9'd2";
     "writeback" "writeback" "one group too many": "row_q + 17'(group_rows) >= {1'b0, rows_q}" => "row_q + 17'(group_rows) > {1'b0, rows_q}";
@@ -61,8 +62,6 @@ mutations! {
     "control" "control" "one turn too many": "imm == '0 ? '0 : imm - 1'b1" => "imm";
     "control" "control" "the offset is left out": "instruction_q[IndexedLow] ? offset_q : '0" => "16'd0";
     "program" "top" "stores begin at the destination": "opcode == OpStore ? va : vd" => "vd";
-    "program" "top" "products wait for the first core only": "&core_ready && back_ready" => "core_ready[0] && back_ready";
-}
 
 /// A copy of the RTL with every fault in it, under `folder`.
 pub fn mutated_rtl(folder: &Path) -> PathBuf {

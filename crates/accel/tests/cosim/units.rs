@@ -52,7 +52,10 @@ fn random_scale(random: &mut Random) -> Scale {
     match random.below(6) {
         0 => Scale { mantissa: 1, exponent: 0 },
         1 => Scale { mantissa: (1 << 31) - 1, exponent: random.below(64) as u32 },
-        _ => Scale { mantissa: random.next() as u32 & 0x7fff_ffff, exponent: 20 + random.below(30) as u32 },
+        _ => Scale {
+            mantissa: random.next() as u32 & 0x7fff_ffff,
+            exponent: 20 + random.below(30) as u32,
+        },
     }
 }
 
@@ -73,7 +76,11 @@ fn round(bench: &mut Bench, random: &mut Random) -> Outcome {
         let half = if shift == 0 { 0 } else { 1i128 << (shift - 1) };
         let exact = (i128::from(value) + half) >> shift;
         let expected = exact.clamp(i32::MIN.into(), i32::MAX.into()) as i32;
-        ensure!(found == word(expected), "{value} >> {shift}: {:#x}, expected {expected:#x}", found);
+        ensure!(
+            found == word(expected),
+            "{value} >> {shift}: {:#x}, expected {expected:#x}",
+            found
+        );
     }
     Ok(())
 }
@@ -201,8 +208,21 @@ fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
     const LATENCY: usize = 9;
     let sigmoid = Sigmoid::default();
     let one = arith::ONE;
-    let corners =
-        [0, 1, -1, one, -one, i32::MAX, i32::MIN, -128, 127, 16 * one, 16 * one - 1, -16 * one, one / 16];
+    let corners = [
+        0,
+        1,
+        -1,
+        one,
+        -one,
+        i32::MAX,
+        i32::MIN,
+        -128,
+        127,
+        16 * one,
+        16 * one - 1,
+        -16 * one,
+        one / 16,
+    ];
     for pass in 0..12u128 {
         let scale = if pass == PASS_QUANT {
             Scale { mantissa: 1, exponent: 0 }
@@ -222,7 +242,8 @@ fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
             .collect();
         let mut outputs = Vec::new();
         for cycle in 0..inputs.len() + LATENCY + 2 {
-            let [a, b, c] = cycle.checked_sub(1).and_then(|i| inputs.get(i)).copied().unwrap_or_default();
+            let [a, b, c] =
+                cycle.checked_sub(1).and_then(|i| inputs.get(i)).copied().unwrap_or_default();
             let counts = (1..=inputs.len()).contains(&cycle);
             let fields = [
                 (pass, 4),
@@ -249,7 +270,10 @@ fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
                 11 => arith::recurrence(&sigmoid, a, b, c),
                 PASS_QUANT => {
                     let expected = arith::quantize(a, scale);
-                    ensure!(quant as u8 as i8 == expected, "quant {a}: {quant}, expected {expected}");
+                    ensure!(
+                        quant as u8 as i8 == expected,
+                        "quant {a}: {quant}, expected {expected}"
+                    );
                     continue;
                 }
                 _ => continue,
@@ -262,8 +286,13 @@ fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
         let [_, _, sum, max, best, index] = outputs[outputs.len() - 1];
         let largest = inputs.iter().map(|x| x[0].unsigned_abs()).max().unwrap();
         ensure!(max == largest.into(), "pass {pass}: maximum {max}, expected {largest}");
-        let (at, value) =
-            inputs.iter().enumerate().rev().max_by_key(|(_, x)| x[0]).map(|(i, x)| (i + 1, x[0])).unwrap();
+        let (at, value) = inputs
+            .iter()
+            .enumerate()
+            .rev()
+            .max_by_key(|(_, x)| x[0])
+            .map(|(i, x)| (i + 1, x[0]))
+            .unwrap();
         ensure!(
             (best, index) == (word(value), at as u128),
             "pass {pass}: best {best:#x} at {index}, expected {value:#x} at {at}"
@@ -320,7 +349,10 @@ fn rms(bench: &mut Bench, random: &mut Random) -> Outcome {
         };
         let expected = if is_quant {
             let expected = arith::dequant_scale(maximum, factor);
-            ensure!(dequant == scale_bits(expected), "{maximum} * {factor:?}: {dequant:#x}, {expected:?}");
+            ensure!(
+                dequant == scale_bits(expected),
+                "{maximum} * {factor:?}: {dequant:#x}, {expected:?}"
+            );
             arith::quant_factor(maximum)
         } else {
             arith::inverse_rms(sum, count, epsilon)
@@ -438,7 +470,8 @@ fn row(bench: &mut Bench, random: &mut Random) -> Outcome {
                 each(b, &|j| arith::forget_gate(&sigmoid, old[b + j], old[c + j]));
                 let gate = memory.clone();
                 for j in 0..padded {
-                    memory[d + j] = arith::recurrence(&sigmoid, old[a + j], gate[b + j], old[d + j]);
+                    memory[d + j] =
+                        arith::recurrence(&sigmoid, old[a + j], gate[b + j], old[d + j]);
                 }
             }
             Opcode::ArgMax => {
@@ -514,13 +547,8 @@ fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
                 _ => random.next() as u8,
             })
             .collect();
-        let command = [
-            (1, 1),
-            (packing.flag().into(), 1),
-            (rows as u128, 16),
-            (cols as u128, 16),
-            (0, 88),
-        ];
+        let command =
+            [(1, 1), (packing.flag().into(), 1), (rows as u128, 16), (cols as u128, 16), (0, 88)];
         let [ready, ..] = bench.cycle(&command, WIDTHS)?;
         ensure!(ready == 1, "not ready for a product");
         let (mut sent, mut taken, mut offered) = (0, 0, false);
@@ -544,7 +572,10 @@ fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
             if valid == 1 && sum_ready {
                 let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
                 let expected = group_sums(packing, bytes, &activations);
-                ensure!(sums == sum_bits(expected), "group {taken}: {sums:#x}, expected {expected:?}");
+                ensure!(
+                    sums == sum_bits(expected),
+                    "group {taken}: {sums:#x}, expected {expected:?}"
+                );
                 taken += 1;
                 if taken == groups {
                     break;
@@ -603,8 +634,10 @@ fn reader(bench: &mut Bench, random: &mut Random) -> Outcome {
                 (address.map_or(0, content).into(), 64),
                 (takes.into(), 1),
             ];
-            let [_, arvalid, araddr, arlen, rready, valid, data, full] = bench.cycle(&fields, WIDTHS)?;
+            let [_, arvalid, araddr, arlen, rready, valid, data, full] =
+                bench.cycle(&fields, WIDTHS)?;
             full_seen |= full == 1;
+            ensure!(full == 0 || memory.beats.is_empty(), "full, while the memory owes weights");
             if address.is_some() {
                 ensure!(rready == 1, "the memory has to wait");
                 memory.beats.pop_front();
@@ -668,8 +701,23 @@ fn data(bench: &mut Bench, random: &mut Random) -> Outcome {
                 (bvalid.into(), 1),
             ];
             let [
-                _, done, raddr, we, waddr, wdata, arvalid, araddr, arlen, rready, awvalid, awaddr, awlen,
-                wvalid, axi_wdata, wlast, bready,
+                _,
+                done,
+                raddr,
+                we,
+                waddr,
+                wdata,
+                arvalid,
+                araddr,
+                arlen,
+                rready,
+                awvalid,
+                awaddr,
+                awlen,
+                wvalid,
+                axi_wdata,
+                wlast,
+                bready,
             ] = bench.cycle(&fields, WIDTHS)?;
             read_data = u128::from(content(raddr as u64));
             if arvalid == 1 && arready {
@@ -686,12 +734,18 @@ fn data(bench: &mut Bench, random: &mut Random) -> Outcome {
                 moved += 1;
             }
             if awvalid == 1 && awready {
-                ensure!(is_store && awaddr == u128::from(base + 8 * moved), "write address {awaddr}");
+                ensure!(
+                    is_store && awaddr == u128::from(base + 8 * moved),
+                    "write address {awaddr}"
+                );
                 write_left = awlen as u64 + 1;
                 let (begin, end) = (awaddr as u64, awaddr as u64 + 8 * write_left - 1);
                 ensure!(begin / 4096 == end / 4096, "a burst at {begin} crosses a page");
             } else if wvalid == 1 && wready {
-                ensure!(axi_wdata == content(first + moved).into(), "word {moved} of a store is wrong");
+                ensure!(
+                    axi_wdata == content(first + moved).into(),
+                    "word {moved} of a store is wrong"
+                );
                 ensure!(wlast == u128::from(write_left == 1), "wlast {wlast}, {write_left} left");
                 moved += 1;
                 write_left -= 1;
@@ -785,8 +839,7 @@ fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
             let bits = u128::from(pair[1] as u8) << 8 | u128::from(pair[0] as u8);
             bench.cycle(&[(1, 1), (at as u128, 4), (bits, 16), (0, 35)], WIDTHS)?;
         }
-        let weights: Vec<u8> =
-            (0..groups * beats * WIDTH).map(|_| random.next() as u8).collect();
+        let weights: Vec<u8> = (0..groups * beats * WIDTH).map(|_| random.next() as u8).collect();
         bench.cycle(&[(1, 1), ((groups * beats) as u128, 32), (0, 90)], WIDTHS)?;
         // Weights come ahead of the product.
         let start = random.below(40);
@@ -824,7 +877,10 @@ fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
             if valid == 1 && sum_ready {
                 let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
                 let expected = group_sums(packing, bytes, &activations);
-                ensure!(sums == sum_bits(expected), "group {taken}: {sums:#x}, expected {expected:?}");
+                ensure!(
+                    sums == sum_bits(expected),
+                    "group {taken}: {sums:#x}, expected {expected:?}"
+                );
                 taken += 1;
                 if taken == groups {
                     break;
@@ -881,8 +937,23 @@ fn control(bench: &mut Bench, random: &mut Random) -> Outcome {
         ensure!(cycle < 3000, "the program does not end: {retired:?}");
         let ready = random.below(3) == 0;
         let fields = [(ready.into(), 1), (scale, 37), (best.into(), 32)];
-        let [_, done, _, error, opcode, vd, scalar, address, row, matvec, data, stream, retire, pc, _] =
-            bench.cycle(&fields, WIDTHS)?;
+        let [
+            _,
+            done,
+            _,
+            error,
+            opcode,
+            vd,
+            scalar,
+            address,
+            row,
+            matvec,
+            data,
+            stream,
+            retire,
+            pc,
+            _,
+        ] = bench.cycle(&fields, WIDTHS)?;
         ensure!(error == 0, "an error is raised at {pc}");
         let issued = [row, matvec, data, stream].iter().sum::<u128>();
         ensure!(issued <= 1, "{issued} units are asked at a time");
