@@ -374,7 +374,7 @@ fn counters_tell_who_waits_for_whom() {
     };
     let (fast, slow) = (shares(256), shares(8));
     assert!(fast[0] < 0.02 && fast[1] > 0.3, "a fast memory: {fast:?}");
-    assert!(slow[0] > 0.5 && slow[1] < 0.1, "a slow memory: {slow:?}");
+    assert!(slow[0] > 0.5 && slow[1] < 0.2, "a slow memory: {slow:?}");
 }
 
 /// Each module against the simulator's arithmetic; then with each of the faults, which must be found.

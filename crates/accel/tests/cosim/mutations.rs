@@ -62,6 +62,7 @@ mutations! {
     "control" "control" "one turn too many": "imm == '0 ? '0 : imm - 1'b1" => "imm";
     "control" "control" "the offset is left out": "instruction_q[IndexedLow] ? offset_q : '0" => "16'd0";
     "program" "top" "stores begin at the destination": "opcode == OpStore ? va : vd" => "vd";
+}
 
 /// A copy of the RTL with every fault in it, under `folder`.
 pub fn mutated_rtl(folder: &Path) -> PathBuf {
