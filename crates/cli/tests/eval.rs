@@ -233,7 +233,7 @@ fn scaling_laws_are_written_whole_or_not_at_all() {
     let path = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
     let mut arguments = vec!["scaling".to_owned()];
     for (model, exponent) in [("hgrn_bit", -0.10), ("llama", -0.08)] {
-        for width in [64, 128, 256] {
+        for width in [64_u32, 128, 256] {
             let run = path(&format!("{model}-{width}"));
             fs::create_dir(&run).unwrap();
             let heads = if model == "llama" {
@@ -249,7 +249,8 @@ fn scaling_laws_are_written_whole_or_not_at_all() {
             let log: String = (1..=4)
                 .map(|step| {
                     let tokens = step * 100_000 * width;
-                    let loss = 40.0 * f64::from(tokens * width).powf(exponent);
+                    let work = f64::from(tokens) * f64::from(width);
+                    let loss = 40.0 * work.powf(exponent);
                     format!("{{\"step\": {step}, \"tokens\": {tokens}, \"loss\": {loss}}}\n")
                 })
                 .collect();
