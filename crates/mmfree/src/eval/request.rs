@@ -20,7 +20,9 @@ impl Request {
     /// A continuation that is longer than the window.
     pub fn within(self, window: Option<usize>) -> Result<Self> {
         // The last token is only predicted.
-        let Some(cut) = window.and_then(|window| self.tokens.len().checked_sub(window + 1)) else {
+        let Some(cut) =
+            window.and_then(|window| self.tokens.len().checked_sub(window.saturating_add(1)))
+        else {
             return Ok(self);
         };
         if cut >= self.context {

@@ -74,18 +74,12 @@ pub struct EngineScorer {
     engine: Engine,
     /// State of the text that [`Scorer::roll`] reads, and its last token, which the state has not seen.
     rolling: Option<(State, u32)>,
-    tokens_read: u64,
 }
 
 impl EngineScorer {
     /// A scorer that runs an engine.
     pub fn new(engine: Engine) -> Self {
-        Self { engine, rolling: None, tokens_read: 0 }
-    }
-
-    /// Tokens that the model has read so far; what requests share counts once.
-    pub fn tokens_read(&self) -> u64 {
-        self.tokens_read
+        Self { engine, rolling: None }
     }
 }
 
@@ -149,7 +143,6 @@ impl EngineScorer {
                 })
                 .collect();
             let mut scores = self.engine.log_likelihoods(&mut batch, &wanted)?.into_iter();
-            self.tokens_read += rows as u64;
             for (job, piece) in jobs[next..end].iter_mut().zip(&pieces) {
                 let inside = job.wanted.iter().filter(|w| piece.contains(&w.row));
                 let count = inside.map(|wanted| wanted.targets.len()).sum();
@@ -283,7 +276,6 @@ impl Scorer for EngineScorer {
             let scores = self.engine.log_likelihoods(&mut batch, &wanted)?;
             scores.into_iter().for_each(|token| score.add(token));
             *last = chunk[chunk.len() - 1];
-            self.tokens_read += read.len() as u64;
         }
         Ok(Some(score))
     }
