@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Kernels;
-use super::lookup::{Lanes, PassIndices};
+use super::lookup::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, Lanes, PassIndices, Sweep};
 use crate::activations::QuantizedRows;
 use crate::ternary::base3::{CORRECTIONS, GROUP_UNITS, GROUP_WORDS, LAST_PLAIN, QUADS, quad_index};
 use crate::ternary::{Layout, PANEL_ROWS, PanelVector, WORD_TRITS};
@@ -201,6 +201,25 @@ pub(super) struct Lanes32<const VBMI: bool>(__m512i);
 
 impl<const VBMI: bool> Lanes for Lanes32<VBMI> {
     const TOKENS: usize = 32;
+    const DOTS_OF_64: usize = 27;
+
+    #[inline(always)]
+    unsafe fn sweep<const FIRST: bool, const LAST: bool, const INITIAL: bool>(
+        sweep: Sweep<'_, Self>,
+        dots: &mut Dots<'_>,
+    ) {
+        // SAFETY: the caller runs with this tier's features and promises the rest.
+        unsafe { sweep_and_dots::<VBMI, FIRST, LAST, INITIAL>(sweep, dots) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish_dots(dots: &mut Dots<'_>) {
+        while let Some((unit, sums)) = dots.unit() {
+            // SAFETY: the caller runs with this tier's features.
+            unsafe { dot_unit(unit, sums, Nothing) };
+            dots.advance();
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -255,9 +274,30 @@ impl<const VBMI: bool> Lanes for Lanes32<VBMI> {
     }
 
     #[inline(always)]
-    unsafe fn transpose_inputs(input: &QuantizedRows, tokens: Range<usize>, out: &mut [i16]) {
+    unsafe fn transpose_inputs(
+        input: &QuantizedRows,
+        tokens: Range<usize>,
+        out: &mut [i16],
+        fours: &mut [i32],
+    ) {
         // SAFETY: the caller runs with this tier's features.
-        unsafe { transpose_inputs(input, tokens, out) }
+        unsafe { transpose_inputs(input, tokens, out, fours) }
+    }
+
+    #[inline(always)]
+    unsafe fn pass_words(
+        layout: Layout,
+        units: &[PanelVector],
+        words: usize,
+        first: usize,
+    ) -> PassIndices {
+        let word = |at: usize| match layout {
+            _ if at >= words => [0; PANEL_ROWS],
+            // SAFETY: the caller runs with this tier's features, and with VBMI if `VBMI` says so.
+            Layout::Base3 if VBMI => unsafe { base3_word(units, at) },
+            layout => layout.word(units, at),
+        };
+        bytemuck::cast([word(first), word(first + 1)])
     }
 
     #[inline(always)]
@@ -323,6 +363,34 @@ fn base3_indices(units: &[PanelVector], word: usize) -> __m512i {
     sum
 }
 
+/// A word in base 3 at two bits a trit.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[inline]
+fn base3_word(units: &[PanelVector], word: usize) -> PanelVector {
+    let (group, at) = (word / GROUP_WORDS, word % GROUP_WORDS);
+    let units = &units[group * GROUP_UNITS..];
+    let mends = load(&CORRECTIONS);
+    let mut fields = _mm512_setzero_si512();
+    if at < GROUP_UNITS {
+        let unit = load(&units[at]);
+        let quads = _mm512_permutexvar_epi8(unit, load(&QUADS));
+        let mend = _mm512_and_si512(corrections(unit, mends), _mm512_set1_epi8(63));
+        fields = _mm512_xor_si512(quads, mend);
+    } else {
+        for unit in units[..GROUP_UNITS].iter().rev() {
+            let unit = load(unit);
+            let mended = _mm512_xor_si512(unit, corrections(unit, mends));
+            let fifth = _mm512_and_si512(_mm512_srli_epi16::<6>(mended), _mm512_set1_epi8(3));
+            // Fields of earlier units are below 64, so none leaves its byte.
+            fields = _mm512_or_si512(_mm512_slli_epi16::<2>(fields), fifth);
+        }
+    }
+    let mut word = [0; PANEL_ROWS];
+    // SAFETY: sixteen u32 are 64 bytes.
+    unsafe { _mm512_storeu_si512(word.as_mut_ptr().cast(), fields) };
+    word
+}
+
 /// [`quad_index`] of the quads, and what turns it into that of a corrected quad.
 static QUAD_INDICES: [u8; 64] = index_tables().0;
 static INDEX_CORRECTIONS: [u8; 64] = index_tables().1;
@@ -362,6 +430,139 @@ fn interleave(first: __m512i, second: __m512i) -> PassIndices {
     indices
 }
 
+/// Rows that are looked up beside one step of the dot products, which is four inputs.
+const ROWS_A_STEP: usize = 2;
+/// Steps of a pass.
+const PASS_STEPS: usize = 8;
+
+/// One pass over the rows that are looked up; beside them, as many units of dot products as take no longer.
+///
+/// # Safety
+/// As for [`Sweep::row`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn sweep_and_dots<
+    const VBMI: bool,
+    const FIRST: bool,
+    const LAST: bool,
+    const INITIAL: bool,
+>(
+    sweep: Sweep<'_, Lanes32<VBMI>>,
+    dots: &mut Dots<'_>,
+) {
+    let mut row = 0;
+    while let Some((unit, sums)) = dots.unit() {
+        let end = row + unit.passes * PASS_STEPS * ROWS_A_STEP;
+        if end > sweep.rows {
+            break;
+        }
+        // SAFETY: all rows are below `end`; the caller's promise.
+        unsafe {
+            dot_unit(unit, sums, LookUps::<VBMI, FIRST, LAST, INITIAL> { sweep: &sweep, row });
+        }
+        dots.advance();
+        row = end;
+    }
+    for row in row..sweep.rows {
+        // SAFETY: one of the rows; the caller's promise.
+        unsafe { sweep.row::<FIRST, LAST, INITIAL>(row) };
+    }
+}
+
+/// What is done beside each step of a unit. No closure: it would be a call, around which every sum would be
+/// saved.
+trait Beside {
+    /// # Safety
+    /// As for [`Sweep::row`].
+    unsafe fn step(&self, step: usize);
+}
+
+/// Nothing is done.
+struct Nothing;
+
+impl Beside for Nothing {
+    #[inline(always)]
+    unsafe fn step(&self, _: usize) {}
+}
+
+/// Some rows are looked up, from `row` on.
+struct LookUps<'a, const VBMI: bool, const FIRST: bool, const LAST: bool, const INITIAL: bool> {
+    sweep: &'a Sweep<'a, Lanes32<VBMI>>,
+    row: usize,
+}
+
+impl<const VBMI: bool, const FIRST: bool, const LAST: bool, const INITIAL: bool> Beside
+    for LookUps<'_, VBMI, FIRST, LAST, INITIAL>
+{
+    #[inline(always)]
+    unsafe fn step(&self, step: usize) {
+        for i in 0..ROWS_A_STEP {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.sweep.row::<FIRST, LAST, INITIAL>(self.row + ROWS_A_STEP * step + i);
+            }
+        }
+    }
+}
+
+/// Adds a unit's products to its sums, and does something beside every step.
+///
+/// # Safety
+/// As for what is done beside.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn dot_unit(unit: DotUnit<'_>, sums: &mut DotSums, beside: impl Beside) {
+    let mut lanes = [[_mm512_setzero_si512(); DOT_PANELS]; DOT_TOKENS];
+    for token in 0..DOT_TOKENS {
+        for panel in 0..DOT_PANELS {
+            lanes[token][panel] = load(&sums[token][panel]);
+        }
+    }
+    let mask = _mm512_set1_epi8(3);
+    for pass in 0..unit.passes {
+        for word in 0..2 {
+            let mut codes = [mask; DOT_PANELS];
+            for (panel, codes) in codes.iter_mut().enumerate() {
+                // SAFETY: `Dots::unit` checked that there are words for three panels of every pass, 128 bytes
+                // each.
+                unsafe {
+                    let words = unit.words.as_ptr().add(pass * unit.stride + panel);
+                    *codes = _mm512_loadu_si512(words.cast::<PanelVector>().add(word).cast());
+                    // The other passes lie far apart: no prefetcher of the processor finds them.
+                    let next = words.wrapping_add(unit.stride).cast::<PanelVector>();
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(word).cast());
+                }
+            }
+            for field in 0..4 {
+                let step = PASS_STEPS * pass + 4 * word + field;
+                // SAFETY: the caller's promise.
+                unsafe { beside.step(step) };
+                let mut trits = codes;
+                for panel in 0..DOT_PANELS {
+                    trits[panel] = _mm512_and_si512(codes[panel], mask);
+                    codes[panel] = _mm512_srli_epi32::<2>(codes[panel]);
+                }
+                for (token, lanes) in lanes.iter_mut().enumerate() {
+                    // SAFETY: `Dots::unit` checked that every step has eight activations.
+                    let four = unsafe { *unit.fours.as_ptr().add(32 * step + token) };
+                    let four = _mm512_set1_epi32(four);
+                    for (lanes, trits) in lanes.iter_mut().zip(trits) {
+                        *lanes = _mm512_dpbusd_epi32(*lanes, trits, four);
+                    }
+                }
+            }
+        }
+    }
+    for token in 0..DOT_TOKENS {
+        for panel in 0..DOT_PANELS {
+            // SAFETY: sixteen i32 are 64 bytes.
+            unsafe {
+                _mm512_storeu_si512(sums[token][panel].as_mut_ptr().cast(), lanes[token][panel]);
+            }
+        }
+    }
+}
+
 /// `[row][token]` of a panel and 32 tokens to `[token][row]`.
 #[target_feature(enable = "avx512f")]
 #[inline]
@@ -386,8 +587,14 @@ fn transpose_panel(sums: &[i32], out: &mut [i32]) {
 /// Activations of up to 32 tokens from `[token][input]` i8 to `[input][token]` i16.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn transpose_inputs(input: &QuantizedRows, tokens: Range<usize>, out: &mut [i16]) {
-    for (block, out) in out.chunks_mut(64 * 32).enumerate() {
+fn transpose_inputs(
+    input: &QuantizedRows,
+    tokens: Range<usize>,
+    out: &mut [i16],
+    fours_out: &mut [i32],
+) {
+    let blocks = out.chunks_mut(64 * 32).zip(fours_out.chunks_mut(16 * 32));
+    for (block, (out, fours_out)) in blocks.enumerate() {
         for half in 0..2 {
             let mut rows = [_mm512_setzero_si512(); 16];
             for (row, token) in rows.iter_mut().zip(tokens.clone().skip(16 * half)) {
@@ -397,6 +604,12 @@ fn transpose_inputs(input: &QuantizedRows, tokens: Range<usize>, out: &mut [i16]
             }
             // Four inputs of sixteen tokens in each.
             let fours = transpose_16x16(rows);
+            for (four, out) in fours.iter().zip(fours_out.chunks_exact_mut(32)) {
+                // SAFETY: sixteen i32 are 64 bytes.
+                unsafe {
+                    _mm512_storeu_si512(out[16 * half..][..16].as_mut_ptr().cast(), *four);
+                }
+            }
             for (four, out) in fours.iter().zip(out.chunks_exact_mut(4 * 32)) {
                 for (byte, out) in out.chunks_exact_mut(32).enumerate() {
                     let up = _mm512_set1_epi32(24 - 8 * byte as i32);

@@ -19,6 +19,7 @@
 //! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
 //! once a cycle this does 128 products a load where the dot product does 64.
 
+mod dots;
 mod lanes;
 
 use std::io;
@@ -31,8 +32,9 @@ use crate::pool::{Pool, SharedMut};
 use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 use crate::tier::Backend;
 
+pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots};
 use lanes::PASS_WORDS;
-pub(super) use lanes::{Lanes, PassIndices, PlainLanes};
+pub(super) use lanes::{Lanes, PassIndices, PlainLanes, Sweep};
 
 /// Sums that four trits select from.
 const ENTRIES: usize = 81;
@@ -98,15 +100,17 @@ struct Buffers<'a> {
     short_sums: &'a mut [i16],
     /// `[row][token]`.
     sums: &'a mut [i32],
+    /// Activations of the tile for dot products, `[input / 4][token]`, four bytes each.
+    fours: &'a mut [i32],
 }
 
 impl ThreadScratch {
-    /// Bytes of the four parts of [`Buffers`]. Each is a multiple of the 64 or 32 bytes of a row of lanes,
+    /// Bytes of the parts of [`Buffers`]. Each is a multiple of the 64 or 32 bytes of a row of lanes,
     /// so all parts stay aligned.
-    fn sizes(tokens: usize, passes: usize, rows: usize) -> [usize; 4] {
+    fn sizes(tokens: usize, passes: usize, rows: usize) -> [usize; 5] {
         let tables = PASS_TABLES * ENTRIES * tokens;
         let inputs = passes * PASS_INPUTS;
-        [2 * tables, 2 * inputs * tokens, 2 * rows * tokens, 4 * rows * tokens]
+        [2 * tables, 2 * inputs * tokens, 2 * rows * tokens, 4 * rows * tokens, inputs * tokens]
     }
 
     /// The parts, for which room was made.
@@ -115,11 +119,13 @@ impl ThreadScratch {
         let (tables, rest) = reserved(&mut self.0).split_at_mut(sizes[0]);
         let (inputs, rest) = rest.split_at_mut(sizes[1]);
         let (short_sums, rest) = rest.split_at_mut(sizes[2]);
+        let (sums, rest) = rest.split_at_mut(sizes[3]);
         Buffers {
             tables: bytemuck::cast_slice_mut(tables),
             inputs: bytemuck::cast_slice_mut(inputs),
             short_sums: bytemuck::cast_slice_mut(short_sums),
-            sums: bytemuck::cast_slice_mut(&mut rest[..sizes[3]]),
+            sums: bytemuck::cast_slice_mut(sums),
+            fours: bytemuck::cast_slice_mut(&mut rest[..sizes[4]]),
         }
     }
 }
@@ -254,7 +260,8 @@ fn passes(weights: &TernaryMatrix) -> usize {
     weights.words().div_ceil(PASS_WORDS)
 }
 
-/// Lays out the indices of some panels, `[pass][panel of the wave][row]`.
+/// Lays out the indices of some panels, `[pass][panel of the wave][row]`; in their places, the words of
+/// panels that are not looked up.
 struct IndexTask<'a> {
     wave: &'a Wave<'a>,
     /// In the wave.
@@ -271,12 +278,18 @@ impl Work for IndexTask<'_> {
             let at = job.first_index + pass * panels + self.first;
             // SAFETY: tasks have disjoint panels, and the indices stay borrowed until all are done.
             let indices = unsafe { self.indices.slice(at, count) };
-            for (panel, indices) in indices.iter_mut().enumerate() {
-                let units = job.weights.panel(first_panel + self.first + panel);
+            for (panel, indices) in (self.first..).zip(indices) {
+                let units = job.weights.panel(first_panel + panel);
                 let (layout, words) = (job.weights.layout(), job.weights.words());
+                let first = pass * PASS_WORDS;
                 // SAFETY: the caller's promise about features.
-                *indices =
-                    unsafe { K::Lanes::pass_indices(layout, units, words, pass * PASS_WORDS) };
+                *indices = unsafe {
+                    if self.wave.is_looked_up::<K::Lanes>(panel) {
+                        K::Lanes::pass_indices(layout, units, words, first)
+                    } else {
+                        K::Lanes::pass_words(layout, units, words, first)
+                    }
+                };
             }
         }
     }
@@ -298,6 +311,18 @@ impl Work for LookupTask<'_> {
 }
 
 impl Wave<'_> {
+    /// Panels of a block.
+    fn block_panels(&self) -> usize {
+        self.panels.div_ceil(self.blocks)
+    }
+
+    /// Whether a panel of the wave is looked up: the first ones of each block are.
+    fn is_looked_up<V: Lanes>(&self, panel: usize) -> bool {
+        let per_block = self.block_panels();
+        let first = panel / per_block * per_block;
+        panel - first < looked_up_panels::<V>(per_block.min(self.panels - first))
+    }
+
     /// # Safety
     /// As for [`Lanes`]; and the wave's indices were laid out.
     #[inline(always)]
@@ -310,58 +335,69 @@ impl Wave<'_> {
         let job = self.job;
         let first_token = task / self.blocks * V::TOKENS;
         let tokens = V::TOKENS.min(job.tokens - first_token);
-        let per_block = self.panels.div_ceil(self.blocks);
+        let per_block = self.block_panels();
         let first_panel = (task % self.blocks * per_block).min(self.panels);
         let panels = per_block.min(self.panels - first_panel);
         if panels == 0 {
             return; // Blocks are cut equal, so the last ones may be empty.
         }
-        let rows = panels * PANEL_ROWS;
+        let looked_up = looked_up_panels::<V>(panels);
+        let rows = looked_up * PANEL_ROWS;
         let passes = passes(job.weights);
         let buffers = scratch.buffers(V::TOKENS, passes, rows);
+        let all_tokens = first_token..first_token + tokens;
         // SAFETY: the caller's promise about features.
         unsafe {
-            V::transpose_inputs(job.input, first_token..first_token + tokens, buffers.inputs);
+            V::transpose_inputs(job.input, all_tokens.clone(), buffers.inputs, buffers.fours);
         }
-
-        for pass in 0..passes {
+        let part = &indices[job.first_index..][..passes * self.panels];
+        let mut dots = Dots::new(
+            job,
+            all_tokens,
+            self.first_panel,
+            first_panel + looked_up..first_panel + panels,
+            part,
+            self.panels,
+            buffers.fours,
+        );
+        for (pass, indices) in part.chunks_exact(self.panels).enumerate() {
             let inputs =
                 &buffers.inputs[pass * PASS_INPUTS * V::TOKENS..][..PASS_INPUTS * V::TOKENS];
             // SAFETY: the caller's promise about features.
             unsafe { build_tables::<V>(inputs, buffers.tables) };
-            let indices = &indices[job.first_index + pass * self.panels + first_panel..][..panels];
+            let sweep = Sweep::<V>::new(
+                indices[first_panel..][..looked_up].as_flattened(),
+                buffers.tables,
+                buffers.short_sums,
+                buffers.sums,
+            );
             let first = pass % PASSES_IN_16_BITS == 0;
             let last = pass % PASSES_IN_16_BITS == PASSES_IN_16_BITS - 1 || pass + 1 == passes;
             let initial = pass < PASSES_IN_16_BITS;
-            // Called directly, not through a pointer: only an inlined body gets the tier's features.
-            macro_rules! sweep {
-                ($first:literal, $last:literal, $initial:literal) => {
-                    // SAFETY: the caller's promises about features and indices.
-                    unsafe {
-                        sweep_rows::<V, $first, $last, $initial>(
-                            indices.as_flattened(),
-                            buffers.tables,
-                            buffers.short_sums,
-                            buffers.sums,
-                        )
-                    }
-                };
-            }
-            match (first, last, initial) {
-                (true, true, true) => sweep!(true, true, true),
-                (true, true, false) => sweep!(true, true, false),
-                (true, false, _) => sweep!(true, false, false),
-                (false, true, true) => sweep!(false, true, true),
-                (false, true, false) => sweep!(false, true, false),
-                (false, false, _) => sweep!(false, false, false),
+            // SAFETY: the caller's promises about features and indices.
+            unsafe {
+                match (first, last, initial) {
+                    (true, true, true) => V::sweep::<true, true, true>(sweep, &mut dots),
+                    (true, true, false) => V::sweep::<true, true, false>(sweep, &mut dots),
+                    (true, false, _) => V::sweep::<true, false, false>(sweep, &mut dots),
+                    (false, true, true) => V::sweep::<false, true, true>(sweep, &mut dots),
+                    (false, true, false) => V::sweep::<false, true, false>(sweep, &mut dots),
+                    (false, false, _) => V::sweep::<false, false, false>(sweep, &mut dots),
+                }
             }
         }
         let sums = &buffers.sums[..rows * V::TOKENS];
         // SAFETY: the caller's promise about features.
         unsafe {
+            V::finish_dots(&mut dots);
             job.write_outputs::<V>(self.first_panel + first_panel, first_token, tokens, sums);
         }
     }
+}
+
+/// Of the panels of a block, those that are looked up.
+fn looked_up_panels<V: Lanes>(panels: usize) -> usize {
+    panels - panels * V::DOTS_OF_64 / 64 / DOT_PANELS * DOT_PANELS
 }
 
 impl Job<'_> {
@@ -439,49 +475,6 @@ unsafe fn nine_sums<V: Lanes>(a: V, b: V) -> [V; 9] {
         let (minus_a, minus_b) = (zero.sub(a), zero.sub(b));
         [minus_a.sub(b), minus_b, a.sub(b), minus_a, zero, a, b.sub(a), b, a.add(b)]
     }
-}
-
-/// Adds one pass to the sums of every row. `FIRST`: the 16-bit sums start at zero; `LAST`: they are
-/// added to the 32-bit sums, or set these if `INITIAL`.
-///
-/// # Safety
-/// As for [`Lanes`]; and all indices are below [`ENTRIES`].
-#[inline(always)]
-unsafe fn sweep_rows<V: Lanes, const FIRST: bool, const LAST: bool, const INITIAL: bool>(
-    indices: &[u64],
-    tables: &[i16],
-    short_sums: &mut [i16],
-    sums: &mut [i32],
-) {
-    assert!(tables.len() == PASS_TABLES * ENTRIES * V::TOKENS);
-    assert!(short_sums.len() >= indices.len() * V::TOKENS);
-    assert!(sums.len() >= indices.len() * V::TOKENS);
-    for (row, &indices) in indices.iter().enumerate() {
-        let lane = row * V::TOKENS;
-        // SAFETY: `lane` has `TOKENS` sums behind it by the assertions above. Indices are in bounds by the
-        // caller's promise, so every look-up stays inside its table; features likewise.
-        unsafe {
-            let mut sum = if FIRST { V::zero() } else { V::load(short_sums.as_ptr().add(lane)) };
-            for byte in 0..PASS_TABLES {
-                let table = tables.as_ptr().add(byte * ENTRIES * V::TOKENS);
-                sum = sum.add(V::load(table.byte_add(entry_offset::<V>(indices, byte))));
-            }
-            if LAST {
-                sum.add_to::<INITIAL>(sums.as_mut_ptr().add(lane));
-            } else {
-                sum.store(short_sums.as_mut_ptr().add(lane));
-            }
-        }
-    }
-}
-
-/// Bytes before the entry that a byte of `indices` selects: one shift and one mask.
-#[inline(always)]
-fn entry_offset<V: Lanes>(indices: u64, byte: usize) -> usize {
-    let shift = (size_of::<i16>() * V::TOKENS).trailing_zeros();
-    let at = 8 * byte as u32;
-    let moved = if at < shift { indices << (shift - at) } else { indices >> (at - shift) };
-    moved as usize & (0xff << shift)
 }
 
 #[cfg(target_endian = "big")]
