@@ -95,19 +95,19 @@ impl<B: Backend> MatMulFree<B> {
         let tokens = shape.tokens();
         let mut betas = backend.tensor(layers.len() * d, Precision::Full)?;
         backend.clear(&mut betas)?;
-        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let slots = (0..slots)
             .map(|_| {
                 Ok(Activations {
-                    i: tensor(d)?,
-                    f: tensor(d)?,
-                    g: tensor(d)?,
-                    h: tensor(d)?,
-                    middle: tensor(d)?,
-                    ab: tensor(2 * inner)?,
+                    i: backend.product_tensor(tokens, d)?,
+                    f: backend.product_tensor(tokens, d)?,
+                    g: backend.product_tensor(tokens, d)?,
+                    h: backend.tensor(tokens * d, Precision::Activation)?,
+                    middle: backend.tensor(tokens * d, Precision::Activation)?,
+                    ab: backend.product_tensor(tokens, 2 * inner)?,
                 })
             })
             .collect::<Result<_>>()?;
+        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let scratch = Scratch {
             y: tensor(d)?,
             dy: tensor(d)?,

@@ -152,7 +152,7 @@ impl<B: Backend + 'static> Model<B> {
         };
         let projections = builder.projections;
         let stream = shape.tokens() * width;
-        backend.reserve(&projections, shape.tokens(), &head)?;
+        backend.reserve(&projections, shape, &head)?;
         Ok(Self {
             shape,
             vocab_size: architecture.vocab_size(),
