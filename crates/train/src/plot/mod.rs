@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use mmfree::error::{Error, Result};
 
 pub use self::chart::draw;
+pub(crate) use self::chart::{COLOURS, FONT};
 pub use self::curve::{Curve, Point, smooth};
 use crate::log::read_log;
 
@@ -66,7 +67,7 @@ pub fn plot(runs: &[PathBuf], options: &PlotOptions) -> Result<String> {
 }
 
 /// What runs are called: the last parts of their paths that tell them apart.
-fn names(runs: &[PathBuf]) -> Vec<String> {
+pub(crate) fn names(runs: &[PathBuf]) -> Vec<String> {
     let parts: Vec<Vec<String>> = runs
         .iter()
         .map(|path| {
