@@ -84,7 +84,11 @@ fn write<B: Backend + 'static>(args: &Args, backend: &mut B) -> Result<ExitCode>
     let cancel = interrupt::catch()?;
 
     let shape = BatchShape { sequences: micro_batch, length: length - 1 };
-    let options = ModelOptions { recompute: args.recompute, head_chunk: backend.head_chunk() };
+    let options = ModelOptions {
+        recompute: args.recompute,
+        head_chunk: backend.head_chunk(),
+        ..ModelOptions::default()
+    };
     let mut model = Model::new(backend, &architecture, shape, &options)?;
     let flat = backend.flat_from(&parameters)?;
     let mut gradients = backend.flat_zeros(parameters.len())?;

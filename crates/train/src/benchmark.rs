@@ -40,6 +40,8 @@ pub struct Options {
     pub micro_batch: usize,
     /// Compute activations again in the backward pass.
     pub recompute: bool,
+    /// In so many blocks, compute the input of the gated linear unit again.
+    pub recompute_gates: usize,
     /// Steps that count.
     pub repetitions: usize,
     /// Steps before them that do not.
@@ -76,6 +78,8 @@ pub struct Report {
     pub sequence_length: usize,
     /// Whether activations were computed again.
     pub recompute: bool,
+    /// In how many blocks the input of the gated linear unit was.
+    pub recompute_gates: usize,
     /// Steps that counted.
     pub repetitions: usize,
     /// Tokens a second over whole steps.
@@ -155,6 +159,7 @@ pub fn run<B: Backend + 'static>(
     config.batch.sequence_length = options.sequence_length;
     config.batch.reduction_groups = 1;
     config.batch.recompute_activations = options.recompute;
+    config.batch.recompute_gates = options.recompute_gates;
     let batch = (options.batch, options.micro_batch, options.sequence_length);
     if batch.1 == 0 || batch.2 == 0 || options.repetitions == 0 || batch.0 % batch.1.max(1) != 0 {
         return Err(Error::Invalid(format!(
@@ -229,6 +234,7 @@ pub fn run<B: Backend + 'static>(
         micro_batch: options.micro_batch,
         sequence_length: options.sequence_length,
         recompute: options.recompute,
+        recompute_gates: options.recompute_gates,
         repetitions: options.repetitions,
         tokens_per_second,
         step_seconds: Spread::of(seconds),
@@ -293,6 +299,7 @@ mod tests {
                 sequence_length: 16,
                 micro_batch: 1,
                 recompute: transformer,
+                recompute_gates: 1,
                 repetitions: 2,
                 warmup: 1,
             };

@@ -581,7 +581,7 @@ fn gradients_of_the_fixture_agree_with_the_authors_implementation() {
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let expected: HashMap<String, Vec<f32>> =
         tensors.iter().map(|(name, view)| (name.to_owned(), floats(view.data()))).collect();
-    let keep = ModelOptions { recompute: false, head_chunk: 16 };
+    let keep = ModelOptions { head_chunk: 16, ..ModelOptions::default() };
     let (loss, found) = gradients(&mut gpu, &architecture, &parameters, &tokens, &keep);
     println!("loss {loss} for {expected_loss}");
     let layout = architecture.layout();
@@ -602,6 +602,8 @@ fn gradients_of_the_fixture_agree_with_the_authors_implementation() {
     assert!(failures.is_empty(), "{failures:?}");
     // The same bits again, with recomputation, too.
     assert_eq!(gradients(&mut gpu, &architecture, &parameters, &tokens, &keep).1, found);
+    let gates = ModelOptions { recompute_gates: 2, ..keep.clone() };
+    assert_eq!(gradients(&mut gpu, &architecture, &parameters, &tokens, &gates).1, found);
     let recompute = ModelOptions { recompute: true, ..keep };
     assert_eq!(gradients(&mut gpu, &architecture, &parameters, &tokens, &recompute).1, found);
 }
@@ -691,6 +693,7 @@ fn a_benchmark_has_a_breakdown() {
         sequence_length: 64,
         micro_batch: 2,
         recompute: false,
+        recompute_gates: 1,
         repetitions: 3,
         warmup: 1,
     };

@@ -30,6 +30,10 @@ pub struct Args {
     /// Keep only each block's input and compute the rest again for the backward pass: less memory
     #[arg(long)]
     recompute: bool,
+    /// In so many blocks, compute the input of the gated linear unit again: less memory for a few percent more
+    /// arithmetic
+    #[arg(long, value_name = "BLOCKS", default_value_t = 0)]
+    recompute_gates: usize,
     /// Steps that count
     #[arg(long, value_name = "N", default_value_t = 5)]
     repetitions: usize,
@@ -71,6 +75,7 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         sequence_length: args.seq_len,
         micro_batch: args.micro_batch.unwrap_or(args.batch),
         recompute: args.recompute,
+        recompute_gates: args.recompute_gates,
         repetitions: args.repetitions,
         warmup: args.warmup,
     };
@@ -109,7 +114,11 @@ fn print_table(report: &Report) {
         report.batch,
         report.sequence_length,
         report.micro_batch,
-        if report.recompute { ", activations computed again" } else { "" },
+        match (report.recompute, report.recompute_gates) {
+            (true, _) => ", activations computed again".to_owned(),
+            (false, 0) => String::new(),
+            (false, blocks) => format!(", gates of {blocks} blocks computed again"),
+        },
         report.repetitions
     );
     let speed = &report.tokens_per_second;

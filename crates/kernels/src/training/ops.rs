@@ -9,7 +9,10 @@ use crate::cuda::{CudaError, Launch};
 /// Blocks of the sums for scales of weights.
 pub(super) const WEIGHT_BLOCKS: usize = 256;
 /// Blocks of kernels that sum over rows: fixed, so that the order of sums does not depend on the GPU.
-const ROW_BLOCKS: usize = 528;
+const ROW_BLOCKS: usize = 1056;
+/// Threads of a block that has a row in registers, at most, and elements that each has of it.
+const VECTOR_THREADS: usize = 384;
+const VECTOR_ELEMENTS: usize = 16;
 /// Threads, or channels, of a block of the recurrence.
 const CHANNELS: usize = 128;
 /// Threads that a recurrence should have, by cutting time if need be.
@@ -253,6 +256,20 @@ struct WeightArgs {
     blocks: u32,
 }
 
+/// Threads of a block that takes rows of `width` elements 16 bytes at a time, if width and addresses allow that.
+fn vector_threads(width: usize, addresses: &[u64]) -> Option<usize> {
+    let threads = width.div_ceil(VECTOR_ELEMENTS).next_multiple_of(32);
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    (width.is_multiple_of(8) && threads <= VECTOR_THREADS && aligned).then_some(threads)
+}
+
+/// As [`vector_threads`] for kernels without sums over rows, whose blocks may walk along a row.
+fn walking_threads(width: usize, addresses: &[u64]) -> Option<usize> {
+    let aligned = addresses.iter().all(|address| address.is_multiple_of(16));
+    let threads = (width / 8).next_multiple_of(32).min(VECTOR_THREADS);
+    (width.is_multiple_of(8) && aligned).then_some(threads)
+}
+
 /// One address each, zeros behind them.
 fn addresses<const N: usize>(given: impl Iterator<Item = u64>) -> [u64; N] {
     let mut all = [0; N];
@@ -312,12 +329,7 @@ impl Training {
             .as_ref()
             .is_none_or(|f| f.len() == layers && f.iter().all(|factors| factors.len == rows));
         require(fits, "factors")?;
-        let name = match layers {
-            1 => "norm_quantize_1",
-            2 => "norm_quantize_2",
-            3 => "norm_quantize_3",
-            _ => return Err(CudaError::Shape("no layers to quantise for".to_owned())),
-        };
+        require(layers > 0, "the number of layers")?;
         let args = QuantizeArgs {
             x: norms.x.address(),
             outer: address_or_null(norms.outer.map(|(weight, _)| weight)),
@@ -331,9 +343,19 @@ impl Training {
             divide: factors.is_none().into(),
         };
         self.mark("norms and quantisers")?;
-        let launch = Launch::new([rows, 1, 1], THREADS, 4 * width);
+        let pointers = [&[args.x, args.outer][..], &args.inner, &args.q].concat();
+        let (names, launch) = match vector_threads(width, &pointers) {
+            Some(threads) => (
+                ["norm_quantize_vectors_1", "norm_quantize_vectors_2", "norm_quantize_vectors_3"],
+                Launch::new([rows, 1, 1], threads, 0),
+            ),
+            None => (
+                ["norm_quantize_1", "norm_quantize_2", "norm_quantize_3"],
+                Launch::new([rows, 1, 1], THREADS, 4 * width),
+            ),
+        };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(NORMS, name, launch, &args) }
+        unsafe { self.launch(NORMS, names[layers - 1], launch, &args) }
     }
 
     /// `y = RMSNorm(x; weight)`, [M, K].
@@ -380,10 +402,6 @@ impl Training {
         require(d_products.iter().all(|d| d.len == len) && dx_half.len == len, "a gradient")?;
         require(dx.as_ref().map_or(!add, |dx| dx.len == len), "dx")?;
         require(d_weights.len() == layers + outer && layers + outer > 0, "the norms' gradients")?;
-        let name = ["norm_backward_0", "norm_backward_1", "norm_backward_2", "norm_backward_3"]
-            .get(layers)
-            .copied()
-            .unwrap_or("norm_backward_3");
         let (blocks, sums) = (ROW_BLOCKS.min(rows), layers + outer);
         self.partials.reserve(blocks * sums * width)?;
         let args = NormBackwardArgs {
@@ -401,9 +419,25 @@ impl Training {
             add: add.into(),
         };
         self.mark("norms, backward")?;
-        let launch = Launch::new([blocks, 1, 1], THREADS, 4 * width * (2 + sums));
+        let pointers =
+            [&[args.x, args.outer, args.dx, args.dx_half][..], &args.inner, &args.dn].concat();
+        let (names, launch) = match vector_threads(width, &pointers) {
+            Some(threads) => (
+                [
+                    "norm_backward_vectors_0",
+                    "norm_backward_vectors_1",
+                    "norm_backward_vectors_2",
+                    "norm_backward_vectors_3",
+                ],
+                Launch::new([blocks, 1, 1], threads, 0),
+            ),
+            None => (
+                ["norm_backward_0", "norm_backward_1", "norm_backward_2", "norm_backward_3"],
+                Launch::new([blocks, 1, 1], THREADS, 4 * width * (2 + sums)),
+            ),
+        };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(NORMS, name, launch, &args)? };
+        unsafe { self.launch(NORMS, names[layers], launch, &args)? };
         let out: Vec<_> =
             d_weights.iter().map(|&at| ViewMut::new(gradients, at, width).address()).collect();
         self.reduce(blocks, width, &out)
@@ -453,9 +487,13 @@ impl Training {
             eps,
         };
         self.mark("gates")?;
-        let launch = Launch::new([rows, 1, 1], THREADS, 4 * width);
+        let pointers = [args.g, args.h, args.weight, args.y];
+        let (name, launch) = match vector_threads(width, &pointers) {
+            Some(threads) => ("norm_gate_forward_vectors", Launch::new([rows, 1, 1], threads, 0)),
+            None => ("norm_gate_forward", Launch::new([rows, 1, 1], THREADS, 4 * width)),
+        };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, "norm_gate_forward", launch, &args) }
+        unsafe { self.launch(GATES, name, launch, &args) }
     }
 
     /// Gradients of [`norm_gate`](Self::norm_gate). Sets `dg` and `dh`, **adds** to the weight's at `d_weight`.
@@ -493,9 +531,15 @@ impl Training {
             eps,
         };
         self.mark("gates, backward")?;
-        let launch = Launch::new([blocks, 1, 1], THREADS, 4 * width * 3);
+        let pointers = [args.g, args.h, args.weight, args.dy, args.dg, args.dh];
+        let (name, launch) = match vector_threads(width, &pointers) {
+            Some(threads) => {
+                ("norm_gate_backward_vectors", Launch::new([blocks, 1, 1], threads, 0))
+            }
+            None => ("norm_gate_backward", Launch::new([blocks, 1, 1], THREADS, 4 * width * 3)),
+        };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, "norm_gate_backward", launch, &args)? };
+        unsafe { self.launch(GATES, name, launch, &args)? };
         self.reduce(blocks, width, &[d_weight.address()])
     }
 
@@ -521,9 +565,13 @@ impl Training {
             width: inner as u32,
         };
         self.mark("gates")?;
-        let launch = Launch::new([rows, 1, 1], THREADS, 0);
+        let (name, threads) = match walking_threads(inner, &[args.ab, args.y]) {
+            Some(threads) => ("swiglu_forward_vectors", threads),
+            None => ("swiglu_forward", THREADS),
+        };
+        let launch = Launch::new([rows, 1, 1], threads, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, "swiglu_forward", launch, &args) }
+        unsafe { self.launch(GATES, name, launch, &args) }
     }
 
     /// Gradients of [`swiglu`](Self::swiglu). Sets `d_ab`.
@@ -550,9 +598,13 @@ impl Training {
             width: inner as u32,
         };
         self.mark("gates, backward")?;
-        let launch = Launch::new([rows, 1, 1], THREADS, 0);
+        let (name, threads) = match walking_threads(inner, &[args.ab, args.dy, args.d_ab]) {
+            Some(threads) => ("swiglu_backward_vectors", threads),
+            None => ("swiglu_backward", THREADS),
+        };
+        let launch = Launch::new([rows, 1, 1], threads, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, "swiglu_backward", launch, &args) }
+        unsafe { self.launch(GATES, name, launch, &args) }
     }
 
     /// `out = residual + product ⊙ factors`, [M, N] with a factor a row.
@@ -577,9 +629,14 @@ impl Training {
             width: width as u32,
         };
         self.mark("residual stream")?;
-        let launch = Launch::new([rows, 1, 1], THREADS, 0);
+        let (name, threads) = match walking_threads(width, &[args.residual, args.product, args.out])
+        {
+            Some(threads) => ("add_residual_vectors", threads),
+            None => ("add_residual", THREADS),
+        };
+        let launch = Launch::new([rows, 1, 1], threads, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, "add_residual", launch, &args) }
+        unsafe { self.launch(GATES, name, launch, &args) }
     }
 
     /// `x[m] = table[tokens[m]]`. Ids must be below V.

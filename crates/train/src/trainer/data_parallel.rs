@@ -104,6 +104,7 @@ impl<B: Backend + 'static> DataParallel<B> {
         let options = ModelOptions {
             recompute: config.batch.recompute_activations,
             head_chunk: backend.head_chunk(),
+            recompute_gates: config.batch.recompute_gates,
         };
         let model = Model::new(&mut backend, architecture, shape, &options)?;
         let shards = communicator::shards(layout.len(), NORM_UNIT, world);
