@@ -161,7 +161,8 @@ pub fn run<B: Backend + 'static>(
     config.batch.recompute_activations = options.recompute;
     config.batch.recompute_gates = options.recompute_gates;
     let batch = (options.batch, options.micro_batch, options.sequence_length);
-    if batch.1 == 0 || batch.2 == 0 || options.repetitions == 0 || batch.0 % batch.1.max(1) != 0 {
+    let whole = batch.0 > 0 && batch.1 > 0 && batch.0.is_multiple_of(batch.1);
+    if !whole || batch.2 == 0 || options.repetitions == 0 {
         return Err(Error::Invalid(format!(
             "a batch of {} in parts of {} with {} tokens, {} repetitions: all must be at least 1, and parts \
              divide the batch",
