@@ -143,6 +143,9 @@ pub struct BatchConfig {
     pub reduction_groups: usize,
     /// Whether the backward pass computes activations again instead of keeping them.
     pub recompute_activations: bool,
+    /// In so many blocks of the MatMul-free model, the backward pass computes the input of the gated linear unit
+    /// again: less memory for a few percent more arithmetic.
+    pub recompute_gates: usize,
 }
 
 /// `[optimizer]`: AdamW.
@@ -265,6 +268,7 @@ impl Default for BatchConfig {
             micro_batch: 8,
             reduction_groups: 8,
             recompute_activations: false,
+            recompute_gates: 0,
         }
     }
 }
