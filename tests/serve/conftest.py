@@ -104,6 +104,12 @@ class Server:
         assert status == 200, answer
         return answer["choices"][0]["text"]
 
+    def wait_until_idle(self):
+        deadline = time.monotonic() + 20
+        while self.metric("running_texts") or self.metric("clients"):
+            assert time.monotonic() < deadline, "texts are left over"
+            time.sleep(0.1)
+
     def metric(self, name):
         _, _, text = self.call("GET", "/metrics")
         found = re.search(rf"^mmfree_{name} (\S+)$", text.decode(), re.M)
@@ -126,10 +132,7 @@ def server():
     with running() as server:
         yield server
         assert server.process.poll() is None, "the server ended"
-        deadline = time.monotonic() + 20
-        while server.metric("running_texts") or server.metric("clients"):
-            assert time.monotonic() < deadline, "texts are left over"
-            time.sleep(0.2)
+        server.wait_until_idle()
 
 
 def generate(*arguments):

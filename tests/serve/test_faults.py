@@ -1,5 +1,6 @@
 """Hostile and unlucky clients: nothing crashes, nobody else is disturbed, nothing is let in."""
 
+import contextlib
 import json
 import os
 import random
@@ -114,6 +115,45 @@ def test_clients_of_one_byte_a_second():
         assert all(seconds < 15 for seconds, _ in results), results
         assert sum(answer.startswith(b"HTTP/1.1 408") for _, answer in results) >= 10
         assert server.metric("connections") <= 1
+
+
+def test_a_request_that_takes_too_long():
+    """It gets 504, a stream an error in place of its end; the place is free again."""
+    endless = {"prompt": "x", "max_tokens": 10_000_000, "ignore_eos": True}
+    with running("--request-timeout-seconds", "1", "--max-tokens", "10000000") as server:
+        text = server.complete("Once upon a time")
+        status, answer = server.json("POST", "/v1/completions", endless)
+        assert (status, answer["error"]["code"]) == (504, "timeout"), answer
+        status, _, stream = server.call("POST", "/v1/completions", {**endless, "stream": True})
+        events = [line for line in stream.decode().splitlines() if line.startswith("data: ")]
+        assert status == 200 and "[DONE]" not in events[-1]
+        assert json.loads(events[-1][6:])["error"]["code"] == "timeout"
+        assert all("choices" in json.loads(line[6:]) for line in events[:-1]) and len(events) > 2
+        assert server.complete("Once upon a time") == text
+        server.wait_until_idle()
+
+
+def test_a_request_that_waits_too_long():
+    """While the only place is taken it is told to come again; afterwards it gets its text."""
+    options = ("--queue-timeout-seconds", "1", "--max-concurrent", "1", "--max-tokens", "10000000")
+    body = json.dumps({"prompt": "x", "max_tokens": 10_000_000, "ignore_eos": True, "stream": True}).encode()
+    with running(*options) as server:
+        with socket.create_connection(("127.0.0.1", int(server.port))) as holder:
+            holder.sendall(POST.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            holder.recv(1024)
+            # It must be read on, or it would lose its place as a slow reader.
+            threading.Thread(target=lambda: drain(holder), daemon=True).start()
+            status, headers, answer = server.call("POST", "/v1/completions", {"prompt": "y", "max_tokens": 1})
+            assert status == 429 and int(headers["Retry-After"]) >= 1, answer
+            assert json.loads(answer)["error"]["message"]
+            holder.shutdown(socket.SHUT_RDWR)
+        assert server.complete("Once upon a time")
+
+
+def drain(connection):
+    with contextlib.suppress(OSError):
+        while connection.recv(65536):
+            pass
 
 
 def test_too_many_connections_leave_the_server_standing():

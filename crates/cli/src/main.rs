@@ -10,6 +10,7 @@ use mmfree::error::Error;
 mod accel;
 mod bench;
 mod chat;
+mod eval;
 mod generate;
 mod gradients;
 mod info;
@@ -21,6 +22,7 @@ mod plot;
 mod progress;
 mod prompt;
 mod sampling_args;
+mod scaling;
 mod serve;
 mod state_file;
 mod streamed_text;
@@ -54,11 +56,13 @@ enum Command {
     Pack(pack::Args),
     Info(info::Args),
     Bench(bench::Args),
+    Eval(eval::Args),
     Train(train::Args),
     Accel(accel::Args),
     Tokenize(tokenize::Args),
     Tokenizer(tokenizer::Args),
     Plot(plot::Args),
+    Scaling(scaling::Args),
 }
 
 fn main() -> ExitCode {
@@ -71,11 +75,13 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Accel(args) => accel::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Plot(args) => plot::run(&args),
+        Command::Scaling(args) => scaling::run(&args),
     };
     result.unwrap_or_else(|error| report(&error))
 }

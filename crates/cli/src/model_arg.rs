@@ -11,6 +11,7 @@ use mmfree::engine::{Engine, EngineOptions};
 use mmfree::model::Model;
 use mmfree::text::chat::ChatTemplate;
 use mmfree::tokenizer::Tokenizer;
+use mmfree_train::backend::CpuBackend;
 
 /// How the engine runs.
 #[derive(Debug, clap::Args)]
@@ -40,6 +41,18 @@ impl EngineArgs {
             (backend, None) => backend.map(str::to_owned),
         };
         Ok(EngineOptions { threads: self.threads.map(usize::from), backend })
+    }
+
+    /// What computes models with full-precision weights.
+    ///
+    /// # Errors
+    /// A backend that cannot.
+    pub fn full_precision_backend(&self) -> Result<CpuBackend> {
+        let name = self.options()?.backend.filter(|name| name != "auto" && name != "cpu");
+        if let Some(name) = name.as_deref().filter(|name| name.starts_with("cuda")) {
+            bail!("{name}: a model_type llama is evaluated on the CPU only; use --backend cpu");
+        }
+        Ok(CpuBackend::new(self.threads.map(usize::from), name.as_deref())?)
     }
 }
 

@@ -207,16 +207,18 @@ fn a_killed_run_loses_nothing_but_the_steps_since_its_checkpoint() {
 /// so, and with more room the run goes on to the same bits.
 #[test]
 fn a_full_disk_keeps_the_checkpoint_and_the_run_goes_on() {
+    // So many steps that it is killed before its end, even by a test that has to wait for a processor.
+    let set = ["run.steps=120"];
     let whole = Run::new();
-    succeed(&mut whole.command(&[]));
+    succeed(&mut whole.command(&set));
     let full = whole.beside("full");
-    let mut child = full.command(&[]).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = full.command(&set).stderr(Stdio::null()).spawn().unwrap();
     wait_until(&mut child, || checkpoints(&full.path()).len() > 1);
     child.kill().unwrap();
     child.wait().unwrap();
     let before = checkpoints(&full.path());
     let blocks = "20"; // of 1024 bytes: less than the weights
-    let limited = full.command(&[]);
+    let limited = full.command(&set);
     let mut shell = Command::new("bash");
     shell.current_dir(root()).env_remove("RANK");
     shell.args(["-c", "trap '' XFSZ; ulimit -f \"$0\"; exec \"$@\" --resume", blocks]);
@@ -225,7 +227,7 @@ fn a_full_disk_keeps_the_checkpoint_and_the_run_goes_on() {
     assert!(error.contains("cannot write"), "{error}");
     assert!(error.contains("is whole") && error.contains("--resume"), "{error}");
     assert_eq!(checkpoints(&full.path()), before);
-    succeed(full.command(&[]).arg("--resume"));
+    succeed(full.command(&set).arg("--resume"));
     assert_same(&full.path(), &whole.path());
 }
 

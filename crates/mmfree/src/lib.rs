@@ -11,6 +11,7 @@
 //! | [`tokenizer`] | text to token ids and back, whole or as a stream |
 //! | [`sampler`] | [`Sampler`](sampler::Sampler): logits to a token |
 //! | [`text`] | text out of a model: generation, stop strings, chat templates |
+//! | [`eval`] | tasks as lm-evaluation-harness scores them, and perplexity |
 //! | [`benchmark`] | speed of prefill and decode against the machine's memory bandwidth |
 //! | [`output`] | files that appear complete or not at all |
 //! | [`error`] | [`Error`](error::Error), the one error type of this crate |
@@ -24,6 +25,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod engine;
 pub mod error;
+pub mod eval;
 mod json;
 pub mod model;
 pub mod output;

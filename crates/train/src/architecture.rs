@@ -2,6 +2,7 @@
 
 use mmfree::checkpoint::layout::{self, TensorKind};
 use mmfree::config::{ModelConfig, TransformerConfig};
+use mmfree::error::{Error, Result};
 
 use crate::parameters::{ParameterKind, ParameterLayout};
 
@@ -15,6 +16,28 @@ pub enum Architecture {
 }
 
 impl Architecture {
+    /// Reads a `config.json`; `file` names it in errors.
+    ///
+    /// # Errors
+    /// An unknown `model_type`, a configuration that is not supported.
+    pub fn from_json(file: &str, json: &[u8]) -> Result<Self> {
+        let model_type = serde_json::from_slice::<serde_json::Value>(json)
+            .ok()
+            .and_then(|config| Some(config.get("model_type")?.as_str()?.to_owned()));
+        Ok(match model_type.as_deref() {
+            Some("llama") => Self::Transformer(TransformerConfig::from_json(file, json)?),
+            Some("hgrn_bit") | None => Self::MatMulFree(ModelConfig::from_json(file, json)?),
+            Some(other) => {
+                return Err(Error::Config {
+                    file: file.to_owned(),
+                    problems: vec![format!(
+                        "model_type is {other:?}, expected \"hgrn_bit\" or \"llama\""
+                    )],
+                });
+            }
+        })
+    }
+
     /// `model_type` of `config.json`.
     pub fn model_type(&self) -> &'static str {
         match self {

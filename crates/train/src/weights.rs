@@ -4,8 +4,7 @@ use std::path::Path;
 
 use mmfree::checkpoint::safetensors::TensorData;
 use mmfree::checkpoint::{FloatType, FullPrecision, write_full_precision};
-use mmfree::config::{ModelConfig, TransformerConfig};
-use mmfree::error::{Error, Result};
+use mmfree::error::Result;
 
 use crate::architecture::Architecture;
 use crate::parameters::ParameterLayout;
@@ -19,21 +18,7 @@ use crate::parameters::ParameterLayout;
 pub fn load(directory: &Path) -> Result<(Architecture, Vec<f32>)> {
     let checkpoint = FullPrecision::open(directory)?;
     let (file, json) = checkpoint.config();
-    let model_type = serde_json::from_slice::<serde_json::Value>(json)
-        .ok()
-        .and_then(|config| Some(config.get("model_type")?.as_str()?.to_owned()));
-    let architecture = match model_type.as_deref() {
-        Some("llama") => Architecture::Transformer(TransformerConfig::from_json(file, json)?),
-        Some("hgrn_bit") | None => Architecture::MatMulFree(ModelConfig::from_json(file, json)?),
-        Some(other) => {
-            return Err(Error::Config {
-                file: file.to_owned(),
-                problems: vec![format!(
-                    "model_type is {other:?}, expected \"hgrn_bit\" or \"llama\""
-                )],
-            });
-        }
-    };
+    let architecture = Architecture::from_json(file, json)?;
     let layout = architecture.layout();
     checkpoint.check(layout.parameters().iter().map(|p| (p.name.clone(), p.shape.clone())))?;
     let mut values = vec![0.0; layout.len()];

@@ -337,7 +337,8 @@ impl CudaEngine {
         self.pick_head(&rows)
     }
 
-    fn pick_head(&mut self, picked: &[u32]) -> Result<()> {
+    /// Logits of rows of the last pass, in any order.
+    pub fn pick_head(&mut self, picked: &[u32]) -> Result<()> {
         self.prepare_head(picked)?;
         self.submit_head(picked.len())?;
         self.logits.resize(picked.len() * self.model.config().vocab_size, 0.0);

@@ -30,3 +30,4 @@ pub use loader::{Batch, Loader, LoaderOptions, Order, share};
 pub use manifest::{Manifest, ManifestShard, ManifestSource, ManifestTokenizer, PartOf};
 pub use permutation::Permutation;
 pub use shard::{ShardHeader, ShardWriter, TokenShard, TokenWidth};
+pub use source::read_documents;

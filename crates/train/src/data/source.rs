@@ -9,11 +9,13 @@ use serde::{Deserialize, Serialize};
 
 use super::manifest::PartOf;
 
+mod documents;
 mod json;
 mod lines;
 #[cfg(feature = "parquet")]
 mod parquet;
 
+pub use self::documents::read_documents;
 pub(super) use self::json::json_field;
 pub(super) use self::lines::{check_utf8, read_lines, read_text};
 #[cfg(feature = "parquet")]

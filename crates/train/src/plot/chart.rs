@@ -11,7 +11,7 @@ use super::{Axis, PlotOptions};
 
 /// Colours that people with any kind of colour vision can tell apart (Okabe and Ito 2008), without its yellow,
 /// which is too light for a line on white.
-const COLOURS: [RGBColor; 7] = [
+pub(crate) const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
@@ -20,7 +20,7 @@ const COLOURS: [RGBColor; 7] = [
     RGBColor(230, 159, 0),
     RGBColor(0, 0, 0),
 ];
-const FONT: &str = "sans-serif";
+pub(crate) const FONT: &str = "sans-serif";
 /// Share of a range that is left free at each end of the vertical axis.
 const MARGIN: f64 = 0.05;
 /// A loss at the start that is far above the rest would flatten the curves: the vertical axis ends at this share

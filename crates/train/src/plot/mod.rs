@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use mmfree::error::{Error, Result};
 
 pub use self::chart::draw;
+pub(crate) use self::chart::{COLOURS, FONT};
 pub use self::curve::{Curve, Point, smooth};
 use crate::log::read_log;
 
@@ -27,8 +28,7 @@ pub struct PlotOptions {
     pub axis: Axis,
     /// Above the chart.
     pub title: String,
-    /// Weight of the past in the smoothed training loss, 0 (none) to below 1, after each of a hundredth of the
-    /// run.
+    /// Smoothing of the training loss, 0 (none) to below 1: the weight of what is a hundredth of the run away.
     pub smoothing: f64,
     /// Size in pixels.
     pub size: (u32, u32),
@@ -66,7 +66,7 @@ pub fn plot(runs: &[PathBuf], options: &PlotOptions) -> Result<String> {
 }
 
 /// What runs are called: the last parts of their paths that tell them apart.
-fn names(runs: &[PathBuf]) -> Vec<String> {
+pub(crate) fn names(runs: &[PathBuf]) -> Vec<String> {
     let parts: Vec<Vec<String>> = runs
         .iter()
         .map(|path| {

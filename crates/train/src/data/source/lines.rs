@@ -29,7 +29,7 @@ impl Read for Counted<'_> {
 }
 
 /// Opens a file at an offset of what is in it. `read` gets the bytes of the file that were read or skipped.
-fn open<'a>(
+pub(super) fn open<'a>(
     source: &Source,
     offset: u64,
     read: &'a AtomicU64,

@@ -1,0 +1,67 @@
+//! The model that is judged.
+
+use std::path::Path;
+
+use anyhow::Result;
+use mmfree::checkpoint::TokenizerSource;
+use mmfree::eval::scorer::{EngineScorer, Scorer};
+use mmfree::tokenizer::Tokenizer;
+use mmfree_train::architecture::Architecture;
+use mmfree_train::backend::CpuBackend;
+use mmfree_train::likelihood::FullPrecisionScorer;
+use mmfree_train::weights;
+
+use crate::model_arg::{self, EngineArgs};
+
+/// A model that is ready to judge texts, and its tokenizer.
+pub struct Judge {
+    pub name: String,
+    pub scorer: Box<dyn Scorer>,
+    pub tokenizer: Option<Tokenizer>,
+    /// First and last token of a text, as the configuration has them.
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+}
+
+impl Judge {
+    /// Loads a MatMul-free model or a Transformer++.
+    pub fn load(model: Option<&Path>, args: &EngineArgs) -> Result<Self> {
+        if let Some(directory) = model.filter(|model| is_transformer(model)) {
+            return Self::transformer(directory, args);
+        }
+        let checkpoint = model_arg::open(model)?;
+        let name = model.map_or("built-in model".into(), |model| model.display().to_string());
+        let config = checkpoint.config();
+        let (bos, eos) = (config.bos_token_id, config.eos_token_ids.first().copied());
+        let loaded = model_arg::load(&checkpoint, args)?;
+        let scorer = Box::new(EngineScorer::new(loaded.engine));
+        Ok(Self { name, scorer, tokenizer: loaded.tokenizer, bos, eos })
+    }
+
+    fn transformer(directory: &Path, args: &EngineArgs) -> Result<Self> {
+        let backend = args.full_precision_backend()?;
+        let tokenizer = Tokenizer::from_source(&TokenizerSource::open(directory)?)?;
+        let (architecture, parameters) = weights::load(directory)?;
+        let (window, bos, eos) = match &architecture {
+            Architecture::Transformer(config) => (
+                config.max_position_embeddings,
+                config.bos_token_id,
+                config.eos_token_ids.first().copied(),
+            ),
+            Architecture::MatMulFree(config) => {
+                (usize::MAX, config.bos_token_id, config.eos_token_ids.first().copied())
+            }
+        };
+        let scorer =
+            FullPrecisionScorer::<CpuBackend>::new(backend, architecture, &parameters, window)?;
+        let name = directory.display().to_string();
+        Ok(Self { name, scorer: Box::new(scorer), tokenizer: Some(tokenizer), bos, eos })
+    }
+}
+
+/// Whether a directory's configuration says `llama`. Whatever else is wrong with it is told where it is loaded.
+fn is_transformer(model: &Path) -> bool {
+    let config = std::fs::read(model.join("config.json")).ok();
+    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
+    config.is_some_and(|config| config["model_type"] == "llama")
+}

@@ -1,0 +1,109 @@
+//! Log-likelihoods of continuations by the Transformer++, with the forward pass of training, in full precision.
+
+use mmfree::engine::TokenScore;
+use mmfree::error::Result;
+use mmfree::eval::request::Request;
+use mmfree::eval::scorer::{Score, Scorer, Tick};
+
+use crate::architecture::Architecture;
+use crate::backend::{Backend, BatchShape};
+use crate::model::{Model, ModelOptions};
+
+/// Tokens of a batch, about.
+const BATCH_TOKENS: usize = 2048;
+/// Sequences are padded to a multiple of this.
+const LENGTH_STEP: usize = 16;
+/// Most logits that exist at a time.
+const MAX_LOGITS: usize = 1 << 25;
+
+/// Scores with a model of full-precision weights that reads whole sequences.
+pub struct FullPrecisionScorer<B: Backend> {
+    backend: B,
+    architecture: Architecture,
+    parameters: B::Flat,
+    window: usize,
+}
+
+impl<B: Backend + 'static> FullPrecisionScorer<B> {
+    /// A scorer for parameters in the order of the architecture's layout. `window` is the most tokens that the
+    /// model reads.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn new(
+        mut backend: B,
+        architecture: Architecture,
+        parameters: &[f32],
+        window: usize,
+    ) -> Result<Self> {
+        let parameters = backend.flat_from(parameters)?;
+        Ok(Self { backend, architecture, parameters, window: window.max(1) })
+    }
+}
+
+impl<B: Backend + 'static> Scorer for FullPrecisionScorer<B> {
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.architecture.vocab_size()
+    }
+
+    fn window(&self) -> Option<usize> {
+        Some(self.window)
+    }
+
+    /// Sequences of about one length share a batch; what is behind a sequence's end cannot be seen by it.
+    fn score(&mut self, groups: &[Vec<Request>], tick: &mut Tick<'_>) -> Result<Vec<Vec<Score>>> {
+        let mut scores: Vec<Vec<Score>> =
+            groups.iter().map(|group| vec![Score::NOTHING; group.len()]).collect();
+        let mut order: Vec<(usize, usize)> = groups
+            .iter()
+            .enumerate()
+            .flat_map(|(group, requests)| (0..requests.len()).map(move |request| (group, request)))
+            .collect();
+        let length = |&(group, request): &(usize, usize)| groups[group][request].tokens.len() - 1;
+        // The longest first: a lack of memory shows at once.
+        order.sort_by_key(|at| std::cmp::Reverse(length(at)));
+        let vocabulary = self.vocab_size();
+        let (mut first, mut model) = (0, None::<Model<B>>);
+        while first < order.len() {
+            tick(first)?;
+            let padded = length(&order[first]).next_multiple_of(LENGTH_STEP);
+            let tokens = BATCH_TOKENS.min(MAX_LOGITS / vocabulary.max(1));
+            let sequences = (tokens / padded).clamp(1, order.len());
+            let shape = BatchShape { sequences, length: padded };
+            if model.as_ref().is_none_or(|model| model.shape() != shape) {
+                let options = ModelOptions { recompute: true, ..ModelOptions::default() };
+                let mut new = Model::new(&mut self.backend, &self.architecture, shape, &options)?;
+                new.update_weights(&mut self.backend, &self.parameters)?;
+                model = Some(new);
+            }
+            let Some(model) = &mut model else { continue };
+            let part = &order[first..order.len().min(first + sequences)];
+            let mut ids = vec![0; shape.tokens()];
+            for (row, &(group, request)) in ids.chunks_exact_mut(padded).zip(part) {
+                let tokens = &groups[group][request].tokens;
+                row[..tokens.len() - 1].copy_from_slice(&tokens[..tokens.len() - 1]);
+            }
+            let logits = model.logits(&mut self.backend, &self.parameters, &ids)?;
+            for (logits, &(group, request)) in logits.chunks_exact(padded * vocabulary).zip(part) {
+                let Request { tokens, context } = &groups[group][request];
+                let rows = logits.chunks_exact(vocabulary).zip(&tokens[1..]).skip(context - 1);
+                for (logits, &target) in rows {
+                    scores[group][request].add(TokenScore::of(logits, target));
+                }
+            }
+            first += part.len();
+        }
+        tick(order.len())?;
+        Ok(scores)
+    }
+
+    fn roll(&mut self, _: &[u32]) -> Result<Option<Score>> {
+        Ok(None)
+    }
+
+    fn restart(&mut self, _: u32) {}
+}
