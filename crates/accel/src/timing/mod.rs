@@ -1,7 +1,7 @@
 //! The timing model: cycles of a program, instruction by instruction, and what it moves and computes.
 //!
 //! Follows the RTL's state machines in `hw/rtl`. Instructions run one after the other; what each unit takes is
-//! known beforehand, only weights come in the background. [`streams`] follows them clock by clock. Random stalls
+//! known beforehand, only weights come in the background. `streams` follows them clock by clock. Random stalls
 //! are drawn, so one run with stalls is one sample. The co-simulation tests hold the model against the RTL.
 
 use serde::Serialize;
