@@ -19,6 +19,8 @@
 //! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
 //! once a cycle this does 128 products a load where the dot product does 64.
 
+// Only AVX-512 weaves dot products in so far.
+#[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
 mod dots;
 mod lanes;
 
@@ -32,6 +34,7 @@ use crate::pool::{Pool, SharedMut};
 use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 use crate::tier::Backend;
 
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_imports))]
 pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots};
 use lanes::PASS_WORDS;
 pub(super) use lanes::{Lanes, PassIndices, PlainLanes, Sweep};
