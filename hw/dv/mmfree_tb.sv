@@ -240,8 +240,9 @@ module mmfree_tb
       $fdisplay(StandardError, "data port: %s, %0d words left, %0d not asked for, address %0h",
                 port_state(dut.u_data_port.state_q), dut.u_data_port.left_q,
                 dut.u_data_port.request_q, dut.u_data_port.addr_q);
-      $fdisplay(StandardError, "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d awvalid %0d %s",
-                d_arvalid, d_arready, d_rvalid, d_rready, d_awvalid,
+      $fdisplay(StandardError,
+                "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d awvalid %0d %s", d_arvalid,
+                d_arready, d_rvalid, d_rready, d_awvalid,
                 $sformatf("awready %0d wvalid %0d wready %0d bvalid %0d bready %0d", d_awready,
                           d_wvalid, d_wready, d_bvalid, d_bready));
       $fdisplay(StandardError, "writeback: %s, %0d rows, at row %0d, core %0d in turn",
@@ -257,17 +258,20 @@ module mmfree_tb
             32'(dut.gen_core[core].u_core.u_reader.u_fifo.wptr_q -
                 dut.gen_core[core].u_core.u_reader.u_fifo.rptr_q) +
             32'(dut.gen_core[core].u_core.u_reader.u_fifo.valid_o);
-        $fdisplay(StandardError, "core %0d: ternary unit %s, row %0d of %0d, beat %0d of %0d%s", core,
+        $fdisplay(StandardError,
+                  "core %0d: ternary unit %s, row %0d of %0d, beat %0d of %0d%s", core,
                   dut.gen_core[core].u_core.u_ternary.busy_q ? "busy" : "idle",
                   dut.gen_core[core].u_core.u_ternary.row_q,
                   dut.gen_core[core].u_core.u_ternary.rows_q,
                   dut.gen_core[core].u_core.u_ternary.beat_q,
                   dut.gen_core[core].u_core.u_ternary.beats_q,
                   dut.gen_core[core].u_core.u_ternary.sum_valid_o ? ", sums wait" : "");
-        $fdisplay(StandardError, "  reader: %0d beats not asked for, next address %0h, FIFO %0d of %0d",
+        $fdisplay(StandardError,
+                  "  reader: %0d beats not asked for, next address %0h, FIFO %0d of %0d",
                   dut.gen_core[core].u_core.u_reader.left_q,
                   dut.gen_core[core].u_core.u_reader.addr_q, held, FifoBeats);
-        $fdisplay(StandardError, "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d, pending %0d",
+        $fdisplay(StandardError,
+                  "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d, pending %0d",
                   w_arvalid[core], w_arready[core], w_rvalid[core], w_rready[core],
                   32'(dut.gen_core[core].u_core.u_reader.reserved_q) - held);
       end
