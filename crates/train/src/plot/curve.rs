@@ -61,10 +61,10 @@ pub fn smooth(points: &[Point], per_hundredth: f64) -> Vec<Point> {
     };
     let before = side(&mut points.iter());
     let after = side(&mut points.iter().rev());
-    let sides = before.iter().zip(after.iter().rev());
     // Both sides have the point itself.
-    let average = |(&(x, y), (before, after)): (&Point, (&(f64, f64), &(f64, f64)))| {
+    let average = |(index, &(x, y)): (usize, &Point)| {
+        let (before, after) = (before[index], after[points.len() - 1 - index]);
         (x, (before.0 + after.0 - y) / (before.1 + after.1 - 1.0))
     };
-    points.iter().zip(sides).map(average).collect()
+    points.iter().enumerate().map(average).collect()
 }

@@ -137,7 +137,7 @@ pub fn crossing(first: &PowerLaw, second: &PowerLaw, from: f64) -> Option<f64> {
 
 /// Draws as many points with replacement as there are.
 pub fn resample(points: &[(f64, f64)], random: &mut ChaCha8Rng) -> Vec<(f64, f64)> {
-    let index = |word: u32| (u64::from(word) * points.len() as u64 >> 32) as usize;
+    let index = |word: u32| ((u64::from(word) * points.len() as u64) >> 32) as usize;
     points.iter().map(|_| points[index(random.next_u32())]).collect()
 }
 

@@ -85,12 +85,12 @@ fn what_cannot_be_fitted_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let one = run(directory.path(), 0, 32);
     let fails = |paths: &[PathBuf]| analyse(paths, &Options::default()).unwrap_err().to_string();
-    assert!(fails(&[one.clone()]).contains("1 of matmul-free and 0 of transformer++"));
+    assert!(fails(std::slice::from_ref(&one)).contains("1 of matmul-free and 0 of transformer++"));
     std::fs::write(one.join("log.jsonl"), "").unwrap();
-    assert!(fails(&[one.clone()]).contains("no loss"));
+    assert!(fails(std::slice::from_ref(&one)).contains("no loss"));
     let two = run(directory.path(), 1, 32);
     std::fs::remove_dir_all(two.join("model")).unwrap();
-    assert!(fails(&[two.clone()]).contains("config.json"));
+    assert!(fails(std::slice::from_ref(&two)).contains("config.json"));
     assert!(fails(&[directory.path().join("absent")]).contains("absent"));
     std::fs::write(two.join("log.jsonl"), "{}\n{}\n").unwrap();
     assert!(fails(&[two]).contains("log.jsonl:1"));
