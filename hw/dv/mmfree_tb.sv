@@ -33,7 +33,9 @@ module mmfree_tb
   input  logic [31:0]  stall_percent_i,
   input  logic [31:0]  rate_i,
   input  logic         hang_i,
-  input  logic         trace_i
+  input  logic         trace_i,
+  // Writes the state of every unit to standard error
+  input  logic         dump_i
 );
 
   import "DPI-C" function void trace_write(input int element, input int value);
@@ -41,6 +43,10 @@ module mmfree_tb
                                             input int exponent);
   import "DPI-C" function void trace_address(input int index, input int value);
   import "DPI-C" function void trace_retire(input int pc);
+
+`ifdef MMFREE_MUTATIONS
+  initial void'($value$plusargs("mutation=%d", mmfree_mutation_pkg::active));
+`endif
 
   localparam int unsigned AddrWidth = 40;
   localparam int unsigned DataBytes = 4 * RowLanes;
@@ -171,6 +177,106 @@ module mmfree_tb
     .bvalid_o (d_bvalid),
     .bready_i (d_bready)
   );
+
+  // State dump: what each unit is doing and what the memories owe it.
+  localparam int StandardError = 32'h8000_0002;
+
+  function automatic string control_state(logic [2:0] state);
+    unique case (state)
+      3'd0:    return "idle";
+      3'd1:    return "fetch";
+      3'd2:    return "decode";
+      3'd3:    return "issue";
+      3'd4:    return "wait for the unit";
+      default: return "retire";
+    endcase
+  endfunction
+
+  function automatic string row_state(logic [3:0] state);
+    unique case (state)
+      4'd0:    return "idle";
+      4'd1:    return "pass";
+      4'd2:    return "reduce";
+      4'd3:    return "scalar step";
+      4'd7:    return "done";
+      default: return "scale";
+    endcase
+  endfunction
+
+  function automatic string port_state(logic [2:0] state);
+    unique case (state)
+      3'd0:    return "idle";
+      3'd1:    return "load";
+      3'd2:    return "write address";
+      3'd3:    return "first read";
+      3'd4:    return "hold";
+      3'd5:    return "write data";
+      3'd6:    return "write response";
+      default: return "done";
+    endcase
+  endfunction
+
+  always_ff @(posedge clk_i) begin
+    if (dump_i) begin
+      automatic opcode_e opcode = dut.u_control.opcode;
+      $fdisplay(StandardError, "counters: %0d cycles, %0d starved, %0d with a full FIFO", cycles_o,
+                starved_cycles_o, full_cycles_o);
+      $fdisplay(StandardError, "control: %s, pc %0d, %s (%032h), token %0d, offset %0d, %0d loops",
+                control_state(dut.u_control.state_q), dut.u_control.pc_q, opcode.name(),
+                dut.u_control.instruction_q, dut.u_control.token_q, dut.u_control.offset_q,
+                dut.u_control.depth_q);
+      for (int unsigned i = 0; i < LoopDepth; i++) begin
+        if (32'(dut.u_control.depth_q) > i) begin
+          $fdisplay(StandardError, "  loop %0d: body at %0d, %0d more turns", i,
+                    dut.u_control.loops_q[i].body_pc, dut.u_control.loops_q[i].left);
+        end
+      end
+      for (int unsigned i = 0; i < AddressRegisters; i++) begin
+        $fdisplay(StandardError, "  a%0d = %0d", i, dut.u_control.addresses_q[i]);
+      end
+      $fdisplay(StandardError, "row-wise unit: %s, %0d of %0d words, pass %0d",
+                row_state(dut.u_row.state_q), dut.u_row.finished_q, dut.u_row.words,
+                dut.u_row.pass_q);
+      $fdisplay(StandardError, "data port: %s, %0d words left, %0d not asked for, address %0h",
+                port_state(dut.u_data_port.state_q), dut.u_data_port.left_q,
+                dut.u_data_port.request_q, dut.u_data_port.addr_q);
+      $fdisplay(StandardError,
+                "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d awvalid %0d %s", d_arvalid,
+                d_arready, d_rvalid, d_rready, d_awvalid,
+                $sformatf("awready %0d wvalid %0d wready %0d bvalid %0d bready %0d", d_awready,
+                          d_wvalid, d_wready, d_bvalid, d_bready));
+      $fdisplay(StandardError, "writeback: %s, %0d rows, at row %0d, core %0d in turn",
+                dut.u_writeback.busy_q ? "busy" : "idle", dut.u_writeback.rows_q,
+                dut.u_writeback.row_q, dut.u_writeback.core_q);
+    end
+  end
+
+  for (genvar core = 0; core < Cores; core++) begin : gen_dump
+    always_ff @(posedge clk_i) begin
+      if (dump_i) begin
+        automatic int unsigned held =
+            32'(dut.gen_core[core].u_core.u_reader.u_fifo.wptr_q -
+                dut.gen_core[core].u_core.u_reader.u_fifo.rptr_q) +
+            32'(dut.gen_core[core].u_core.u_reader.u_fifo.valid_o);
+        $fdisplay(StandardError,
+                  "core %0d: ternary unit %s, row %0d of %0d, beat %0d of %0d%s", core,
+                  dut.gen_core[core].u_core.u_ternary.busy_q ? "busy" : "idle",
+                  dut.gen_core[core].u_core.u_ternary.row_q,
+                  dut.gen_core[core].u_core.u_ternary.rows_q,
+                  dut.gen_core[core].u_core.u_ternary.beat_q,
+                  dut.gen_core[core].u_core.u_ternary.beats_q,
+                  dut.gen_core[core].u_core.u_ternary.sum_valid_o ? ", sums wait" : "");
+        $fdisplay(StandardError,
+                  "  reader: %0d beats not asked for, next address %0h, FIFO %0d of %0d",
+                  dut.gen_core[core].u_core.u_reader.left_q,
+                  dut.gen_core[core].u_core.u_reader.addr_q, held, FifoBeats);
+        $fdisplay(StandardError,
+                  "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d, pending %0d",
+                  w_arvalid[core], w_arready[core], w_rvalid[core], w_rready[core],
+                  32'(dut.gen_core[core].u_core.u_reader.reserved_q) - held);
+      end
+    end
+  end
 
   always_ff @(posedge clk_i) begin
     if (rst_ni && trace_i) begin

@@ -1,6 +1,7 @@
 // Runs a program image on the RTL. Prints one JSON object; writes a trace of every instruction on demand.
 //
-// Exit codes: 0 finished, 2 bad arguments or image, 3 the watchdog found that nothing moves.
+// Exit codes: 0 finished, 2 bad arguments or image, 3 the watchdog found that nothing moves, or the hardware
+// raised its error; the state of every unit is then written to standard error.
 #include <cinttypes>
 #include <cstdint>
 #include <cstdio>
@@ -103,7 +104,7 @@ int main(int argc, char** argv) {
   std::string image_path, trace_path;
   std::vector<uint32_t> tokens;
   uint64_t latency = 20, stall = 0, rate = 256, seed = 1, generate = 0, watchdog = 100000;
-  uint64_t hang_after = UINT64_MAX;
+  uint64_t hang_after = UINT64_MAX, mutation = 0;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     if (i + 1 >= argc) fail(name + " needs a value");
@@ -118,6 +119,7 @@ int main(int argc, char** argv) {
     else if (name == "--generate") generate = number();
     else if (name == "--watchdog") watchdog = number();
     else if (name == "--hang-after") hang_after = number();
+    else if (name == "--mutation") mutation = number();
     else if (name == "--tokens") {
       for (const char* at = value.c_str(); *at;) {
         char* end;
@@ -158,6 +160,9 @@ int main(int argc, char** argv) {
   generator.seed(seed);
 
   auto context = std::make_unique<VerilatedContext>();
+  const std::string chosen = "+mutation=" + std::to_string(mutation);
+  const char* plus_arguments[] = {argv[0], chosen.c_str()};
+  context->commandArgs(2, plus_arguments);
   auto top = std::make_unique<Vmmfree_tb>(context.get());
   top->trace_i = trace.file != nullptr;
   top->latency_i = latency;
@@ -213,6 +218,11 @@ int main(int argc, char** argv) {
             ",\"token\":%zu,\"starved_cycles\":%" PRIu64 ",\"full_cycles\":%" PRIu64 "}\n",
             error ? "error" : "hung", last_pc, retired, clock, turn,
             static_cast<uint64_t>(top->starved_cycles_o), static_cast<uint64_t>(top->full_cycles_o));
+        std::fflush(stdout);
+        std::fprintf(stderr, "%s at cycle %" PRIu64 ", %" PRIu64 " cycles after the last instruction\n",
+                     error ? "error" : "hung", clock, quiet);
+        top->dump_i = 1;
+        tick();
         return 3;
       }
     }

@@ -30,7 +30,7 @@ module mmfree_top
   // Counters, from reset
   output logic [63:0]                         cycles_o,         // while busy
   output logic [63:0]                         starved_cycles_o, // a core waits for weights
-  output logic [63:0]                         full_cycles_o,    // a FIFO has no room
+  output logic [63:0]                         full_cycles_o,    // a memory waits for room
 
   // Weights: an AXI4 read port for each core
   output logic [Cores-1:0]                    w_arvalid_o,

@@ -32,7 +32,8 @@ module mmfree_weight_reader #(
   input  logic                     ready_i,
   output logic [WeightBytes*8-1:0] data_o,
 
-  // The FIFO has no room for the next burst: the memory waits for the arithmetic
+  // All that was asked for has come, and the FIFO has no room for the next burst: the memory waits
+  // for the arithmetic
   output logic                     full_o
 );
 
@@ -40,7 +41,8 @@ module mmfree_weight_reader #(
 
   logic [31:0]           left_q;
   logic [AddrWidth-1:0]  addr_q;
-  logic [CountWidth-1:0] reserved_q;
+  logic [CountWidth-1:0] reserved_q;  // beats that are in the FIFO or have a place in it
+  logic [CountWidth-1:0] pending_q;   // beats that were asked for and have not come
   logic [CountWidth-1:0] burst;
   logic                  room, request, pop;
 
@@ -52,15 +54,17 @@ module mmfree_weight_reader #(
   assign arlen_o     = 8'(burst - 1'b1);
   assign request     = arvalid_o && arready_i;
   assign pop         = valid_o && ready_i;
-  assign full_o      = left_q != '0 && !room;
+  assign full_o      = left_q != '0 && !room && pending_q == '0;
 
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
       left_q     <= '0;
       addr_q     <= '0;
       reserved_q <= '0;
+      pending_q  <= '0;
     end else begin
       reserved_q <= reserved_q + (request ? burst : '0) - CountWidth'(pop);
+      pending_q  <= pending_q + (request ? burst : '0) - CountWidth'(rvalid_i && rready_o);
       if (cmd_valid_i && cmd_ready_o) begin
         left_q <= cmd_beats_i;
         addr_q <= cmd_addr_i;

@@ -106,7 +106,7 @@ def main():
                       work / "model.safetensors", {"format": "pt"})
             (work / "ids.json").write_text(json.dumps(ids.tolist()))
             subprocess.run(
-                [arguments.program, "gradients", work, "--token-ids-file", work / "ids.json",
+                [arguments.program, "gradients", work, "--backend", "cpu", "--token-ids-file", work / "ids.json",
                  "-o", work / "gradients.safetensors"], check=True, stdout=subprocess.DEVNULL)
             found = load_file(work / "gradients.safetensors")
         _, in_f32 = reference(model, ids)

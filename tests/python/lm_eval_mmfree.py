@@ -6,7 +6,8 @@
 runs the harness on the published files below DIR and `mmfree eval` on the same files, and compares accuracies and
 log-likelihoods item by item. Exit code 1 if an accuracy differs. The harness makes prompts, examples, tokens (with the
 `tokenizers` package) and metrics by itself; only log-likelihoods of token ids come from the program (`mmfree eval
---requests`), or with --hf-llama from transformers and PyTorch.
+--requests`), with --server URL from a running `mmfree serve` through the harness' own `local-completions` model (wants
+transformers), or with --hf-llama from transformers and PyTorch.
 
     python3 tests/python/lm_eval_mmfree.py fixture --data tests/fixtures/eval/data -o tests/fixtures/eval/expected.json
 
@@ -178,6 +179,22 @@ class Mmfree(TemplateLM):
         raise NotImplementedError
 
 
+def local_completions(url, tokenizer, bos, eos):
+    """The harness' own client of a server."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from transformers import PreTrainedTokenizerFast
+
+    directory = tempfile.mkdtemp()
+    PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), bos_token=bos, eos_token=eos).save_pretrained(directory)
+    return LocalCompletionsAPI(
+        model=os.environ.get("MMFREE_MODEL", "mmfree-builtin"),
+        base_url=f"{url}/v1/completions",
+        tokenizer=directory,
+        add_bos_token=True,
+        num_concurrent=8,
+    )
+
+
 def made_up(context, continuation):
     """Log-likelihood and greediness that depend on every byte of the two texts and on nothing else."""
     hashed = zlib.crc32(context.encode() + b"\0" + continuation.encode())
@@ -226,6 +243,8 @@ def compare(args):
         from lm_eval.models.huggingface import HFLM
 
         judged = HFLM(pretrained=args.model, device="cpu", dtype="float32", batch_size=16)
+    elif args.server:
+        judged = local_completions(args.server, args.tokenizer, args.bos, args.eos)
     else:
         judged = Mmfree(base, args.tokenizer, args.bos, args.eos)
     theirs = evaluate(judged, tasks, args.data, args.shots, args.limit)
@@ -294,6 +313,7 @@ def main():
     command.add_argument("--bos", default="<s>")
     command.add_argument("--eos", default="</s>")
     command.add_argument("--hf-llama", action="store_true")
+    command.add_argument("--server", metavar="URL")
     command.add_argument("--backend", default="cpu")
     command.add_argument("--limit", type=int)
     command.add_argument("--shots", type=int, default=0)

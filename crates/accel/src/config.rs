@@ -33,8 +33,9 @@ const PRESETS: [(&str, [u32; 7]); 4] = [
     ("ecp5", [1, 16, 2, 4096, 1024, 64, 16]),
     // For RTL simulation of the built-in model.
     ("sim", [2, 64, 16, 1024, 1024, 64, 16]),
-    // Intel D5005: one core for each DDR4 channel.
-    ("d5005", [4, 128, 32, 4096, 16384, 1024, 32]),
+    // Intel D5005: one core for each DDR4 channel. FIFOs of 512 KiB each hold what the memory brings while the
+    // row-wise unit works, 2 of the chip's 28 MiB of block RAM.
+    ("d5005", [4, 128, 32, 4096, 16384, 4096, 32]),
 ];
 
 impl Configuration {

@@ -4,10 +4,10 @@
 //! Per-operation energies are of chips in 45 nm (Horowitz, "Computing's energy problem", ISSCC 2014, figure
 //! 1.1.9): addition of 8-bit integers 0.03 pJ and of 32-bit ones 0.1 pJ, multiplication of 32-bit integers 3.1 pJ, a
 //! read of 64 bits from an 8 KiB cache 10 pJ. An FPGA spends more on the same operation: Kuon and Rose ("Measuring
-//! the gap between FPGAs and ASICs", IEEE TCAD 26(2), 2007) measured 14 times on average for designs in logic
-//! only, 7 to 12 times where hard multipliers and memories serve. DRAM: DDR4 takes some 15 to 25 pJ a bit at
-//! the device and its interface under streaming reads (the range that DRAM power calculators give; DDR3 at 1.5 V
-//! was 20 in Horowitz's table, 1.3 to 2.6 nJ for 64 bits).
+//! the gap between FPGAs and ASICs", IEEE TCAD 26(2), 2007) measured 14 times the dynamic power on average for designs
+//! in logic only, and less where hard multipliers and memories serve; 7 is taken for the low end. DRAM: DDR4 takes
+//! some 15 to 25 pJ a bit at the device and its interface under streaming reads. `docs/accelerator.md` says which of
+//! these were checked against the publications.
 //!
 //! The range that is printed is the product of the low and of the high ends. Newer processes than 45 nm make the
 //! chip's part smaller; that is left out, in favour of caution.

@@ -1,5 +1,7 @@
 //! `mmfree bench`: prefill and decode speed against the machine's memory bandwidth.
 
+mod train;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -18,7 +20,10 @@ use crate::progress::Progress;
 /// what the memory allows: bytes streamed a token over the read bandwidth, which is measured between the
 /// runs with the same threads, or on the same GPU.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    what: Option<What>,
     /// Hugging Face directory, GGUF file, or Hugging Face repository id [default: the built-in model]
     model: Option<PathBuf>,
     /// Random weights of a published size instead of a model
@@ -46,8 +51,16 @@ pub struct Args {
     engine: EngineArgs,
 }
 
+#[derive(Debug, clap::Subcommand)]
+enum What {
+    Train(train::Args),
+}
+
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if let Some(What::Train(args)) = &args.what {
+        return train::run(args);
+    }
     let engine = args.engine.options()?;
     let layout = engine.layout()?;
     let (name, model) = match (&args.size, &args.model) {

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use mmfree::checkpoint::FloatType;
 use mmfree::checkpoint::safetensors::{self, TensorData};
 use mmfree::output::OutputFile;
-use mmfree_train::backend::{Backend, BatchShape, CpuBackend};
+use mmfree_train::backend::{Backend, BatchShape, CpuBackend, CudaBackend};
 use mmfree_train::model::{Batch, Model, ModelOptions};
 use mmfree_train::weights;
 
@@ -35,6 +35,9 @@ pub struct Args {
     /// Device that computes
     #[arg(long, value_enum, default_value_t = Device::Cpu)]
     backend: Device,
+    /// Number of the GPU
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    device: u16,
     /// Threads of the CPU [default: one for each core]
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
@@ -56,10 +59,7 @@ enum Device {
 pub fn run(args: &Args) -> Result<ExitCode> {
     match args.backend {
         Device::Cpu => write(args, &mut CpuBackend::new(args.threads, None)?),
-        Device::Cuda => bail!(
-            "this build computes gradients on the CPU only; use --backend cpu (training on CUDA is not \
-             part of it yet)"
-        ),
+        Device::Cuda => write(args, &mut CudaBackend::new(usize::from(args.device))?),
     }
 }
 
@@ -84,7 +84,11 @@ fn write<B: Backend + 'static>(args: &Args, backend: &mut B) -> Result<ExitCode>
     let cancel = interrupt::catch()?;
 
     let shape = BatchShape { sequences: micro_batch, length: length - 1 };
-    let options = ModelOptions { recompute: args.recompute, ..ModelOptions::default() };
+    let options = ModelOptions {
+        recompute: args.recompute,
+        head_chunk: backend.head_chunk(),
+        ..ModelOptions::default()
+    };
     let mut model = Model::new(backend, &architecture, shape, &options)?;
     let flat = backend.flat_from(&parameters)?;
     let mut gradients = backend.flat_zeros(parameters.len())?;

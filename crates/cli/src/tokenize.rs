@@ -1,5 +1,6 @@
 //! `mmfree tokenize`: text to token shards.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -119,6 +120,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             eprintln!("going on after {documents} documents that an earlier call has done");
         }
         Event::AlreadyDone => eprintln!("{} is complete already", output.display()),
+        Event::Changed(file) => eprintln!(
+            "note: {file} was changed after its tokens were made; if its text is another now, choose another \
+             directory"
+        ),
         Event::Skipped(error) => {
             skipped += 1;
             if skipped <= REPORTED {
@@ -135,6 +140,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             eprintln!("interrupted; run the same command again to go on");
             return Ok(interrupt::EXIT_CODE.into());
         }
+        Err(Error::Write { file, reason }) if reason.kind() == ErrorKind::StorageFull => bail!(
+            "cannot write {file}: {reason}; what is done is kept: make room and run the same command again \
+             to go on"
+        ),
         done => done?,
     };
     if args.json {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use mmfree_train::backend::CpuBackend;
+use mmfree_train::backend::{Backend, CpuBackend, CudaBackend};
 use mmfree_train::communicator::{Communicator, Launch, Launcher, Local, Tcp};
 use mmfree_train::config::{Override, TrainConfig};
 use mmfree_train::error::Error;
@@ -41,12 +41,16 @@ pub struct Args {
     /// Print the configuration with every default written out, and do nothing else
     #[arg(long)]
     print_config: bool,
-    /// Kernels to use: auto, scalar, avx2, avx512 or neon [default: auto]
+    /// What computes: cuda (an NVIDIA GPU), or the CPU with its fastest kernels (auto) or those of a tier: scalar,
+    /// avx2, avx512 or neon [default: auto]
     #[arg(long)]
     backend: Option<String>,
+    /// Number of the GPU; implies --backend cuda [default: 0]
+    #[arg(long, value_name = "N")]
+    device: Option<u16>,
 }
 
-/// How processes exchange what they compute.
+/// How processes on CPUs exchange what they compute.
 type Processes = Box<dyn Communicator<Vec<f32>>>;
 
 /// Trains.
@@ -58,8 +62,28 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let signals = StopSignals::catch()?;
     let launch = Launch::from_environment()?;
-    let communicator = join(&launch)?;
-    match train(args, config, &launch, communicator, &signals) {
+    let result = match gpu(args)? {
+        Some(_) if launch.world_size > 1 => {
+            anyhow::bail!(
+                "{} processes were started, but training on GPUs runs in one process: start one, or use the CPU",
+                launch.world_size
+            )
+        }
+        Some(ordinal) => {
+            train(args, config, Box::new(Local), &signals, &|_| CudaBackend::new(ordinal))
+        }
+        None => train(args, config, join(&launch)?, &signals, &|config| {
+            let threads = match config.run.threads {
+                0 => {
+                    let local = launch.local_world_size.filter(|&count| count > 1);
+                    local.map(|count| (cores() / count).max(1))
+                }
+                given => Some(given),
+            };
+            CpuBackend::new(threads, args.backend.as_deref())
+        }),
+    };
+    match result {
         Err(Error::Model(mmfree::error::Error::Cancelled)) => Ok(signals.code_or_default()),
         Err(error) if launch.world_size > 1 => {
             let process = format!("process {} of {}", launch.rank, launch.world_size);
@@ -69,12 +93,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
 }
 
-fn train(
+/// The number of the GPU, if one is asked for.
+fn gpu(args: &Args) -> Result<Option<usize>> {
+    match (args.backend.as_deref(), args.device) {
+        (Some("cuda"), device) => Ok(Some(device.map_or(0, usize::from))),
+        (None | Some("auto"), Some(device)) => Ok(Some(usize::from(device))),
+        (_, None) => Ok(None),
+        (Some(backend), Some(_)) => {
+            anyhow::bail!("--device is for GPUs, but the backend is {backend}")
+        }
+    }
+}
+
+fn train<B: Backend + 'static>(
     args: &Args,
     config: TrainConfig,
-    launch: &Launch,
-    mut communicator: Processes,
+    mut communicator: Box<dyn Communicator<B::Flat>>,
     signals: &StopSignals,
+    backend: &dyn Fn(&TrainConfig) -> mmfree::error::Result<B>,
 ) -> mmfree_train::error::Result<ExitCode> {
     let leads = communicator.rank() == 0;
     // One process makes the shards; the others find them.
@@ -84,13 +120,7 @@ fn train(
     communicator.barrier()?;
     let prepared = prepare(&config, signals.flag(), &mut Preparing(None))?;
     let corpus = Corpus::open(&config, &prepared.train, &prepared.validation)?;
-    let threads = match config.run.threads {
-        0 => {
-            launch.local_world_size.filter(|&count| count > 1).map(|count| (cores() / count).max(1))
-        }
-        given => Some(given),
-    };
-    let backend = CpuBackend::new(threads, args.backend.as_deref())?;
+    let backend = backend(&config)?;
     let start = Start { resume: args.resume, allow_changes: args.allow_changes };
     let mut display = Display::new(config.run.steps);
     let mut trainer = Trainer::new(config, corpus, backend, communicator, start, &mut display)?;

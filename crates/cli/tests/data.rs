@@ -56,7 +56,7 @@ fn files(directory: &Path) -> Vec<(String, Vec<u8>)> {
 #[test]
 fn a_job_that_is_killed_again_and_again_ends_in_the_same_bytes() {
     let scratch = tempfile::tempdir().expect("a directory");
-    let corpus = corpus(scratch.path(), 60);
+    let corpus = corpus(scratch.path(), 150);
     let path = |name: &str| scratch.path().join(name);
     let command = |output: &Path| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mmfree"));
@@ -95,7 +95,7 @@ fn a_job_that_is_killed_again_and_again_ends_in_the_same_bytes() {
 #[test]
 fn an_interrupt_is_obeyed_and_the_work_goes_on() {
     let scratch = tempfile::tempdir().expect("a directory");
-    let corpus = corpus(scratch.path(), 40);
+    let corpus = corpus(scratch.path(), 300);
     let output = scratch.path().join("out").display().to_string();
     let arguments = ["tokenize", &corpus, "-o", &output];
     let mut command = Command::new(env!("CARGO_BIN_EXE_mmfree"));

@@ -34,7 +34,8 @@ pub struct AdamW {
 
 /// The constants as every element uses them.
 #[derive(Clone, Copy)]
-struct Factors {
+#[repr(C)]
+pub(crate) struct Factors {
     gradient_scale: f32,
     keep: f32,
     one_minus_beta1: f32,
@@ -45,6 +46,24 @@ struct Factors {
     eps: f32,
     /// lr / (1 − β₁ᵗ)
     step_size: f32,
+}
+
+impl AdamW {
+    /// What every element is multiplied with.
+    pub(crate) fn factors(&self) -> Factors {
+        let Self { learning_rate, beta1, beta2, eps, weight_decay, step, gradient_scale } = *self;
+        let power = |beta: f64| beta.powf(step as f64);
+        Factors {
+            gradient_scale,
+            keep: (1.0 - learning_rate * weight_decay) as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
+            beta2: beta2 as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            correction2: (1.0 / (1.0 - power(beta2)).sqrt()) as f32,
+            eps: eps as f32,
+            step_size: (learning_rate / (1.0 - power(beta1))) as f32,
+        }
+    }
 }
 
 /// Updates parameters and both moments, all of one length.
@@ -62,18 +81,7 @@ pub fn step(
 ) {
     let len = parameters.len();
     assert!([gradients.len(), first_moment.len(), second_moment.len()] == [len; 3]);
-    let AdamW { learning_rate, beta1, beta2, eps, weight_decay, step, gradient_scale } = *constants;
-    let power = |beta: f64| beta.powf(step as f64);
-    let factors = Factors {
-        gradient_scale,
-        keep: (1.0 - learning_rate * weight_decay) as f32,
-        one_minus_beta1: (1.0 - beta1) as f32,
-        beta2: beta2 as f32,
-        one_minus_beta2: (1.0 - beta2) as f32,
-        correction2: (1.0 / (1.0 - power(beta2)).sqrt()) as f32,
-        eps: eps as f32,
-        step_size: (learning_rate / (1.0 - power(beta1))) as f32,
-    };
+    let factors = constants.factors();
     let (m, v) = (SharedMut::new(first_moment), SharedMut::new(second_moment));
     pool.for_each_chunk(parameters, TASK, &|_, task, parameters| {
         let (from, len) = (task * TASK, parameters.len());

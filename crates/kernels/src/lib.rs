@@ -10,6 +10,7 @@
 //! | [`bit_linear`], [`cross_entropy`], [`adamw`] | what training adds: gradients of ternary layers, loss, optimiser |
 //! | [`attention`], [`rope`] | the Transformer++ baseline |
 //! | [`gemm`] | dense products in f32 |
+//! | [`training`] | the operations of a training step on a GPU |
 //! | [`column_sum`] | sums over the tokens of a batch that no number of threads changes |
 //! | [`pool`], [`tier`] | threads, and instruction sets chosen at run time |
 //!
@@ -38,3 +39,4 @@ pub mod swiglu;
 pub mod ternary;
 pub mod ternary_gemm;
 pub mod tier;
+pub mod training;

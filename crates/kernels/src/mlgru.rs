@@ -71,6 +71,15 @@ fn body(i: &mut [f32], f: &[f32], lower_bound: &[f32], state: &mut [f32]) {
     }
 }
 
+/// One step of one sequence, on the calling thread: [`forward`] with T = 1.
+///
+/// # Panics
+/// If the shapes do not fit together.
+pub fn step(backend: Backend, i: &mut [f32], f: &[f32], lower_bound: &[f32], state: &mut [f32]) {
+    assert!(i.len() == state.len() && f.len() == state.len() && lower_bound.len() == state.len());
+    step_channels(backend, i, f, lower_bound, state);
+}
+
 /// Steps B sequences and keeps every state: `i`, `f`, `h` [B, T, D], `initial` and `last` [B, D].
 /// Without `initial` the states begin at zero. `last` becomes `h_T`.
 ///

@@ -91,6 +91,7 @@ fn products_are_exact_at_awkward_shapes() {
         (33, 515, 257),
         (64, 520, 1030),
         (65, 16, 1030),
+        (33, 6000, 33),
     ] {
         check_product(m, n, k, |random| {
             let q = (random.next() % 255) as i16 - 127;

@@ -142,6 +142,9 @@ impl Sampler {
         let last = self.weigh(logits, best);
         let uniform = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         let min_weight = f64::from(self.params.min_p);
+        if last.is_none() && min_weight == 0.0 {
+            return Ok(self.draw_from_all(uniform));
+        }
         let is_kept = |&(id, &weight): &(usize, &f64)| {
             let candidate = Candidate { logit: logits[id], id: id as u32 };
             weight > 0.0
@@ -158,6 +161,18 @@ impl Sampler {
         // Rounding may leave the sum at the total without exceeding it: then it is the last token.
         let (id, _) = drawn.or_else(|| kept().next_back()).expect("the best token is always kept");
         Ok(id as u32)
+    }
+
+    /// Draws when nothing was dropped. Tokens of weight 0 change no sum, so they need no look.
+    fn draw_from_all(&self, uniform: f64) -> u32 {
+        let threshold = uniform * self.weights.iter().sum::<f64>();
+        let mut sum = 0.0;
+        let drawn = self.weights.iter().position(|&weight| {
+            sum += weight;
+            sum > threshold
+        });
+        let last = || self.weights.iter().rposition(|&weight| weight > 0.0);
+        drawn.or_else(last).expect("the best token has weight 1") as u32
     }
 
     fn penalise(&mut self, logits: &mut [f32], recent: &[u32]) {
@@ -238,21 +253,36 @@ impl Sampler {
 
 /// The highest logit, of equals the one with the lowest id.
 fn highest(logits: &[f32]) -> Result<Candidate> {
-    let mut best = Candidate { logit: f32::NEG_INFINITY, id: 0 };
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit.is_nan() || logit == f32::INFINITY {
-            return Err(Error::Invalid(format!(
-                "logit {id} is {logit}: the model computes no valid distribution"
-            )));
-        }
-        if logit > best.logit {
-            best = Candidate { logit, id: id as u32 };
+    let Some((id, logit)) = most_likely(logits) else {
+        let is_invalid = |logit: f32| logit.is_nan() || logit == f32::INFINITY;
+        return Err(Error::Invalid(match logits.iter().position(|&logit| is_invalid(logit)) {
+            Some(id) => {
+                format!("logit {id} is {}: the model computes no valid distribution", logits[id])
+            }
+            None => "no token has a finite logit".into(),
+        }));
+    };
+    Ok(Candidate { logit, id })
+}
+
+/// Id and logit of the most likely token, of equals the lowest id. `None` if a logit is NaN or infinite, or
+/// all are −∞.
+pub(crate) fn most_likely(logits: &[f32]) -> Option<(u32, f32)> {
+    // Sixteen at a time and without branches, which compiles to vector code.
+    let mut best = [f32::NEG_INFINITY; 16];
+    let mut has_invalid = [false; 16];
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for ((best, has_invalid), &logit) in best.iter_mut().zip(&mut has_invalid).zip(chunk) {
+            *best = if logit > *best { logit } else { *best };
+            *has_invalid |= logit.is_nan() | (logit == f32::INFINITY);
         }
     }
-    if best.logit == f32::NEG_INFINITY {
-        return Err(Error::Invalid("no token has a finite logit".into()));
-    }
-    Ok(best)
+    let mut last = best.into_iter().chain(rest.iter().copied());
+    let is_valid = !has_invalid.contains(&true) && rest.iter().all(|&logit| logit < f32::INFINITY);
+    let highest = last.try_fold(f32::NEG_INFINITY, |a, b| is_valid.then(|| a.max(b)))?;
+    let id = logits.iter().position(|&logit| logit == highest)?;
+    (highest > f32::NEG_INFINITY).then_some((id as u32, logits[id]))
 }
 
 /// e^x for x ≤ 0 from additions and multiplications only: the system's `exp` differs from platform to
@@ -265,11 +295,14 @@ fn exp(x: f64) -> f64 {
     const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
     const COEFFICIENTS: [f64; 14] = inverse_factorials();
     let clamped = x.max(-700.0);
-    let k = (clamped * std::f64::consts::LOG2_E + ROUND) - ROUND;
+    let rounded = clamped * std::f64::consts::LOG2_E + ROUND;
+    let k = rounded - ROUND;
     let r = clamped - k * LN2_HIGH - k * LN2_LOW;
     // Taylor's series: |r| ≤ ln 2 / 2, so the first term left out is below 2⁻⁵⁷.
     let series = COEFFICIENTS.iter().rev().fold(0.0, |sum, coefficient| sum * r + coefficient);
-    let power = f64::from_bits(((k as i64 + 1023) as u64) << 52);
+    // The low bits of `rounded` are k: a cast would keep this from becoming vector code.
+    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(1023);
+    let power = f64::from_bits(exponent << 52);
     if x < -700.0 { 0.0 } else { series * power }
 }
 

@@ -5,7 +5,8 @@
 //! | [`config`] | [`TrainConfig`](config::TrainConfig): one TOML file, every key with a default |
 //! | [`architecture`] | [`Architecture`](architecture::Architecture): the MatMul-free model or Transformer++ |
 //! | [`parameters`] | [`ParameterLayout`](parameters::ParameterLayout): all parameters in one flat buffer |
-//! | [`backend`] | [`Backend`](backend::Backend): the fused operations, forward and backward; the CPU |
+//! | [`backend`] | [`Backend`](backend::Backend): the fused operations, forward and backward; the CPU, NVIDIA GPUs |
+//! | [`benchmark`] | how fast a model trains |
 //! | [`model`] | [`Model`](model::Model): loss and gradients, written once over a backend |
 //! | [`likelihood`] | [`FullPrecisionScorer`](likelihood::FullPrecisionScorer): evaluation of the Transformer++ |
 //! | [`weights`] | parameters from and to Hugging Face directories |
@@ -23,6 +24,7 @@
 
 pub mod architecture;
 pub mod backend;
+pub mod benchmark;
 pub mod checkpoint;
 pub mod communicator;
 pub mod config;

@@ -100,7 +100,7 @@ fn gradients_of_every_parameter_agree_with_the_authors_implementation() {
     assert_eq!(expected.len(), layout.parameters().len());
     for recompute in [false, true] {
         for (parts, head_chunk) in [(1, 512), (1, 7), (2, 5)] {
-            let options = ModelOptions { recompute, head_chunk };
+            let options = ModelOptions { recompute, head_chunk, recompute_gates: 0 };
             let (loss, found) = gradients(&example, &mut backend(2, None), &options, parts);
             assert!((loss - example.loss).abs() < 2e-6, "{loss} instead of {}", example.loss);
             let mut worst = (0.0, "");
@@ -120,10 +120,12 @@ fn gradients_of_every_parameter_agree_with_the_authors_implementation() {
 #[test]
 fn recomputation_and_threads_change_no_bit() {
     let example = example();
-    let keep = ModelOptions { recompute: false, head_chunk: 16 };
-    let recompute = ModelOptions { recompute: true, head_chunk: 16 };
+    let keep = ModelOptions { head_chunk: 16, ..ModelOptions::default() };
+    let recompute = ModelOptions { recompute: true, ..keep.clone() };
+    let gates = ModelOptions { recompute_gates: 2, ..keep.clone() };
     let first = gradients(&example, &mut backend(1, None), &keep, 1);
     assert_eq!(first, gradients(&example, &mut backend(1, None), &recompute, 1));
+    assert_eq!(first, gradients(&example, &mut backend(1, None), &gates, 1));
     assert_eq!(first, gradients(&example, &mut backend(2, None), &keep, 1));
     assert_eq!(first, gradients(&example, &mut backend(5, None), &recompute, 1));
 }

@@ -6,7 +6,7 @@ use std::net::TcpListener;
 use std::thread;
 
 use mmfree_train::communicator::{Launch, Launcher, Local, Tcp};
-use support::{Processes, golden_gradients, trajectory};
+use support::{Processes, Trajectory, finished, golden_gradients, trajectory};
 
 /// Runs a function as each of several processes, joined by TCP.
 fn world<T: Send>(size: usize, run: impl Fn(Processes) -> T + Sync) -> Vec<T> {
@@ -30,17 +30,13 @@ fn world<T: Send>(size: usize, run: impl Fn(Processes) -> T + Sync) -> Vec<T> {
 
 #[test]
 fn gradients_over_two_processes_are_those_of_the_authors_and_of_one_process() {
-    let alone = golden_gradients(Box::new(Local));
-    for together in world(2, golden_gradients) {
+    let alone = finished(golden_gradients(Box::new(Local)));
+    for together in world(2, |processes| finished(golden_gradients(processes))) {
         assert_eq!(together, alone);
     }
 }
 
-fn assert_same(
-    found: &(Vec<[u64; 2]>, Vec<u32>),
-    expected: &(Vec<[u64; 2]>, Vec<u32>),
-    size: usize,
-) {
+fn assert_same(found: &Trajectory, expected: &Trajectory, size: usize) {
     for (step, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
         let [found, expected] = [found, expected].map(|bits| bits.map(f64::from_bits));
         assert_eq!(found, expected, "loss and norm of step {step}, {size} processes");
@@ -52,13 +48,14 @@ fn assert_same(
 #[test]
 fn powers_of_two_give_the_same_bits_and_others_the_same_curve() {
     const STEPS: u64 = 12;
-    let alone = trajectory(Box::new(Local), STEPS);
+    let run = |processes| finished(trajectory(processes, STEPS));
+    let alone = run(Box::new(Local));
     for size in [2, 4, 8] {
-        for together in world(size, |processes| trajectory(processes, STEPS)) {
+        for together in world(size, run) {
             assert_same(&together, &alone, size);
         }
     }
-    let three = world(3, |processes| trajectory(processes, STEPS));
+    let three = world(3, run);
     assert!(three.iter().all(|process| process == &three[0]));
     for ([found, _], [expected, _]) in three[0].0.iter().zip(&alone.0) {
         let (found, expected) = (f64::from_bits(*found), f64::from_bits(*expected));

@@ -53,7 +53,7 @@ impl Fixture {
         shape: BatchShape,
         recompute: bool,
     ) -> Model<CpuBackend> {
-        let options = ModelOptions { recompute, head_chunk: 5 };
+        let options = ModelOptions { recompute, head_chunk: 5, ..ModelOptions::default() };
         let mut model = Model::new(backend, &self.architecture, shape, &options).unwrap();
         model.update_weights(backend, &self.parameters).unwrap();
         model

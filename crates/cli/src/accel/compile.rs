@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
+use mmfree_accel::timing::{self, Memory};
 use serde_json::json;
 
 use super::HardwareArgs;
@@ -13,7 +14,8 @@ use crate::progress::Progress;
 /// Compile a model to a program image
 ///
 /// Writes program, parameters and packed weights for one hardware configuration, and prints what a token
-/// streams and where everything lies.
+/// streams, how many cycles it takes with a memory at full rate (`accel report` has those of boards), and where
+/// everything lies.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Hugging Face directory or GGUF file [default: the built-in model]
@@ -39,16 +41,25 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let c = &plan.configuration;
     let streamed = plan.stream_bytes * u64::from(c.cores);
     let parameters = plan.model().parameters();
+    let memory = Memory::FULL_RATE;
+    let cost = timing::estimate(&plan.program, c, memory);
     if args.json {
+        let weights: Vec<_> = (0..c.cores)
+            .map(|core| json!({ "core": core, "address": 0, "bytes": plan.stream_bytes }))
+            .collect();
         let object = json!({
             "configuration": c,
             "packing": plan.packing,
             "instructions": plan.program.len(),
             "bytes_streamed_per_token": streamed,
             "bits_per_weight": streamed as f64 * 8.0 / parameters.ternary as f64,
+            "cycles_per_token": cost.cycles,
+            "cost": cost,
+            "memory": memory,
             "vector_words_used": plan.vector_words_used,
             "data_bytes": plan.data_bytes(),
             "data_map": plan.data_map,
+            "weight_map": weights,
         });
         println!("{object}");
         return Ok(ExitCode::SUCCESS);
@@ -69,6 +80,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     println!(
         "weights a token   {streamed:>14} bytes, {:.3} bits a weight",
         streamed as f64 * 8.0 / parameters.ternary as f64
+    );
+    println!(
+        "cycles a token    {:>14} with a beat of weights a cycle and {} cycles of latency",
+        cost.cycles, memory.latency
+    );
+    println!(
+        "                  {:>14} products, {} row-wise, {} loads and stores",
+        cost.matvec_cycles, cost.row_cycles, cost.data_cycles
     );
     println!("memory map, bytes        address          size");
     for entry in &plan.data_map {

@@ -81,6 +81,12 @@ pub struct HardwareArgs {
     /// Longest vector that a matrix is multiplied with
     #[arg(long, value_name = "N")]
     activation_bytes: Option<u32>,
+    /// Beats of weights that a core's FIFO holds
+    #[arg(long, value_name = "N")]
+    fifo_beats: Option<u32>,
+    /// Beats of weights that a core asks its memory for at a time
+    #[arg(long, value_name = "N")]
+    burst_beats: Option<u32>,
     /// How weights are packed
     #[arg(long, value_enum, default_value_t = PackingName::T5)]
     packing: PackingName,
@@ -119,7 +125,9 @@ impl HardwareArgs {
             row_lanes: self.row_lanes.unwrap_or(preset.row_lanes),
             vector_words: self.vector_words.unwrap_or(preset.vector_words),
             activation_bytes: self.activation_bytes.unwrap_or(preset.activation_bytes),
-            ..preset.clone()
+            fifo_beats: self.fifo_beats.unwrap_or(preset.fifo_beats),
+            burst_beats: self.burst_beats.unwrap_or(preset.burst_beats),
+            name: preset.name.clone(),
         };
         if configuration != preset {
             configuration.name = "custom".to_owned();

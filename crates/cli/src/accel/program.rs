@@ -46,7 +46,13 @@ pub fn assemble(args: &AsmArgs) -> Result<ExitCode> {
             miette::GraphicalReportHandler::new_themed(theme)
                 .render_report(&mut report, &*error)
                 .context("cannot format the errors")?;
-            eprint!("error: {} in {file}\n{report}", count(error.problems().len()));
+            eprintln!("error: {} in {file}", count(error.problems().len()));
+            // For editors, a line each; then for readers, in the text.
+            for problem in error.problems() {
+                let (line, column) = asm::position(&text, problem.span.start);
+                eprintln!("{file}:{line}:{column}: {}", problem.message);
+            }
+            eprint!("{report}");
             return Ok(ExitCode::from(2));
         }
     };

@@ -39,7 +39,7 @@ pub struct Args {
     token_ids: Option<TokenIds>,
     /// Program image that `accel compile` wrote from the same model [default: compile now]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["config", "cores", "weight_bytes", "row_lanes",
-        "vector_words", "activation_bytes", "packing"])]
+        "vector_words", "activation_bytes", "fifo_beats", "burst_beats", "packing"])]
     image: Option<PathBuf>,
     /// End after so many tokens
     #[arg(long, value_name = "N", default_value_t = 64)]

@@ -121,6 +121,21 @@ impl<T: Element> Buffer<T> {
             .map_err(|error| CudaError::driver("clearing memory", error))
     }
 
+    /// Sets a part to zero.
+    ///
+    /// # Errors
+    /// A range outside the buffer; the driver's.
+    pub fn clear_range(&mut self, range: Range<usize>) -> Result<(), CudaError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let range = self.range(range)?;
+        let stream = Arc::clone(self.device.stream());
+        stream
+            .memset_zeros(&mut self.memory.slice_mut(range))
+            .map_err(|error| CudaError::driver("clearing memory", error))
+    }
+
     /// Makes room for `len` elements; zeros if it had to grow.
     ///
     /// # Errors

@@ -20,6 +20,12 @@ pub enum CudaError {
         /// The module that was to be compiled.
         kernel: &'static str,
     },
+    /// The library of dense products is not installed.
+    #[error(
+        "libcublasLt (NVIDIA's library of matrix products, part of the CUDA toolkit 13) cannot be loaded; \
+         training needs it: install it and put its folder on LD_LIBRARY_PATH, or use --backend cpu"
+    )]
+    NoBlas,
     /// There is no device of this number.
     #[error("there is no GPU {wanted}: the driver shows {count} (numbers begin with 0)")]
     NoDevice {
@@ -96,7 +102,7 @@ pub enum CudaError {
 }
 
 impl CudaError {
-    pub(super) fn driver(what: &'static str, error: DriverError) -> Self {
+    pub(crate) fn driver(what: &'static str, error: DriverError) -> Self {
         Self::Driver { what, reason: Self::describe(error) }
     }
 

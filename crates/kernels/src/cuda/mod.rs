@@ -40,13 +40,19 @@ pub struct Source {
 }
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 6] = [
+pub const SOURCES: [Source; 12] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
     crate::mlgru::cuda::SOURCE,
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
+    crate::training::ATTENTION,
+    crate::training::NORMS,
+    crate::training::GATES,
+    crate::training::RECURRENCE,
+    crate::training::LOSS,
+    crate::training::OPTIMIZER,
 ];
 
 /// A GPU, opened: context, stream and compiled modules.
@@ -241,6 +247,11 @@ impl Device {
                 .map_err(failed)?;
         }
         Ok(Kernel { device: Arc::clone(self), function, name })
+    }
+
+    /// Makes the device the calling thread's.
+    pub(crate) fn make_current(&self) -> Result<(), CudaError> {
+        self.context.bind_to_thread().map_err(|error| CudaError::driver("cuCtxSetCurrent", error))
     }
 
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {

@@ -71,14 +71,15 @@ fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PAN
             }
         }
     }
-    sums.map(|halves| {
-        let mut out = [0; PANEL_ROWS];
+    // A loop and no `map`: its closure would not be compiled with these features.
+    let mut out = [[0; PANEL_ROWS]; M];
+    for (out, halves) in out.iter_mut().zip(sums) {
         for (half, sum) in halves.into_iter().enumerate() {
             // SAFETY: eight i32 fit at 0 and at 8 of the sixteen.
             unsafe { _mm256_storeu_si256(out.as_mut_ptr().add(8 * half).cast(), sum) };
         }
-        out
-    })
+    }
+    out
 }
 
 /// Sixteen tokens: one register of 16-bit sums.

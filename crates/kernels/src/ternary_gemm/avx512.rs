@@ -2,9 +2,11 @@
 //! instructions consume its 256 trits. With VBMI, two look-ups first turn a unit in base 3 into 320.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::Kernels;
-use super::lookup::{Lanes, WordOffsets};
+use super::lookup::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, Lanes, PassIndices, Sweep};
+use crate::activations::QuantizedRows;
 use crate::ternary::base3::{CORRECTIONS, GROUP_UNITS, GROUP_WORDS, LAST_PLAIN, QUADS, quad_index};
 use crate::ternary::{Layout, PANEL_ROWS, PanelVector, WORD_TRITS};
 
@@ -58,8 +60,12 @@ impl Kernels for Avx512Vbmi {
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn field_masks() -> [__m512i; 4] {
-    [0x0303_0303, 0x0c0c_0c0c, 0x3030_3030, 0xc0c0_c0c0_u32 as i32]
-        .map(|mask| _mm512_set1_epi32(mask))
+    [
+        _mm512_set1_epi8(0b11),
+        _mm512_set1_epi8(0b11 << 2),
+        _mm512_set1_epi8(0b11 << 4),
+        _mm512_set1_epi8((0b11u8 << 6) as i8),
+    ]
 }
 
 /// The vector at the start of an array of 64 bytes.
@@ -99,19 +105,24 @@ fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PAN
             }
         }
     }
-    sums.map(|sums| sum_of_fields(sums))
+    sum_of_fields(sums)
 }
 
-/// `Σ_f sums[f] / 4^f`.
+/// `Σ_f sums[f] / 4^f`. A loop and no `map`: its closure would not be compiled with these features.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn sum_of_fields([one, four, sixteen, sixty_four]: [__m512i; 4]) -> [i32; PANEL_ROWS] {
-    let low = _mm512_add_epi32(one, _mm512_srai_epi32::<2>(four));
-    let high =
-        _mm512_add_epi32(_mm512_srai_epi32::<4>(sixteen), _mm512_srai_epi32::<6>(sixty_four));
-    let mut out = [0; PANEL_ROWS];
-    // SAFETY: the array is sixteen i32 long.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), _mm512_add_epi32(low, high)) };
+fn sum_of_fields<const M: usize>(sums: [[__m512i; 4]; M]) -> [[i32; PANEL_ROWS]; M] {
+    let mut out = [[0; PANEL_ROWS]; M];
+    for token in 0..M {
+        let [one, four, sixteen, sixty_four] = sums[token];
+        let low = _mm512_add_epi32(one, _mm512_srai_epi32::<2>(four));
+        let high =
+            _mm512_add_epi32(_mm512_srai_epi32::<4>(sixteen), _mm512_srai_epi32::<6>(sixty_four));
+        // SAFETY: the array is sixteen i32 long.
+        unsafe {
+            _mm512_storeu_si512(out[token].as_mut_ptr().cast(), _mm512_add_epi32(low, high));
+        }
+    }
     out
 }
 
@@ -181,7 +192,7 @@ fn base3_dots<const M: usize>(
     for (sums, fifths) in sums.iter_mut().zip(fifth_sums) {
         sums[3] = _mm512_add_epi32(sums[3], fifths);
     }
-    sums.map(|sums| sum_of_fields(sums))
+    sum_of_fields(sums)
 }
 
 /// Thirty-two tokens: one register of 16-bit sums.
@@ -190,6 +201,25 @@ pub(super) struct Lanes32<const VBMI: bool>(__m512i);
 
 impl<const VBMI: bool> Lanes for Lanes32<VBMI> {
     const TOKENS: usize = 32;
+    const DOTS_OF_64: usize = 27;
+
+    #[inline(always)]
+    unsafe fn sweep<const FIRST: bool, const LAST: bool, const INITIAL: bool>(
+        sweep: Sweep<'_, Self>,
+        dots: &mut Dots<'_>,
+    ) {
+        // SAFETY: the caller runs with this tier's features and promises the rest.
+        unsafe { sweep_and_dots::<VBMI, FIRST, LAST, INITIAL>(sweep, dots) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish_dots(dots: &mut Dots<'_>) {
+        while let Some((unit, sums)) = dots.unit() {
+            // SAFETY: the caller runs with this tier's features.
+            unsafe { dot_unit(unit, sums, Nothing) };
+            dots.advance();
+        }
+    }
 
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -239,37 +269,57 @@ impl<const VBMI: bool> Lanes for Lanes32<VBMI> {
 
     #[inline(always)]
     unsafe fn transpose_panel(sums: &[i32], out: &mut [i32]) {
-        assert!(sums.len() == 16 * 32 && out.len() == 32 * 16);
-        for half in 0..2 {
-            // SAFETY: sixteen rows of sixteen lanes, 32 apart in `sums` and side by side in `out`, lie
-            // inside the slices by the assertion; features by the caller's promise.
-            unsafe {
-                let rows = std::array::from_fn(|row| {
-                    _mm512_loadu_si512(sums.as_ptr().add(32 * row + 16 * half).cast())
-                });
-                let out = out.as_mut_ptr().add(256 * half);
-                for (token, lanes) in transpose_16x16(rows).into_iter().enumerate() {
-                    _mm512_storeu_si512(out.add(16 * token).cast(), lanes);
-                }
-            }
-        }
+        // SAFETY: the caller runs with this tier's features.
+        unsafe { transpose_panel(sums, out) }
     }
 
     #[inline(always)]
-    unsafe fn word_offsets(
+    unsafe fn transpose_inputs(
+        input: &QuantizedRows,
+        tokens: Range<usize>,
+        out: &mut [i16],
+        fours: &mut [i32],
+    ) {
+        // SAFETY: the caller runs with this tier's features.
+        unsafe { transpose_inputs(input, tokens, out, fours) }
+    }
+
+    #[inline(always)]
+    unsafe fn pass_words(
         layout: Layout,
         units: &[PanelVector],
-        word: usize,
-        offsets: &mut WordOffsets,
-    ) {
+        words: usize,
+        first: usize,
+    ) -> PassIndices {
+        let word = |at: usize| match layout {
+            _ if at >= words => [0; PANEL_ROWS],
+            // SAFETY: the caller runs with this tier's features, and with VBMI if `VBMI` says so.
+            Layout::Base3 if VBMI => unsafe { base3_word(units, at) },
+            layout => layout.word(units, at),
+        };
+        bytemuck::cast([word(first), word(first + 1)])
+    }
+
+    #[inline(always)]
+    unsafe fn pass_indices(
+        layout: Layout,
+        units: &[PanelVector],
+        words: usize,
+        first: usize,
+    ) -> PassIndices {
         // SAFETY: the caller runs with this tier's features, and with VBMI if `VBMI` says so.
         unsafe {
-            let indices = match layout {
-                Layout::TwoBit => quad_indices(load(&units[word])),
-                Layout::Base3 if VBMI => base3_indices(units, word),
-                Layout::Base3 => quad_indices(load(&layout.word(units, word))),
+            let indices = |word: usize| {
+                if word >= words {
+                    return _mm512_setzero_si512();
+                }
+                match layout {
+                    Layout::TwoBit => quad_indices(load(&units[word])),
+                    Layout::Base3 if VBMI => base3_indices(units, word),
+                    Layout::Base3 => quad_indices(load(&layout.word(units, word))),
+                }
             };
-            store_offsets(indices, offsets);
+            interleave(indices(first), indices(first + 1))
         }
     }
 }
@@ -313,6 +363,34 @@ fn base3_indices(units: &[PanelVector], word: usize) -> __m512i {
     sum
 }
 
+/// A word in base 3 at two bits a trit.
+#[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
+#[inline]
+fn base3_word(units: &[PanelVector], word: usize) -> PanelVector {
+    let (group, at) = (word / GROUP_WORDS, word % GROUP_WORDS);
+    let units = &units[group * GROUP_UNITS..];
+    let mends = load(&CORRECTIONS);
+    let mut fields = _mm512_setzero_si512();
+    if at < GROUP_UNITS {
+        let unit = load(&units[at]);
+        let quads = _mm512_permutexvar_epi8(unit, load(&QUADS));
+        let mend = _mm512_and_si512(corrections(unit, mends), _mm512_set1_epi8(63));
+        fields = _mm512_xor_si512(quads, mend);
+    } else {
+        for unit in units[..GROUP_UNITS].iter().rev() {
+            let unit = load(unit);
+            let mended = _mm512_xor_si512(unit, corrections(unit, mends));
+            let fifth = _mm512_and_si512(_mm512_srli_epi16::<6>(mended), _mm512_set1_epi8(3));
+            // Fields of earlier units are below 64, so none leaves its byte.
+            fields = _mm512_or_si512(_mm512_slli_epi16::<2>(fields), fifth);
+        }
+    }
+    let mut word = [0; PANEL_ROWS];
+    // SAFETY: sixteen u32 are 64 bytes.
+    unsafe { _mm512_storeu_si512(word.as_mut_ptr().cast(), fields) };
+    word
+}
+
 /// [`quad_index`] of the quads, and what turns it into that of a corrected quad.
 static QUAD_INDICES: [u8; 64] = index_tables().0;
 static INDEX_CORRECTIONS: [u8; 64] = index_tables().1;
@@ -333,46 +411,251 @@ const fn index_tables() -> ([u8; 64], [u8; 64]) {
     (plain, corrections)
 }
 
-/// Byte indices to offsets in units of eight bytes: an entry is 64 bytes long.
+/// The indices of two words of sixteen rows, those of a row side by side.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[inline]
-fn store_offsets(indices: __m512i, offsets: &mut WordOffsets) {
+fn interleave(first: __m512i, second: __m512i) -> PassIndices {
     // A broken packing invariant must not leave the table.
-    let indices = _mm512_min_epu8(indices, _mm512_set1_epi8(80));
-    let halves = [_mm512_castsi512_si256(indices), _mm512_extracti64x4_epi64::<1>(indices)];
-    for (half, out) in halves.into_iter().zip(offsets.as_chunks_mut::<8>().0) {
-        let offsets = _mm512_slli_epi16::<3>(_mm512_cvtepu8_epi16(half));
-        // SAFETY: eight u64 are 64 bytes.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), offsets) };
+    let last = _mm512_set1_epi8(80);
+    let (first, second) = (_mm512_min_epu8(first, last), _mm512_min_epu8(second, last));
+    let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    let mut indices = [0; PANEL_ROWS];
+    // SAFETY: sixteen u64 are twice 64 bytes.
+    unsafe {
+        let out: *mut u64 = indices.as_mut_ptr();
+        _mm512_storeu_si512(out.cast(), _mm512_permutex2var_epi32(first, low, second));
+        _mm512_storeu_si512(out.add(8).cast(), _mm512_permutex2var_epi32(first, high, second));
+    }
+    indices
+}
+
+/// Rows that are looked up beside one step of the dot products, which is four inputs.
+const ROWS_A_STEP: usize = 2;
+/// Steps of a pass.
+const PASS_STEPS: usize = 8;
+
+/// One pass over the rows that are looked up; beside them, as many units of dot products as take no longer.
+///
+/// # Safety
+/// As for [`Sweep::row`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn sweep_and_dots<
+    const VBMI: bool,
+    const FIRST: bool,
+    const LAST: bool,
+    const INITIAL: bool,
+>(
+    sweep: Sweep<'_, Lanes32<VBMI>>,
+    dots: &mut Dots<'_>,
+) {
+    let mut row = 0;
+    while let Some((unit, sums)) = dots.unit() {
+        let end = row + unit.passes * PASS_STEPS * ROWS_A_STEP;
+        if end > sweep.rows {
+            break;
+        }
+        // SAFETY: all rows are below `end`; the caller's promise.
+        unsafe {
+            dot_unit(unit, sums, LookUps::<VBMI, FIRST, LAST, INITIAL> { sweep: &sweep, row });
+        }
+        dots.advance();
+        row = end;
+    }
+    for row in row..sweep.rows {
+        // SAFETY: one of the rows; the caller's promise.
+        unsafe { sweep.row::<FIRST, LAST, INITIAL>(row) };
     }
 }
 
-/// Transposes sixteen rows of sixteen 32-bit values.
+/// What is done beside each step of a unit. No closure: it would be a call, around which every sum would be
+/// saved.
+trait Beside {
+    /// # Safety
+    /// As for [`Sweep::row`].
+    unsafe fn step(&self, step: usize);
+}
+
+/// Nothing is done.
+struct Nothing;
+
+impl Beside for Nothing {
+    #[inline(always)]
+    unsafe fn step(&self, _: usize) {}
+}
+
+/// Some rows are looked up, from `row` on.
+struct LookUps<'a, const VBMI: bool, const FIRST: bool, const LAST: bool, const INITIAL: bool> {
+    sweep: &'a Sweep<'a, Lanes32<VBMI>>,
+    row: usize,
+}
+
+impl<const VBMI: bool, const FIRST: bool, const LAST: bool, const INITIAL: bool> Beside
+    for LookUps<'_, VBMI, FIRST, LAST, INITIAL>
+{
+    #[inline(always)]
+    unsafe fn step(&self, step: usize) {
+        for i in 0..ROWS_A_STEP {
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.sweep.row::<FIRST, LAST, INITIAL>(self.row + ROWS_A_STEP * step + i);
+            }
+        }
+    }
+}
+
+/// Adds a unit's products to its sums, and does something beside every step.
+///
+/// # Safety
+/// As for what is done beside.
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+#[inline]
+unsafe fn dot_unit(unit: DotUnit<'_>, sums: &mut DotSums, beside: impl Beside) {
+    let mut lanes = [[_mm512_setzero_si512(); DOT_PANELS]; DOT_TOKENS];
+    for token in 0..DOT_TOKENS {
+        for panel in 0..DOT_PANELS {
+            lanes[token][panel] = load(&sums[token][panel]);
+        }
+    }
+    let mask = _mm512_set1_epi8(3);
+    for pass in 0..unit.passes {
+        for word in 0..2 {
+            let mut codes = [mask; DOT_PANELS];
+            for (panel, codes) in codes.iter_mut().enumerate() {
+                // SAFETY: `Dots::unit` checked that there are words for three panels of every pass, 128 bytes
+                // each.
+                unsafe {
+                    let words = unit.words.as_ptr().add(pass * unit.stride + panel);
+                    *codes = _mm512_loadu_si512(words.cast::<PanelVector>().add(word).cast());
+                    // The other passes lie far apart: no prefetcher of the processor finds them.
+                    let next = words.wrapping_add(unit.stride).cast::<PanelVector>();
+                    _mm_prefetch::<_MM_HINT_T0>(next.wrapping_add(word).cast());
+                }
+            }
+            for field in 0..4 {
+                let step = PASS_STEPS * pass + 4 * word + field;
+                // SAFETY: the caller's promise.
+                unsafe { beside.step(step) };
+                let mut trits = codes;
+                for panel in 0..DOT_PANELS {
+                    trits[panel] = _mm512_and_si512(codes[panel], mask);
+                    codes[panel] = _mm512_srli_epi32::<2>(codes[panel]);
+                }
+                for (token, lanes) in lanes.iter_mut().enumerate() {
+                    // SAFETY: `Dots::unit` checked that every step has eight activations.
+                    let four = unsafe { *unit.fours.as_ptr().add(32 * step + token) };
+                    let four = _mm512_set1_epi32(four);
+                    for (lanes, trits) in lanes.iter_mut().zip(trits) {
+                        *lanes = _mm512_dpbusd_epi32(*lanes, trits, four);
+                    }
+                }
+            }
+        }
+    }
+    for token in 0..DOT_TOKENS {
+        for panel in 0..DOT_PANELS {
+            // SAFETY: sixteen i32 are 64 bytes.
+            unsafe {
+                _mm512_storeu_si512(sums[token][panel].as_mut_ptr().cast(), lanes[token][panel]);
+            }
+        }
+    }
+}
+
+/// `[row][token]` of a panel and 32 tokens to `[token][row]`.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn transpose_panel(sums: &[i32], out: &mut [i32]) {
+    assert!(sums.len() == 16 * 32 && out.len() == 32 * 16);
+    for half in 0..2 {
+        let mut rows = [_mm512_setzero_si512(); 16];
+        // SAFETY: sixteen rows of sixteen lanes, 32 apart in `sums` and side by side in `out`, lie inside
+        // the slices by the assertion.
+        unsafe {
+            for (row, lanes) in rows.iter_mut().enumerate() {
+                *lanes = _mm512_loadu_si512(sums.as_ptr().add(32 * row + 16 * half).cast());
+            }
+            let out = out.as_mut_ptr().add(256 * half);
+            for (token, lanes) in transpose_16x16(rows).into_iter().enumerate() {
+                _mm512_storeu_si512(out.add(16 * token).cast(), lanes);
+            }
+        }
+    }
+}
+
+/// Activations of up to 32 tokens from `[token][input]` i8 to `[input][token]` i16.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn transpose_inputs(
+    input: &QuantizedRows,
+    tokens: Range<usize>,
+    out: &mut [i16],
+    fours_out: &mut [i32],
+) {
+    let blocks = out.chunks_mut(64 * 32).zip(fours_out.chunks_mut(16 * 32));
+    for (block, (out, fours_out)) in blocks.enumerate() {
+        for half in 0..2 {
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (row, token) in rows.iter_mut().zip(tokens.clone().skip(16 * half)) {
+                let values: &[i8; 64] =
+                    input.padded_row(token)[64 * block..].first_chunk().expect("padded to 64");
+                *row = load(values);
+            }
+            // Four inputs of sixteen tokens in each.
+            let fours = transpose_16x16(rows);
+            for (four, out) in fours.iter().zip(fours_out.chunks_exact_mut(32)) {
+                // SAFETY: sixteen i32 are 64 bytes.
+                unsafe {
+                    _mm512_storeu_si512(out[16 * half..][..16].as_mut_ptr().cast(), *four);
+                }
+            }
+            for (four, out) in fours.iter().zip(out.chunks_exact_mut(4 * 32)) {
+                for (byte, out) in out.chunks_exact_mut(32).enumerate() {
+                    let up = _mm512_set1_epi32(24 - 8 * byte as i32);
+                    let wide = _mm512_srai_epi32::<24>(_mm512_sllv_epi32(*four, up));
+                    let out = &mut out[16 * half..][..16];
+                    // SAFETY: sixteen i16 are 32 bytes.
+                    unsafe {
+                        _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(wide));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Transposes sixteen rows of sixteen 32-bit values. Loops and no closures: these would not be compiled with
+/// this function's features.
 #[target_feature(enable = "avx512f")]
 #[inline]
 fn transpose_16x16(rows: [__m512i; 16]) -> [__m512i; 16] {
-    // Pairs of rows, then fours, within 128-bit parts; then the parts themselves.
-    let pairs: [__m512i; 16] = std::array::from_fn(|i| {
-        let (a, b) = (rows[i & !1], rows[i | 1]);
-        if i % 2 == 0 { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
-    });
-    // fours[4g + c] holds column c of rows 4g .. 4g + 4 in each part.
-    let fours: [__m512i; 16] = std::array::from_fn(|i| {
-        let (group, column) = (i & !3, i & 3);
-        let (a, b) = (pairs[group + column / 2], pairs[group + 2 + column / 2]);
-        if column % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) }
-    });
-    std::array::from_fn(|column| {
-        let (part, c) = (column / 4, column % 4);
-        let pick = |a, b| match part {
-            0 => _mm512_shuffle_i32x4::<0b00_00_00_00>(a, b),
-            1 => _mm512_shuffle_i32x4::<0b01_01_01_01>(a, b),
-            2 => _mm512_shuffle_i32x4::<0b10_10_10_10>(a, b),
-            _ => _mm512_shuffle_i32x4::<0b11_11_11_11>(a, b),
-        };
-        let low = pick(fours[c], fours[4 + c]);
-        let high = pick(fours[8 + c], fours[12 + c]);
-        // low is [rows 0-3, same, rows 4-7, same]; high likewise for rows 8-15.
-        _mm512_shuffle_i32x4::<0b10_00_10_00>(low, high)
-    })
+    let (mut fours, mut out) = ([rows[0]; 16], rows);
+    // fours[4g + c] holds columns c, 4 + c, 8 + c and 12 + c of rows 4g .. 4g + 4, 128 bits each.
+    for g in (0..16).step_by(4) {
+        let low = [
+            _mm512_unpacklo_epi32(rows[g], rows[g + 1]),
+            _mm512_unpacklo_epi32(rows[g + 2], rows[g + 3]),
+        ];
+        let high = [
+            _mm512_unpackhi_epi32(rows[g], rows[g + 1]),
+            _mm512_unpackhi_epi32(rows[g + 2], rows[g + 3]),
+        ];
+        fours[g] = _mm512_unpacklo_epi64(low[0], low[1]);
+        fours[g + 1] = _mm512_unpackhi_epi64(low[0], low[1]);
+        fours[g + 2] = _mm512_unpacklo_epi64(high[0], high[1]);
+        fours[g + 3] = _mm512_unpackhi_epi64(high[0], high[1]);
+    }
+    for c in 0..4 {
+        let (a, b, c_, d) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+        let first = _mm512_shuffle_i32x4::<0b01_00_01_00>(a, b);
+        let second = _mm512_shuffle_i32x4::<0b01_00_01_00>(c_, d);
+        out[c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(first, second);
+        out[4 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(first, second);
+        let first = _mm512_shuffle_i32x4::<0b11_10_11_10>(a, b);
+        let second = _mm512_shuffle_i32x4::<0b11_10_11_10>(c_, d);
+        out[8 + c] = _mm512_shuffle_i32x4::<0b10_00_10_00>(first, second);
+        out[12 + c] = _mm512_shuffle_i32x4::<0b11_01_11_01>(first, second);
+    }
+    out
 }

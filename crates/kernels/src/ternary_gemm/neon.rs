@@ -53,14 +53,15 @@ fn dots<const M: usize>(words: &[PanelVector], inputs: [&[i8]; M]) -> [[i32; PAN
             }
         }
     }
-    sums.map(|quarters| {
-        let mut out = [0; PANEL_ROWS];
+    // A loop and no `map`: its closure would not be compiled with these features.
+    let mut out = [[0; PANEL_ROWS]; M];
+    for (out, quarters) in out.iter_mut().zip(sums) {
         for (quarter, sum) in quarters.into_iter().enumerate() {
             // SAFETY: four i32 fit at 0, 4, 8 and 12 of the sixteen.
             unsafe { vst1q_s32(out.as_mut_ptr().add(4 * quarter), sum) };
         }
-        out
-    })
+    }
+    out
 }
 
 /// `sum + Σ` of four byte products in each lane. The intrinsic is not stable yet.

@@ -201,7 +201,12 @@ impl FieldReader<'_> {
     /// Valid configurations of the reference that would compute something else than this project does.
     fn refuse_unsupported(&mut self) {
         if self.get("model_type") != Some(&Value::from("hgrn_bit")) {
-            self.problem("model_type", "\"hgrn_bit\"");
+            // What `mmfree train` writes for its baseline, among others.
+            let hint = match self.get("model_type").and_then(Value::as_str) {
+                Some("llama") => " (a Transformer++ is trained here, but runs in transformers)",
+                _ => "",
+            };
+            self.problem("model_type", &format!("\"hgrn_bit\"{hint}"));
         }
         for name in ["num_heads", "expand_ratio"] {
             if self.get(name).is_some_and(|value| value.as_f64() != Some(1.0)) {

@@ -7,6 +7,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::bandwidth::ReadBuffer;
@@ -22,12 +23,17 @@ use crate::model::{BitLinear, Block, Model};
 /// Rows that one pass through the blocks takes: long prompts are cut into chunks of this many.
 pub(super) const CHUNK_ROWS: usize = 256;
 
+/// Sequences whose states one task steps.
+const STEP_TASK: usize = 4;
+/// Values that one task adds: fewer are not worth a second thread.
+const ADD_TASK: usize = 8 << 10;
+
 /// Threads and scratch memory.
 #[derive(Debug)]
 pub(super) struct CpuEngine {
     model: Arc<Model>,
     backend: Backend,
-    pool: Pool,
+    pub(super) pool: Pool,
     buffers: Buffers,
     /// Logits of the last call, [rows, V].
     pub logits: Vec<f32>,
@@ -137,27 +143,36 @@ impl CpuEngine {
                 block,
                 config.rms_norm_eps,
                 &mut |i, f, pool| {
+                    let (backend, beta) = (self.backend, &block.lower_bound);
+                    if rows == batch.len() && rows > 1 {
+                        // A step of each sequence.
+                        let mut steps: Vec<_> = batch
+                            .iter_mut()
+                            .zip(i.chunks_exact_mut(width))
+                            .zip(f.chunks_exact(width))
+                            .collect();
+                        pool.for_each_chunk(&mut steps, STEP_TASK, &|_, _, steps| {
+                            for ((sequence, i), f) in steps {
+                                let state = sequence.state.layer_mut(layer, width);
+                                mlgru::step(backend, i, f, beta, state);
+                            }
+                        });
+                        return;
+                    }
                     let mut first = 0;
                     for sequence in batch.iter_mut() {
                         let part = first * width..(first + sequence.tokens.len()) * width;
                         first += sequence.tokens.len();
                         let state = sequence.state.layer_mut(layer, width);
-                        mlgru::forward(
-                            self.backend,
-                            pool,
-                            &mut i[part.clone()],
-                            &f[part],
-                            &block.lower_bound,
-                            state,
-                        );
+                        mlgru::forward(backend, pool, &mut i[part.clone()], &f[part], beta, state);
                     }
                 },
             );
             show(Activation::TokenMixerOutput, &self.buffers.u);
-            add_assign(&mut self.buffers.x, &self.buffers.u);
+            add_assign(&self.pool, &mut self.buffers.x, &self.buffers.u);
             self.buffers.mix_channels(self.backend, &self.pool, block, config.rms_norm_eps);
             show(Activation::ChannelMixerOutput, &self.buffers.u);
-            add_assign(&mut self.buffers.x, &self.buffers.u);
+            add_assign(&self.pool, &mut self.buffers.x, &self.buffers.u);
             show(Activation::BlockOutput, &self.buffers.x);
         }
         for sequence in batch {
@@ -186,7 +201,13 @@ impl CpuEngine {
             u,
             layers,
         );
-        super::check_finite(&self.logits)
+        let is_finite = AtomicBool::new(true);
+        self.pool.for_each_chunk(&mut self.logits, config.vocab_size, &|_, _, logits| {
+            if super::check_finite(logits).is_err() {
+                is_finite.store(false, Ordering::Relaxed);
+            }
+        });
+        if is_finite.into_inner() { Ok(()) } else { Err(super::not_finite()) }
     }
 }
 
@@ -254,8 +275,10 @@ fn bit_linears<const LAYERS: usize>(
     multiply(backend, pool, lookup, &mut products);
 }
 
-fn add_assign(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
-    }
+fn add_assign(pool: &Pool, x: &mut [f32], y: &[f32]) {
+    pool.for_each_chunk(x, ADD_TASK, &|_, task, x| {
+        for (x, y) in x.iter_mut().zip(&y[task * ADD_TASK..]) {
+            *x += y;
+        }
+    });
 }

@@ -32,6 +32,7 @@ use mmfree_kernels::tier::Backend;
 
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::sampler::most_likely;
 use crate::state::State;
 
 use cpu::CpuEngine;
@@ -239,8 +240,8 @@ impl Engine {
         let mut tokens: Vec<u32> = Vec::with_capacity(count);
         for _ in 0..count {
             let next = *tokens.last().unwrap_or(&token);
-            let best = most_likely(self.decode(state, next)?);
-            tokens.push(best);
+            let best = most_likely(self.decode(state, next)?).ok_or_else(not_finite)?;
+            tokens.push(best.0);
         }
         Ok(tokens)
     }
@@ -267,7 +268,6 @@ impl Engine {
         if let Executor::Cuda(engine) = &mut self.executor {
             return engine.greedy_batch(states, tokens, count);
         }
-        let vocab_size = self.model.config().vocab_size;
         let mut found: Vec<u32> = Vec::with_capacity(count * tokens.len());
         for _ in 0..count {
             let from = found.len().saturating_sub(tokens.len());
@@ -277,7 +277,12 @@ impl Engine {
                 .zip(&next)
                 .map(|(state, token)| Sequence { state, tokens: std::slice::from_ref(token) })
                 .collect();
-            found.extend(self.forward(&mut batch)?.chunks_exact(vocab_size).map(most_likely));
+            self.forward(&mut batch)?;
+            let mut best = vec![None; states.len()];
+            self.for_each_row(&mut best, &|best, logits| *best = most_likely(logits));
+            for best in best {
+                found.push(best.ok_or_else(not_finite)?.0);
+            }
         }
         Ok(found)
     }
@@ -300,6 +305,36 @@ impl Engine {
             Executor::Cuda(engine) => engine.forward(batch)?,
         }
         Ok(self.last_logits())
+    }
+
+    /// Calls `task` with every item and its row of the logits [B, V] of the last [`forward`](Self::forward), on
+    /// all threads: the first item has the first row. Returns the rows that are left.
+    ///
+    /// # Panics
+    /// If there are more items than rows, or if a task panicked.
+    pub fn for_each_row<T: Send>(
+        &mut self,
+        items: &mut [T],
+        task: &(dyn Fn(&mut T, &mut [f32]) + Sync),
+    ) -> &mut [f32] {
+        let vocab_size = self.model.config().vocab_size;
+        match &mut self.executor {
+            Executor::Cpu(engine) => {
+                let (rows, rest) = engine.logits.split_at_mut(items.len() * vocab_size);
+                let mut pairs: Vec<_> =
+                    items.iter_mut().zip(rows.chunks_exact_mut(vocab_size)).collect();
+                engine.pool.for_each_chunk(&mut pairs, 1, &|_, _, pairs| {
+                    pairs.iter_mut().for_each(|(item, row)| task(item, row));
+                });
+                rest
+            }
+            Executor::Cuda(engine) => {
+                let (rows, rest) = engine.logits.split_at_mut(items.len() * vocab_size);
+                let pairs = items.iter_mut().zip(rows.chunks_exact_mut(vocab_size));
+                pairs.for_each(|(item, row)| task(item, row));
+                rest
+            }
+        }
     }
 
     /// Feeds tokens and hands the logits `[V]` of every position to `sink(position, logits)`.
@@ -404,12 +439,6 @@ impl Engine {
     }
 }
 
-/// The token of the highest logit, of equals the lowest.
-fn most_likely(logits: &[f32]) -> u32 {
-    let best = logits.iter().enumerate().reduce(|best, it| if it.1 > best.1 { it } else { best });
-    best.map_or(0, |(id, _)| id as u32)
-}
-
 /// The CPU's kernels of a name; `None` and `cpu` mean the fastest.
 fn cpu_backend(name: Option<&str>) -> Result<Backend> {
     match name {
@@ -431,7 +460,8 @@ fn cuda_ordinal(name: &str) -> Result<Option<usize>> {
 }
 
 fn check_finite(logits: &[f32]) -> Result<()> {
-    if logits.iter().all(|logit| logit.is_finite()) {
+    // Without a branch for each, which compiles to vector code.
+    if logits.iter().fold(true, |all, logit| all & logit.is_finite()) {
         return Ok(());
     }
     Err(not_finite())

@@ -81,7 +81,6 @@ pub(super) struct Worker<'a> {
     /// Ended texts whose last events have not been taken yet. They hold no place.
     leaving: Vec<Outbox>,
     steps: u64,
-    scratch: Vec<f32>,
 }
 
 impl<'a> Worker<'a> {
@@ -108,7 +107,6 @@ impl<'a> Worker<'a> {
             writers: Vec::new(),
             leaving: Vec::new(),
             steps: 0,
-            scratch: Vec::new(),
         }
     }
 
@@ -324,28 +322,34 @@ impl<'a> Worker<'a> {
         }
         let outcome = self.engine.forward(&mut batch);
         drop(batch);
-        let logits = match outcome {
-            Ok(logits) => logits,
-            Err(error) => {
-                self.fail_all(&Failure::Engine(error.to_string()));
-                return true;
-            }
-        };
-        let mut rows_of_logits = logits.chunks_exact_mut(vocab_size);
+        if let Err(error) = outcome {
+            self.fail_all(&Failure::Engine(error.to_string()));
+            return true;
+        }
         let mut served: HashMap<Client, u64> = HashMap::new();
-        let mut ended = Vec::new();
         for &at in &chosen {
-            let Some(row) = rows_of_logits.next() else { break };
             let writer = &mut self.writers[at];
             writer.last_step = self.steps;
             *served.entry(writer.client.clone()).or_default() += 1;
             if let Some(history) = &mut writer.history {
                 history.push(writer.next);
             }
-            if let Outcome::Ended = writer.advance(row, &self.eos, &mut self.scratch) {
-                ended.push(at);
+        }
+        let mut at = chosen.iter().peekable();
+        let mut advancing: Vec<(&mut Writer, Outcome)> = Vec::with_capacity(chosen.len());
+        for (index, writer) in self.writers.iter_mut().enumerate() {
+            if at.next_if(|&&chosen| chosen == index).is_some() {
+                advancing.push((writer, Outcome::Continues));
             }
         }
+        let eos = &self.eos;
+        let logits = self.engine.for_each_row(&mut advancing, &|(writer, outcome), row| {
+            *outcome = writer.advance(row, eos);
+        });
+        let ended = advancing.iter().zip(&chosen);
+        let ended = ended.filter(|((_, outcome), _)| matches!(outcome, Outcome::Ended));
+        let ended: Vec<usize> = ended.map(|(_, &at)| at).collect();
+        let mut rows_of_logits = logits.chunks_exact_mut(vocab_size);
         let mut read = Vec::new();
         for (at, &share) in shares.iter().enumerate().filter(|&(_, &share)| share > 0) {
             let Some(row) = rows_of_logits.next() else { break };
@@ -453,9 +457,9 @@ impl<'a> Worker<'a> {
                 writer.history.clone_from(&history);
             }
             let outcome = if at + 1 == count {
-                writer.advance(logits, &self.eos, &mut self.scratch)
+                writer.advance(logits, &self.eos)
             } else {
-                writer.advance(&mut logits.to_vec(), &self.eos, &mut self.scratch)
+                writer.advance(&mut logits.to_vec(), &self.eos)
             };
             self.writers.push(writer);
             if let Outcome::Ended = outcome {

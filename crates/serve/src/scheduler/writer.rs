@@ -126,31 +126,18 @@ impl<'a> Writer<'a> {
     }
 
     /// Draws the next token from the logits `[V]` after what was read so far.
-    pub(super) fn advance(
-        &mut self,
-        logits: &mut [f32],
-        eos: &[u32],
-        scratch: &mut Vec<f32>,
-    ) -> Outcome {
-        match self.try_advance(logits, eos, scratch) {
+    pub(super) fn advance(&mut self, logits: &mut [f32], eos: &[u32]) -> Outcome {
+        match self.try_advance(logits, eos) {
             Ok(outcome) => outcome,
             Err(error) => self.fail(Failure::Engine(error.to_string())),
         }
     }
 
-    fn try_advance(
-        &mut self,
-        logits: &mut [f32],
-        eos: &[u32],
-        scratch: &mut Vec<f32>,
-    ) -> Result<Outcome> {
+    fn try_advance(&mut self, logits: &mut [f32], eos: &[u32]) -> Result<Outcome> {
         if self.options.max_tokens == 0 {
             return self.finish(FinishReason::Length, None);
         }
-        if self.options.logprobs.is_some() {
-            scratch.clear();
-            scratch.extend_from_slice(logits);
-        }
+        let logprobs = self.options.logprobs.map(|count| (count, logits.to_vec()));
         self.penalise(logits);
         if let Some(constraint) = &mut self.constraint {
             let mask = match constraint.compute_mask_or_eos() {
@@ -166,7 +153,7 @@ impl<'a> Writer<'a> {
         let token = self.sampler.sample(logits, &self.recent)?;
         self.drawn += 1;
         self.next = token;
-        let logprob = self.options.logprobs.map(|count| token_logprob(scratch, token, count));
+        let logprob = logprobs.map(|(count, logits)| token_logprob(&logits, token, count));
         let is_end = !self.options.ignore_eos && eos.contains(&token);
         let mut is_complete = false;
         if let Some(constraint) = &mut self.constraint {

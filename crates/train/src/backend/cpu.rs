@@ -332,7 +332,13 @@ impl Backend for CpuBackend {
         projections.iter().map(weights).collect()
     }
 
-    fn reserve(&mut self, projections: &[Projection], tokens: usize, head: &Head) -> Result<()> {
+    fn reserve(
+        &mut self,
+        projections: &[Projection],
+        shape: BatchShape,
+        head: &Head,
+    ) -> Result<()> {
+        let tokens = shape.tokens();
         let blocks = projections.iter().filter(|p| p.index != head.projection.index);
         for (projection, tokens) in
             blocks.map(|p| (p, tokens)).chain([(&head.projection, head.chunk)])

@@ -2,7 +2,7 @@
 //!
 //! A backend owns its memory: parameters, gradients and moments are [`Flat`](Backend::Flat) buffers in
 //! f32, activations are [`Tensor`](Backend::Tensor)s in whatever precision it computes with. Nothing but
-//! [`take_loss`](Backend::take_loss), [`sum_of_squares`](Backend::sum_of_squares) and reads and writes of flat
+//! [`take_loss`](Backend::take_loss), sums of squares and reads and writes of flat
 //! buffers waits for the device. [`reserve`](Backend::reserve) allocates scratch memory before the first step; on the CPU
 //! some of it still grows at first use, and small vectors are made in each call.
 //!
@@ -20,8 +20,10 @@ pub use mmfree_kernels::adamw::AdamW;
 pub use mmfree_kernels::cross_entropy::IGNORED;
 
 mod cpu;
+mod cuda;
 
 pub use cpu::{CpuBackend, CpuWeights};
+pub use cuda::{CudaBackend, CudaTensor, CudaTokens, CudaWeights};
 
 /// Sequences of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +135,31 @@ pub trait Backend {
     /// Name of the device and how it computes, for the header of a run.
     fn describe(&self) -> String;
 
+    /// How many tokens' logits should exist at a time.
+    fn head_chunk(&self) -> usize {
+        512
+    }
+
+    /// The most device memory that was in use at one time, where the device has its own.
+    fn peak_device_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    /// Waits until everything that was submitted is done.
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Begins to take the time of operations by their kind, where the device can.
+    fn begin_timeline(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Seconds by kind of operation since [`begin_timeline`](Self::begin_timeline). Waits for the device.
+    fn end_timeline(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        Ok(Vec::new())
+    }
+
     // Memory.
 
     /// A flat buffer with given values.
@@ -161,6 +188,10 @@ pub trait Backend {
     }
     /// A tensor of `len` elements, contents undefined.
     fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
+    /// A tensor [rows, width] that [`project`](Self::project) writes, contents undefined.
+    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<Self::Tensor> {
+        self.tensor(rows * width, Precision::Activation)
+    }
     /// Sets a tensor to zero.
     fn clear(&mut self, tensor: &mut Self::Tensor) -> Result<()>;
     /// Copies a tensor to the host in f32. Waits for the device; for tests and tools.
@@ -171,8 +202,9 @@ pub trait Backend {
     fn write_tokens(&mut self, tokens: &mut Self::Tokens, ids: &[u32]) -> Result<()>;
     /// Memory for the prepared weights of a model's projections.
     fn weights(&mut self, projections: &[Projection]) -> Result<Self::Weights>;
-    /// Allocates the scratch memory of every operation of a model: projections, tokens of a batch, head.
-    fn reserve(&mut self, projections: &[Projection], tokens: usize, head: &Head) -> Result<()>;
+    /// Allocates the scratch memory of every operation of a model: projections, shape of a batch, head.
+    fn reserve(&mut self, projections: &[Projection], shape: BatchShape, head: &Head)
+    -> Result<()>;
 
     // Weights.
 
@@ -404,6 +436,17 @@ pub trait Backend {
 
     /// Σ x² over a part of a flat buffer, in f64. Waits for the device.
     fn sum_of_squares(&mut self, flat: &Self::Flat, range: Range<usize>) -> Result<f64>;
+
+    /// Σ x² of each `unit` elements of a part of a flat buffer, in f64. Waits for the device once.
+    fn sums_of_squares(
+        &mut self,
+        flat: &Self::Flat,
+        range: Range<usize>,
+        unit: usize,
+    ) -> Result<Vec<f64>> {
+        let part = |start: usize| start..(start + unit).min(range.end);
+        range.clone().step_by(unit).map(|start| self.sum_of_squares(flat, part(start))).collect()
+    }
 
     /// One step for the parameters `range`. `gradients` are in the parameters' layout; the moments hold
     /// `range` from element `moments_from` on, so that a process may keep only its shard of them.

@@ -69,10 +69,7 @@ impl Launch {
                 ],
             ),
             (Launcher::Mpi, ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"]),
-            (
-                Launcher::Slurm,
-                ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"],
-            ),
+            (Launcher::Slurm, ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""]),
         ];
         for (launcher, [rank_name, size_name, local_name, local_size_name]) in found {
             let (rank, size) = match (number(rank_name)?, number(size_name)?) {
@@ -101,7 +98,11 @@ impl Launch {
                     "{rank_name} is {rank}, but {size_name} is {size}: ranks count from 0"
                 )));
             }
-            let (local_rank, local_world_size) = (number(local_name)?, number(local_size_name)?);
+            let local_rank = number(local_name)?;
+            let local_world_size = match launcher {
+                Launcher::Slurm => tasks_of_node(get),
+                _ => number(local_size_name)?,
+            };
             return Ok(Self {
                 launcher,
                 rank,
@@ -120,6 +121,23 @@ impl Launch {
             master: None,
         })
     }
+}
+
+/// Processes on this machine: SLURM lists those of every machine of a step, as in `4(x2),3`.
+fn tasks_of_node(get: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
+    let list = get("SLURM_STEP_TASKS_PER_NODE").or_else(|| get("SLURM_TASKS_PER_NODE"))?;
+    let mut node: usize = get("SLURM_NODEID")?.trim().parse().ok()?;
+    for entry in list.split(',') {
+        let (tasks, times) = match entry.trim().split_once("(x") {
+            Some((tasks, times)) => (tasks, times.strip_suffix(')')?.parse().ok()?),
+            None => (entry.trim(), 1),
+        };
+        if node < times {
+            return tasks.parse().ok();
+        }
+        node -= times;
+    }
+    None
 }
 
 /// Where process 0 is found. `torchrun` keeps MASTER_PORT for itself: the port after it is taken then.
@@ -194,8 +212,11 @@ mod tests {
             ("SLURM_NTASKS", "2"),
             ("SLURM_STEP_ID", "0"),
             ("SLURM_STEP_NODELIST", "node[007-009],other"),
+            ("SLURM_STEP_TASKS_PER_NODE", "4(x2),3"),
+            ("SLURM_NODEID", "2"),
         ])
         .unwrap();
+        assert_eq!(slurm.local_world_size, Some(3));
         assert_eq!(slurm.launcher, Launcher::Slurm);
         assert_eq!(slurm.master, Some(("node007".to_owned(), DEFAULT_PORT)));
         // A shell inside an allocation is no step.

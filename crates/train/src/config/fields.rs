@@ -83,6 +83,7 @@ pub fn fields() -> &'static [Field] {
         Course batch.micro_batch;
         Course batch.reduction_groups;
         Conduct batch.recompute_activations;
+        Conduct batch.recompute_gates;
         Course optimizer.learning_rate;
         Course optimizer.beta1;
         Course optimizer.beta2;

@@ -143,6 +143,9 @@ pub struct BatchConfig {
     pub reduction_groups: usize,
     /// Whether the backward pass computes activations again instead of keeping them.
     pub recompute_activations: bool,
+    /// In so many blocks of the MatMul-free model, the backward pass computes the input of the gated linear unit
+    /// again: less memory for a few percent more arithmetic.
+    pub recompute_gates: usize,
 }
 
 /// `[optimizer]`: AdamW.
@@ -265,6 +268,7 @@ impl Default for BatchConfig {
             micro_batch: 8,
             reduction_groups: 8,
             recompute_activations: false,
+            recompute_gates: 0,
         }
     }
 }
@@ -338,13 +342,13 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`].
     pub fn parse(file: &str, text: &str, overrides: &[Override]) -> Result<Self> {
-        let (config, places, mut problems) = parse::parse(text, overrides);
-        // What contradicts what is only told where every value was understood.
+        let mut parsed = parse::parse(text, overrides);
+        let mut contradictions = check::contradictions(&parsed.config, &parsed.places);
+        contradictions.retain(|problem| parsed.is_certain(problem));
+        let mut problems = std::mem::take(&mut parsed.problems);
+        problems.extend(contradictions);
         if problems.is_empty() {
-            problems = check::contradictions(&config, &places);
-        }
-        if problems.is_empty() {
-            return Ok(config);
+            return Ok(parsed.config);
         }
         problems.sort_by_key(|problem| problem.line);
         Err(Error::Config {

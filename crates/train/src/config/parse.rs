@@ -57,13 +57,16 @@ impl fmt::Display for Problem {
 /// Where each key that is not at its default was given.
 pub(super) type Places = BTreeMap<&'static str, Line>;
 
-pub(super) fn parse(text: &str, overrides: &[Override]) -> (TrainConfig, Places, Vec<Problem>) {
-    let mut reader = Reader::default();
+/// What a text and overrides say, and everything that is wrong with it by itself.
+pub(super) fn parse(text: &str, overrides: &[Override]) -> Parsed {
+    let mut reader = Parsed::default();
     let (document, errors) = DeTable::parse_recoverable(text);
     let line_of = |offset| Line::Number(line_number(text, offset));
     for error in &errors {
         let line = error.span().map_or(Line::File, |span| line_of(span.start));
         reader.problem(line, format!("not valid TOML: {}", error.message()));
+        // What stands behind it may be missing.
+        reader.uncertain.push(String::new());
     }
     for (section, content) in document.get_ref() {
         let (name, line) = (section.get_ref(), line_of(section.span().start));
@@ -84,17 +87,25 @@ pub(super) fn parse(text: &str, overrides: &[Override]) -> (TrainConfig, Places,
     for (index, given) in overrides.iter().enumerate() {
         reader.set_override(Line::Override(index), given);
     }
-    (reader.config, reader.places, reader.problems)
+    reader
 }
 
+/// A configuration as far as it was understood.
 #[derive(Default)]
-struct Reader {
-    config: TrainConfig,
-    places: Places,
-    problems: Vec<Problem>,
+pub(super) struct Parsed {
+    pub config: TrainConfig,
+    pub places: Places,
+    pub problems: Vec<Problem>,
+    /// What the keys begin with whose values are not known.
+    uncertain: Vec<String>,
 }
 
-impl Reader {
+impl Parsed {
+    /// Whether a contradiction comes from what was written, not from a value that was not understood.
+    pub(super) fn is_certain(&self, contradiction: &Problem) -> bool {
+        !self.uncertain.iter().any(|key| contradiction.what.contains(key))
+    }
+
     fn problem(&mut self, line: Line, what: String) {
         self.problems.push(Problem { line, what });
     }
@@ -102,7 +113,10 @@ impl Reader {
     fn set(&mut self, line: Line, path: &str, value: &DeValue) {
         let Some(field) = fields().iter().find(|field| field.path == path) else {
             let what = match suggestion(path) {
-                Some(field) => format!("{path} is not a key; did you mean {}?", field.path),
+                Some(field) => {
+                    self.uncertain.push(field.path.to_owned());
+                    format!("{path} is not a key; did you mean {}?", field.path)
+                }
                 None => format!("{path} is not a key"),
             };
             return self.problem(line, what);
@@ -112,6 +126,7 @@ impl Reader {
                 self.places.insert(field.path, line);
             }
             Err(expected) => {
+                self.uncertain.push(path.to_owned());
                 self.problem(line, format!("{path} is {}, expected {expected}", shown(value)));
             }
         }
@@ -126,7 +141,10 @@ impl Reader {
             .or_else(|| DeTable::parse(&quoted).ok());
         match document.as_ref().and_then(|table| table.get_ref().get("value")) {
             Some(value) => self.set(line, &given.key, value.get_ref()),
-            None => self.problem(line, format!("{} has no value", given.key)),
+            None => {
+                self.uncertain.push(given.key.clone());
+                self.problem(line, format!("{} has no value", given.key));
+            }
         }
     }
 
@@ -137,9 +155,11 @@ impl Reader {
         let key = fields().iter().find(|field| field.path.split('.').nth(1) == Some(name));
         let what = match (nearest, key) {
             (_, Some(field)) => {
+                self.uncertain.push(field.path.to_owned());
                 format!("{name} stands outside its section; did you mean {}?", field.path)
             }
             (Some(section), None) => {
+                self.uncertain.push(format!("{section}."));
                 format!("[{name}] is not a section; did you mean [{section}]?")
             }
             (None, None) => format!("[{name}] is not a section"),

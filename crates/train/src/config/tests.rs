@@ -74,6 +74,12 @@ beta2 = 1.0
     ] {
         assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
     }
+    // Beside what is no key; not what may come from it.
+    let error = errors(text, &["run.stepz=7", "optimizer.beta2=x"]);
+    for expected in ["run.stepz is not a key", "beta2 is \"x\"", "batch.micro_batch is 3"] {
+        assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
+    }
+    assert!(!error.contains("warmup_steps") && !error.contains("beta2 is 1"), "{error}");
     let text =
         "[data]\ntrain = \"a\"\n[model]\narchitecture = \"transformer++\"\nhidden_size = 64\n";
     assert!(errors(text, &[]).contains("model.num_attention_heads is 0"));

@@ -1,11 +1,13 @@
 //! All shards of a corpus as one stream of tokens.
 
+use std::hash::Hasher;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
 use mmfree::error::{Error, Result};
 use sha2::{Digest, Sha256};
+use twox_hash::XxHash3_64;
 
 use super::manifest::{Manifest, ManifestTokenizer};
 use super::shard::TokenShard;
@@ -151,6 +153,15 @@ impl Dataset {
     /// Documents in all shards.
     pub fn documents(&self) -> u64 {
         *self.first_documents.last().expect("never empty")
+    }
+
+    /// XXH3-64 of the checksums of all shards, in order: other tokens have another one.
+    pub fn checksum(&self) -> u64 {
+        let mut hasher = XxHash3_64::new();
+        for shard in &self.shards {
+            hasher.write(&shard.header().checksum().to_le_bytes());
+        }
+        hasher.finish()
     }
 
     /// V: all ids are below it.

@@ -103,6 +103,8 @@ pub enum Event {
     Resumed(u64),
     /// All of it was done before.
     AlreadyDone,
+    /// All of it was done before, but this file was changed since, though not in its size.
+    Changed(String),
     /// Something broken was left out.
     Skipped(Error),
 }
@@ -157,6 +159,8 @@ pub fn tokenize(
         let done = Manifest::read(&manifest_path)?;
         check_done(&manifest_path, &done, &manifest)?;
         events(Event::AlreadyDone);
+        let changed = files.iter().filter(|file| is_newer(Path::new(file), &manifest_path));
+        changed.for_each(|file| events(Event::Changed(file.clone())));
         Ok(done)
     };
     // Without the lock: the processes of a run look at the same complete corpus at the same time.
@@ -312,6 +316,12 @@ fn check_done(path: &Path, done: &Manifest, expected: &Manifest) -> Result<()> {
                another directory"
                 .to_owned(),
     })
+}
+
+/// Whether a file was changed after another one, as far as that can be known.
+fn is_newer(file: &Path, than: &Path) -> bool {
+    let changed = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified());
+    matches!((changed(file), changed(than)), (Ok(file), Ok(than)) if file > than)
 }
 
 /// Whether an interrupted job is this one.

@@ -49,7 +49,8 @@ struct Activations<B: Backend> {
     h: B::Tensor,
     /// The residual stream between the mixers.
     middle: B::Tensor,
-    ab: B::Tensor,
+    /// Input of the gated linear unit [M, 2F], or nothing where it is computed again.
+    ab: Option<B::Tensor>,
 }
 
 struct Scratch<B: Backend> {
@@ -63,6 +64,8 @@ struct Scratch<B: Backend> {
     z: B::Tensor,
     dz: B::Tensor,
     d_ab: B::Tensor,
+    /// [a b] of the block at hand, where it is not kept.
+    ab: Option<B::Tensor>,
 }
 
 impl<B: Backend> MatMulFree<B> {
@@ -72,6 +75,7 @@ impl<B: Backend> MatMulFree<B> {
         config: &ModelConfig,
         shape: BatchShape,
         slots: usize,
+        recompute_gates: usize,
     ) -> Result<Self> {
         let eps = config.rms_norm_eps;
         let layers = (0..config.num_hidden_layers)
@@ -95,19 +99,22 @@ impl<B: Backend> MatMulFree<B> {
         let tokens = shape.tokens();
         let mut betas = backend.tensor(layers.len() * d, Precision::Full)?;
         backend.clear(&mut betas)?;
-        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let slots = (0..slots)
-            .map(|_| {
+            .map(|slot| {
+                let ab = if slot < recompute_gates { None } else { Some(()) };
                 Ok(Activations {
-                    i: tensor(d)?,
-                    f: tensor(d)?,
-                    g: tensor(d)?,
-                    h: tensor(d)?,
-                    middle: tensor(d)?,
-                    ab: tensor(2 * inner)?,
+                    i: backend.product_tensor(tokens, d)?,
+                    f: backend.product_tensor(tokens, d)?,
+                    g: backend.product_tensor(tokens, d)?,
+                    h: backend.tensor(tokens * d, Precision::Activation)?,
+                    middle: backend.tensor(tokens * d, Precision::Activation)?,
+                    ab: ab.map(|()| backend.product_tensor(tokens, 2 * inner)).transpose()?,
                 })
             })
             .collect::<Result<_>>()?;
+        let shared =
+            (recompute_gates > 0).then(|| backend.product_tensor(tokens, 2 * inner)).transpose()?;
+        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let scratch = Scratch {
             y: tensor(d)?,
             dy: tensor(d)?,
@@ -117,6 +124,7 @@ impl<B: Backend> MatMulFree<B> {
             z: tensor(inner)?,
             dz: tensor(inner)?,
             d_ab: tensor(2 * inner)?,
+            ab: shared,
         };
         let d_betas = backend.tensor(layers.len() * d, Precision::Full)?;
         Ok(Self { layers, shape, inner, bounds, betas, d_betas, slots, scratch })
@@ -152,6 +160,7 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
         backend.mlgru(self.shape, i, f, &self.betas, index, h)?;
         backend.norm_gate(parameters.flat, &layer.g_norm, g, h, &mut scratch.y)?;
         backend.project_residual(parameters, &layer.o_proj, &scratch.y, x, middle)?;
+        let Some(ab) = ab.as_mut().or(scratch.ab.as_mut()) else { return Ok(()) };
         backend.project(parameters, &layer.mlp_norm, middle, &[&layer.gate_proj], &mut [ab])?;
         let Some(output) = output else { return Ok(()) };
         backend.swiglu(ab, self.inner, &mut scratch.z)?;
@@ -170,7 +179,16 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
     ) -> Result<()> {
         let (index, layer) = (layer, &self.layers[layer]);
         let Activations { i, f, g, h, middle, ab } = &self.slots[slot];
-        let Scratch { y, dy, df, dg, dh, z, dz, d_ab } = &mut self.scratch;
+        let Scratch { y, dy, df, dg, dh, z, dz, d_ab, ab: shared } = &mut self.scratch;
+        let ab = match (ab, shared) {
+            (Some(ab), _) => ab,
+            (None, Some(ab)) => {
+                let (norm, projections) = (&layer.mlp_norm, [&layer.gate_proj]);
+                backend.project(parameters, norm, middle, &projections, &mut [&mut *ab])?;
+                ab
+            }
+            (None, None) => unreachable!("one of the two is there"),
+        };
         backend.swiglu(ab, self.inner, z)?;
         backend.project_residual_backward(parameters, &layer.down_proj, z, dx, dz, gradients)?;
         backend.swiglu_backward(ab, dz, self.inner, d_ab)?;

@@ -81,18 +81,18 @@ impl<B: Backend> Transformer<B> {
         let (d, inner) = (config.hidden_size, config.intermediate_size);
         let heads = config.num_attention_heads;
         let tokens = shape.tokens();
-        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let slots = (0..slots)
             .map(|_| {
                 Ok(Activations {
-                    qkv: tensor(3 * d)?,
-                    y: tensor(d)?,
-                    log_sums: tensor(heads)?,
-                    middle: tensor(d)?,
-                    ab: tensor(2 * inner)?,
+                    qkv: backend.product_tensor(tokens, 3 * d)?,
+                    y: backend.tensor(tokens * d, Precision::Activation)?,
+                    log_sums: backend.tensor(tokens * heads, Precision::Full)?,
+                    middle: backend.tensor(tokens * d, Precision::Activation)?,
+                    ab: backend.product_tensor(tokens, 2 * inner)?,
                 })
             })
             .collect::<Result<_>>()?;
+        let mut tensor = |width| backend.tensor(tokens * width, Precision::Activation);
         let scratch = Scratch {
             dy: tensor(d)?,
             d_qkv: tensor(3 * d)?,

@@ -38,20 +38,33 @@ impl Curve {
     }
 }
 
-/// Exponential moving average y\_k = w y\_{k-1} + (1 − w) x\_k, without the bias of its start: divided by the
-/// total weight of the values so far. The weight w is `per_hundredth` for every hundredth of the curve's length
-/// on the horizontal axis, so that curves with few and with many points are smoothed alike.
+/// Moving average with weights that fall exponentially to both sides, so that it does not lag behind the curve:
+/// y\_k = Σ\_j w^|x\_k − x\_j| y\_j / Σ\_j w^|x\_k − x\_j|. The weight w is `per_hundredth` for every hundredth of the
+/// curve's length on the horizontal axis, so that curves with few and with many points are smoothed alike.
 pub fn smooth(points: &[Point], per_hundredth: f64) -> Vec<Point> {
     let (Some(first), Some(last)) = (points.first(), points.last()) else { return Vec::new() };
+    if per_hundredth == 0.0 {
+        return points.to_vec();
+    }
     let unit = ((last.0 - first.0) / 100.0).max(f64::MIN_POSITIVE);
-    let (mut mean, mut total, mut previous) = (0.0, 0.0, first.0);
-    let average = |&(x, y): &Point| {
-        let weight =
-            if per_hundredth == 0.0 { 0.0 } else { per_hundredth.powf((x - previous) / unit) };
-        previous = x;
-        mean = weight * mean + y;
-        total = weight * total + 1.0;
-        (x, mean / total)
+    // Weighted sums over a point and all on one side of it, one step from those of its neighbour.
+    let side = |points: &mut dyn Iterator<Item = &Point>| -> Vec<(f64, f64)> {
+        let (mut sum, mut total, mut previous) = (0.0, 0.0, None);
+        let add = |&(x, y): &Point| {
+            let weight = previous.map_or(0.0, |at: f64| per_hundredth.powf((x - at).abs() / unit));
+            previous = Some(x);
+            sum = weight * sum + y;
+            total = weight * total + 1.0;
+            (sum, total)
+        };
+        points.map(add).collect()
     };
-    points.iter().map(average).collect()
+    let before = side(&mut points.iter());
+    let after = side(&mut points.iter().rev());
+    // Both sides have the point itself.
+    let average = |(index, &(x, y)): (usize, &Point)| {
+        let (before, after) = (before[index], after[points.len() - 1 - index]);
+        (x, (before.0 + after.0 - y) / (before.1 + after.1 - 1.0))
+    };
+    points.iter().enumerate().map(average).collect()
 }

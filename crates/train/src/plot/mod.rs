@@ -28,8 +28,7 @@ pub struct PlotOptions {
     pub axis: Axis,
     /// Above the chart.
     pub title: String,
-    /// Weight of the past in the smoothed training loss, 0 (none) to below 1, after each of a hundredth of the
-    /// run.
+    /// Smoothing of the training loss, 0 (none) to below 1: the weight of what is a hundredth of the run away.
     pub smoothing: f64,
     /// Size in pixels.
     pub size: (u32, u32),

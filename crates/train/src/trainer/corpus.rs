@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
 use mmfree::config::{ModelConfig, TransformerConfig};
 
+use super::prepare::named_tokenizer;
 use crate::architecture::Architecture;
 use crate::backend::IGNORED;
 use crate::config::{self, TrainConfig};
@@ -33,6 +34,9 @@ impl Corpus {
         let (data, batch) = (&config.data, &config.batch);
         let dataset = Arc::new(Dataset::open(train)?);
         let tokenizer = dataset.tokenizer_source()?;
+        if let Some(named) = named_tokenizer(config)? {
+            dataset.require_tokenizer(&data.tokenizer, &named)?;
+        }
         let held_out = if validation.is_empty() { data.validation_fraction } else { 0.0 };
         let options = LoaderOptions {
             seq_len: batch.sequence_length,
@@ -94,13 +98,14 @@ impl Corpus {
         Ok((batch, rows))
     }
 
-    /// What the tokens are, for checkpoints: sizes and the hash of the tokenizer.
+    /// What the tokens are, for checkpoints: sizes, checksum of all shards, and the hash of the tokenizer.
     pub fn fingerprint(&self) -> String {
         let (dataset, tokenizer) = (&self.dataset, self.dataset.tokenizer());
         format!(
-            "{} tokens in {} documents, tokenizer {}",
+            "{} tokens in {} documents, checksum {:016x}, tokenizer {}",
             dataset.tokens(),
             dataset.documents(),
+            dataset.checksum(),
             tokenizer.sha256
         )
     }

@@ -101,8 +101,11 @@ impl<B: Backend + 'static> DataParallel<B> {
             sequences: config.batch.micro_batch,
             length: config.batch.sequence_length,
         };
-        let options =
-            ModelOptions { recompute: config.batch.recompute_activations, ..Default::default() };
+        let options = ModelOptions {
+            recompute: config.batch.recompute_activations,
+            head_chunk: backend.head_chunk(),
+            recompute_gates: config.batch.recompute_gates,
+        };
         let model = Model::new(&mut backend, architecture, shape, &options)?;
         let shards = communicator::shards(layout.len(), NORM_UNIT, world);
         let mut parameters = backend.flat_from(parameters)?;
@@ -147,6 +150,16 @@ impl<B: Backend + 'static> DataParallel<B> {
     /// The other processes.
     pub fn communicator(&mut self) -> &mut dyn Communicator<B::Flat> {
         &mut *self.communicator
+    }
+
+    /// Ends the work, for something else with the same processes.
+    pub fn into_communicator(self) -> Box<dyn Communicator<B::Flat>> {
+        self.communicator
+    }
+
+    /// What computes, itself.
+    pub fn backend(&mut self) -> &mut B {
+        &mut self.backend
     }
 
     /// What computes.
@@ -204,14 +217,7 @@ impl<B: Backend + 'static> DataParallel<B> {
     /// Errors of the device or the other processes.
     pub fn gradient_norm(&mut self) -> Result<f64> {
         let shard = self.optimizer.shard();
-        let squares = shard
-            .clone()
-            .step_by(NORM_UNIT)
-            .map(|start| {
-                let unit = start..(start + NORM_UNIT).min(shard.end);
-                self.backend.sum_of_squares(&self.gradients[0], unit)
-            })
-            .collect::<mmfree::error::Result<Vec<_>>>()?;
+        let squares = self.backend.sums_of_squares(&self.gradients[0], shard, NORM_UNIT)?;
         Ok(self.gather_numbers(&squares)?.iter().sum::<f64>().sqrt())
     }
 

@@ -50,8 +50,8 @@ pub fn prepare(
     let cache = config.cache();
     std::fs::create_dir_all(&cache)
         .map_err(|reason| Error::Write { file: cache.display().to_string(), reason })?;
-    let tokenizer = if !config.data.tokenizer.is_empty() {
-        TokenizerSource::open(Path::new(&config.data.tokenizer))?
+    let tokenizer = if let Some(named) = named_tokenizer(config)? {
+        named
     } else if let [first, ..] = &prepared.train[..] {
         Dataset::open(&[first])?.tokenizer_source()?
     } else {
@@ -69,7 +69,8 @@ pub fn prepare(
         options.field.clone_from(&config.data.text_field);
         options.separator = separator(config);
         let mut done = false;
-        let manifest = tokenize(&options, cancel, &mut |event| match event {
+        let manifest = tokenize(&options, cancel, &mut |event| {
+            match event {
             Event::Progress { read_bytes, total_bytes, .. } => {
                 observer.progress(read_bytes, total_bytes);
             }
@@ -77,7 +78,13 @@ pub fn prepare(
             Event::Resumed(documents) => {
                 observer.note(&format!("going on after {documents} documents"));
             }
+            Event::Changed(file) => observer.note(&format!(
+                "{file} was changed after its tokens were made; if its text is another now, remove {} or \
+                 choose another data.cache",
+                cache.display()
+            )),
             Event::Skipped(_) => {}
+        }
         })?;
         if !done {
             observer.note(&format!(
@@ -89,6 +96,20 @@ pub fn prepare(
         shards.push(output);
     }
     Ok(prepared)
+}
+
+/// The tokenizer of `data.tokenizer`, if it names one.
+pub(super) fn named_tokenizer(config: &TrainConfig) -> Result<Option<TokenizerSource>> {
+    if config.data.tokenizer.is_empty() {
+        return Ok(None);
+    }
+    let opened = TokenizerSource::open(Path::new(&config.data.tokenizer));
+    Ok(Some(opened.map_err(|error| match error {
+        mmfree::error::Error::Read { file, reason } => {
+            Error::Read { file: format!("{file} (data.tokenizer)"), reason }
+        }
+        error => error.into(),
+    })?))
 }
 
 /// The tokenizer in the cache, trained if it is not there yet.

@@ -45,9 +45,15 @@ fn engine(
     DataParallel::new(backend, processes, architecture, config, parameters).unwrap()
 }
 
+/// What a check came to, once all processes are done with it.
+pub fn finished<T>((result, mut processes): (T, Processes)) -> T {
+    processes.finish();
+    result
+}
+
 /// Loss and gradients of the fixture's two sequences, one a micro-batch, after comparing them with what the
 /// authors' implementation computed: at most 1e-5 relative, each parameter.
-pub fn golden_gradients(processes: Processes) -> (f64, Vec<f32>) {
+pub fn golden_gradients(processes: Processes) -> ((f64, Vec<f32>), Processes) {
     let (architecture, parameters) = weights::load(&fixture("")).unwrap();
     let bytes = std::fs::read(fixture("activations.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
@@ -86,12 +92,14 @@ pub fn golden_gradients(processes: Processes) -> (f64, Vec<f32>) {
         let relative = (error / norm).sqrt();
         assert!(relative < 1e-5, "{}: relative error {relative:.1e}", parameter.name);
     }
-    engine.communicator().finish();
-    (loss, found)
+    ((loss, found), engine.into_communicator())
 }
 
+/// Loss and gradient norm of each step, and the weights: as bits.
+pub type Trajectory = (Vec<[u64; 2]>, Vec<u32>);
+
 /// Loss and gradient norm of some steps on invented tokens, then the weights: as bits.
-pub fn trajectory(processes: Processes, steps: u64) -> (Vec<[u64; 2]>, Vec<u32>) {
+pub fn trajectory(processes: Processes, steps: u64) -> (Trajectory, Processes) {
     let (architecture, parameters) = weights::load(&fixture("")).unwrap();
     let (vocab_size, length) = (architecture.vocab_size() as u64, 24);
     let config = config(8, length);
@@ -118,6 +126,6 @@ pub fn trajectory(processes: Processes, steps: u64) -> (Vec<[u64; 2]>, Vec<u32>)
     let mut weights = vec![0.0; engine.len()];
     engine.read_parameters(&mut weights).unwrap();
     engine.communicator().barrier().unwrap();
-    engine.communicator().finish();
-    (curve, weights.iter().map(|weight| weight.to_bits()).collect())
+    let weights = weights.iter().map(|weight| weight.to_bits()).collect();
+    ((curve, weights), engine.into_communicator())
 }

@@ -264,12 +264,18 @@ fn take_lossy(bytes: &mut Vec<u8>, last: bool) -> String {
 
 /// GPT-2's spelling of bytes as printable characters: bytes that are printable in Latin-1 stand for
 /// themselves, the others, in order, for U+0100 onward.
-static CHAR_BYTES: LazyLock<HashMap<char, u8>> = LazyLock::new(|| {
-    let is_printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    let printable = (0..=255).filter(is_printable).map(|byte| (char::from(byte), byte));
-    let others = (0..=255).filter(|byte| !is_printable(byte));
-    printable.chain(('\u{100}'..).zip(others)).collect()
+pub(super) static BYTE_CHARS: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let is_printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    let mut others = '\u{100}'..;
+    let mut spelled = |byte| {
+        if is_printable(byte) { char::from(byte) } else { others.next().unwrap_or_default() }
+    };
+    std::array::from_fn(|byte| spelled(byte as u8))
 });
+
+/// The same in the other direction.
+static CHAR_BYTES: LazyLock<HashMap<char, u8>> =
+    LazyLock::new(|| BYTE_CHARS.iter().copied().zip(0..=255).collect());
 
 fn decoder_error(error: &dyn std::error::Error) -> Error {
     Error::Tokenizer(format!("the tokenizer's decoder failed: {error}"))

@@ -4,6 +4,7 @@ mod cut;
 mod decode;
 mod session;
 mod split;
+mod words;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -14,6 +15,7 @@ use self::cut::Cuts;
 pub(super) use self::decode::TokenDecoder;
 pub(super) use self::session::Session;
 pub(super) use self::split::Splitter;
+use self::words::Words;
 use super::quiet_panic;
 use crate::error::{Error, Result};
 
@@ -22,6 +24,7 @@ use crate::error::{Error, Result};
 pub(super) struct HuggingFace {
     inner: Tokenizer,
     cuts: Option<Cuts>,
+    words: Option<Words>,
     /// Ids that the post-processor puts before and after a text.
     pub(super) prefix: Vec<u32>,
     pub(super) suffix: Vec<u32>,
@@ -45,11 +48,20 @@ impl HuggingFace {
         }
         let cuts = Cuts::of(&inner);
         let (prefix, suffix) = special_ids(&inner)?;
-        Ok(Self { inner, cuts, prefix, suffix })
+        let words = Words::of(&inner);
+        Ok(Self { inner, cuts, words, prefix, suffix })
     }
 
     /// Ids of a text, without those of the post-processor.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        match &self.words {
+            Some(words) => guarded("encode", || words.encode(&self.inner, text)),
+            None => self.encode_by_stages(text),
+        }
+    }
+
+    /// The same by all stages of the pipeline.
+    fn encode_by_stages(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = guarded("encode", || self.inner.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -100,4 +112,40 @@ fn guarded<T>(action: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Res
 
 fn failed(action: &str, error: &dyn std::fmt::Display) -> Error {
     Error::Tokenizer(format!("cannot {action}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The short way gives the ids of the long one: with and without a space before the text, with added
+    /// tokens inside it, and with words that are looked up.
+    #[test]
+    fn remembered_words_have_the_ids_of_the_pipeline() {
+        let fixture =
+            concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tokenizers/byte-level.json");
+        let json = std::fs::read_to_string(fixture).unwrap();
+        let other = json.replace("\"add_prefix_space\":false", "\"add_prefix_space\":true");
+        assert_ne!(json, other);
+        let piece = prop_oneof![
+            4 => "[a-zA-Z']{1,8}",
+            4 => " {1,3}",
+            2 => "[ \t\n\r\u{a0}\u{3000}\u{85}]{1,4}",
+            2 => "[0-9.,!?'/-]{1,5}",
+            1 => "'s|'t|'re|'ve|'m|'ll|'d|'S|<s>|</s>|<mask>|<\\|end\\|>",
+            1 => "\\PC{0,6}",
+            1 => any::<String>(),
+        ];
+        let text = prop::collection::vec(piece, 0..30).prop_map(|pieces| pieces.concat());
+        for json in [json, other] {
+            let pipeline = HuggingFace::parse(json.as_bytes()).unwrap();
+            assert!(pipeline.words.is_some());
+            proptest!(ProptestConfig::with_cases(1000), |(text in &text)| {
+                let expected = pipeline.encode_by_stages(&text).unwrap();
+                prop_assert_eq!(pipeline.encode(&text).unwrap(), expected);
+            });
+        }
+    }
 }

@@ -19,7 +19,7 @@ pub(in crate::data) fn json_field(
         let byte = error.valid_up_to() + 1;
         malformed(format!("the line is not UTF-8: invalid at its byte {byte}"))
     })?;
-    let mut deserializer = serde_json::Deserializer::from_str(line);
+    let mut deserializer = serde_json::Deserializer::from_str(line.trim_end());
     let found = Field(field)
         .deserialize(&mut deserializer)
         .and_then(|found| deserializer.end().map(|()| found));

@@ -41,6 +41,27 @@ pub(super) struct Progress {
     pub position: Position,
 }
 
+impl Progress {
+    /// Whether its parts can belong together, so that the work can go on from it.
+    fn is_possible(&self) -> bool {
+        // More than any corpus has, with room to count on.
+        const MOST: u64 = 1 << 52;
+        let (manifest, position) = (&self.manifest, &self.position);
+        let mut counts = vec![manifest.documents, manifest.tokens, manifest.text_bytes];
+        counts.extend([manifest.empty_documents, manifest.skipped]);
+        counts.extend([position.offset, position.line, position.document]);
+        counts.extend([self.shard_tokens, self.shard_documents]);
+        for source in &manifest.sources {
+            counts.extend([source.documents, source.tokens, source.text_bytes]);
+            counts.extend([source.empty_documents, source.skipped]);
+        }
+        let files = manifest.sources.iter().map(|source| &source.file);
+        files.eq(self.job.sources.iter().map(|source| &source.file))
+            && position.source <= self.job.sources.len()
+            && counts.into_iter().all(|count| count <= MOST)
+    }
+}
+
 /// The journal of one job in the output directory.
 pub(super) struct Journal {
     path: PathBuf,
@@ -89,10 +110,17 @@ impl Journal {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(reason) => return Err(Error::Read { file, reason }),
         };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| Error::Malformed {
-            file,
-            what: format!("{error}; remove the output directory and begin anew"),
-        })
+        let malformed = |what| Error::Malformed {
+            file: file.clone(),
+            what: format!("{what}; remove the output directory and begin anew"),
+        };
+        let progress: Progress =
+            serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
+        if progress.is_possible() {
+            Ok(Some(progress))
+        } else {
+            Err(malformed("the record of the work that was done is damaged".to_owned()))
+        }
     }
 
     /// Records what is on the disk.

@@ -8,8 +8,10 @@ use mmfree_accel::config::Configuration;
 use mmfree_accel::image::Image;
 
 /// The RTL of one configuration as a program.
+#[derive(Clone)]
 pub struct Rtl {
     program: PathBuf,
+    mutation: usize,
 }
 
 /// What a run printed.
@@ -17,6 +19,8 @@ pub struct Rtl {
 pub struct Outcome {
     pub report: serde_json::Value,
     pub trace: String,
+    /// State dump, if the run did not end.
+    pub errors: String,
     pub exit_code: i32,
 }
 
@@ -43,14 +47,28 @@ pub fn hardware() -> PathBuf {
 /// One build at a time; tests that want the same one share it.
 static BUILT: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Builds the RTL of `rtl` (the folder of the sources, maybe a changed copy) under a name.
+/// Builds the RTL of `rtl` (the folder of the sources) under a name.
 pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configuration) -> Rtl {
-    let c = configuration;
+    build_with(verilator, rtl, name, configuration, &[])
+}
+
+/// Builds a copy of the RTL with faults in it.
+pub fn build_mutated(verilator: &Path, rtl: &Path, name: &str, c: &Configuration) -> Rtl {
+    build_with(verilator, rtl, name, c, &[rtl.join("mmfree_mutation_pkg.sv")])
+}
+
+fn build_with(
+    verilator: &Path,
+    rtl: &Path,
+    name: &str,
+    c: &Configuration,
+    packages: &[PathBuf],
+) -> Rtl {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rtl-{name}"));
     let program = target.join("Vmmfree_tb");
     let mut built = BUILT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if built.iter().any(|done| done == name) {
-        return Rtl { program };
+        return Rtl { program, mutation: 0 };
     }
     let sizes = [
         ("Cores", "CORES", c.cores),
@@ -61,42 +79,65 @@ pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configura
         ("FifoBeats", "FIFO_BEATS", c.fifo_beats),
         ("BurstBeats", "BURST_BEATS", c.burst_beats),
     ];
-    let dv = hardware().join("dv");
-    let mut command = Command::new(verilator);
-    command
-        .args([
-            "--cc",
-            "--exe",
-            "--build",
-            "-j",
-            "2",
-            "-O3",
-            "--x-assign",
-            "fast",
-            "--x-initial",
-            "fast",
-        ])
-        .args(["--assert", "-DMMFREE_ASSERTIONS", "--no-timing", "-Wno-fatal"])
-        .args(["--top-module", "mmfree_tb", "-CFLAGS", "-O1 -std=c++17"])
-        // PyPI's package leaves this unset: GCC then takes the precompiled header for a file to link.
-        .args(["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include"])
-        .arg("--Mdir")
-        .arg(&target)
-        .arg("-y")
-        .arg(rtl)
-        .arg("-y")
-        .arg(&dv)
-        .arg(hardware().join("lint/verilator.vlt"))
-        .arg(rtl.join("mmfree_pkg.sv"))
-        .arg(rtl.join("mmfree_row_pkg.sv"))
-        .arg(dv.join("mmfree_tb.sv"))
-        .arg(dv.join("tb_main.cpp"));
+    let mut command = verilate(verilator, &target, rtl, "mmfree_tb", packages);
+    command.arg(hardware().join("dv/tb_main.cpp"));
     for (parameter, define, value) in sizes {
         command
             .arg(format!("-G{parameter}={value}"))
             .arg("-CFLAGS")
             .arg(format!("-D{define}={value}"));
     }
+    finish(command);
+    built.push(name.to_owned());
+    Rtl { program, mutation: 0 }
+}
+
+/// Builds the bench of single modules from a copy of the RTL with faults in it.
+pub fn build_units(verilator: &Path, rtl: &Path) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("rtl-units");
+    let _one_at_a_time = BUILT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let package = rtl.join("mmfree_mutation_pkg.sv");
+    let mut command = verilate(verilator, &target, rtl, "mmfree_units_tb", &[package]);
+    command.arg(hardware().join("dv/units_main.cpp"));
+    finish(command);
+    target.join("Vmmfree_units_tb")
+}
+
+/// Verilator with everything but the C++ program.
+fn verilate(
+    verilator: &Path,
+    target: &Path,
+    rtl: &Path,
+    top: &str,
+    packages: &[PathBuf],
+) -> Command {
+    let dv = hardware().join("dv");
+    let mut command = Command::new(verilator);
+    command
+        .args(["--cc", "--exe", "--build", "-j", "2", "-O3"])
+        .args(["--x-assign", "fast", "--x-initial", "fast"])
+        .args(["--assert", "-DMMFREE_ASSERTIONS", "--no-timing", "-Wno-fatal"])
+        .args(["--top-module", top, "-CFLAGS", "-O1 -std=c++17"])
+        // PyPI's package leaves this unset: GCC then takes the precompiled header for a file to link.
+        .args(["-MAKEFLAGS", "CFG_CXXFLAGS_PCH_I=-include"])
+        .arg("--Mdir")
+        .arg(target)
+        .arg("-y")
+        .arg(rtl)
+        .arg("-y")
+        .arg(&dv)
+        .arg(hardware().join("lint/verilator.vlt"));
+    if !packages.is_empty() {
+        command.arg("-DMMFREE_MUTATIONS").args(packages);
+    }
+    command
+        .arg(rtl.join("mmfree_pkg.sv"))
+        .arg(rtl.join("mmfree_row_pkg.sv"))
+        .arg(dv.join(format!("{top}.sv")));
+    command
+}
+
+fn finish(mut command: Command) {
     let output = command.output().unwrap();
     assert!(
         output.status.success(),
@@ -104,11 +145,14 @@ pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configura
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
-    built.push(name.to_owned());
-    Rtl { program }
 }
 
 impl Rtl {
+    /// The same with a fault of [`crate::mutations`].
+    pub fn with_mutation(&self, mutation: usize) -> Self {
+        Self { mutation, ..self.clone() }
+    }
+
     /// Runs an image for these tokens.
     pub fn run(
         &self,
@@ -124,6 +168,7 @@ impl Rtl {
         let tokens: Vec<_> = tokens.iter().map(u32::to_string).collect();
         let mut command = Command::new(&self.program);
         command.arg("--image").arg(&file).arg("--tokens").arg(tokens.join(","));
+        command.arg("--mutation").arg(self.mutation.to_string());
         for (name, value) in options {
             command.arg(name).arg(value.to_string());
         }
@@ -139,7 +184,9 @@ impl Rtl {
                 String::from_utf8_lossy(&output.stderr)
             )
         });
-        Outcome { report, trace: std::fs::read_to_string(&trace).unwrap_or_default(), exit_code }
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        let trace = std::fs::read_to_string(&trace).unwrap_or_default();
+        Outcome { report, trace, errors, exit_code }
     }
 }
 

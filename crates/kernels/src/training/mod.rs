@@ -1,0 +1,326 @@
+//! Training on a GPU: the operations of a step, forward and backward.
+//!
+//! Activations are bf16, sums f32, weights and gradients f32. The integers of a BitLinear (up to 127) and its
+//! trits are exact in bf16, and their products' sums exact in f32; a product's result is rounded to bf16 once,
+//! as an integer, and multiplied by its row's factor `γ / s` where it is used. No kernel adds floats atomically: a
+//! step gives the same bits every time.
+//!
+//! Dense products are cuBLASLt's, everything else is compiled at first use.
+
+mod attention;
+mod blas;
+mod ops;
+mod timeline;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
+use blas::{Blas, Extent, Operand, Result16Or32};
+pub use ops::{NormBackward, NormQuantize, Recurrence};
+pub use timeline::Timeline;
+
+/// A module of training: the common part of training and one file.
+macro_rules! source {
+    ($name:literal, $file:literal) => {
+        Source {
+            name: $name,
+            text: concat!(include_str!("training.cuh"), include_str!($file)),
+            hopper_only: false,
+        }
+    };
+}
+
+pub(crate) const NORMS: Source = source!("training-norms", "norms.cu");
+pub(crate) const GATES: Source = source!("training-gates", "gates.cu");
+pub(crate) const RECURRENCE: Source = source!("training-recurrence", "recurrence.cu");
+pub(crate) const LOSS: Source = source!("training-loss", "loss.cu");
+pub(crate) const ATTENTION: Source = source!("training-attention", "attention.cu");
+pub(crate) const OPTIMIZER: Source = source!("training-optimizer", "optimizer.cu");
+
+/// Threads of most kernels.
+const THREADS: usize = 256;
+/// Static shared memory of the kernels, at most.
+const STATIC_SHARED_BYTES: usize = 2048;
+
+/// A part of a buffer that an operation reads.
+#[derive(Debug)]
+pub struct View<'a, T: Element> {
+    buffer: &'a Buffer<T>,
+    at: usize,
+    len: usize,
+}
+
+impl<T: Element> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T: Element> Copy for View<'_, T> {}
+
+impl<'a, T: Element> View<'a, T> {
+    /// `len` elements from `at` on.
+    ///
+    /// # Panics
+    /// If they are outside the buffer.
+    pub fn new(buffer: &'a Buffer<T>, at: usize, len: usize) -> Self {
+        assert!(at.checked_add(len).is_some_and(|end| end <= buffer.len()), "outside the buffer");
+        Self { buffer, at, len }
+    }
+
+    fn address(self) -> u64 {
+        self.buffer.address(self.at)
+    }
+}
+
+/// A part of a buffer that an operation writes.
+#[derive(Debug)]
+pub struct ViewMut<'a, T: Element> {
+    buffer: &'a mut Buffer<T>,
+    at: usize,
+    len: usize,
+}
+
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// `len` elements from `at` on.
+    ///
+    /// # Panics
+    /// If they are outside the buffer.
+    pub fn new(buffer: &'a mut Buffer<T>, at: usize, len: usize) -> Self {
+        assert!(at.checked_add(len).is_some_and(|end| end <= buffer.len()), "outside the buffer");
+        Self { buffer, at, len }
+    }
+
+    fn address(&self) -> u64 {
+        self.buffer.address(self.at)
+    }
+}
+
+/// The operations on one device.
+pub struct Training {
+    device: Arc<Device>,
+    kernels: HashMap<&'static str, Kernel>,
+    blas: Blas,
+    /// Sums of blocks for vectors.
+    partials: Buffer<f32>,
+    /// Sums of blocks for scales of weights.
+    weight_partials: Buffer<f64>,
+    /// States between chunks of time.
+    carries: Buffer<f32>,
+    /// Sums of the attention's backward pass.
+    deltas: Buffer<f32>,
+    /// Cosines and sines, and the length, head size and bits of theta that they are for.
+    rope_table: Buffer<f32>,
+    rope_key: Option<(usize, usize, u32)>,
+    timeline: Option<Timeline>,
+}
+
+impl Training {
+    /// Loads the library of products.
+    ///
+    /// # Errors
+    /// No cuBLASLt; the driver's.
+    pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
+        Ok(Self {
+            device: Arc::clone(device),
+            kernels: HashMap::new(),
+            blas: Blas::new(device)?,
+            partials: Buffer::zeros(device, 1)?,
+            weight_partials: Buffer::zeros(device, ops::WEIGHT_BLOCKS)?,
+            carries: Buffer::zeros(device, 1)?,
+            deltas: Buffer::zeros(device, 1)?,
+            rope_table: Buffer::zeros(device, 1)?,
+            rope_key: None,
+            timeline: None,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Begins to take the time of operations by their kind. It costs an event for each change of kind.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn begin_timeline(&mut self) -> Result<(), CudaError> {
+        self.timeline = Some(Timeline::new(&self.device)?);
+        Ok(())
+    }
+
+    /// Seconds by kind of operation since [`begin_timeline`](Self::begin_timeline). Waits for the device.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn end_timeline(&mut self) -> Result<Vec<(&'static str, f64)>, CudaError> {
+        self.timeline.take().map_or(Ok(Vec::new()), |timeline| timeline.finish(&self.device))
+    }
+
+    /// What follows is work of a kind.
+    fn mark(&mut self, kind: &'static str) -> Result<(), CudaError> {
+        match &mut self.timeline {
+            Some(timeline) => timeline.mark(&self.device, kind),
+            None => Ok(()),
+        }
+    }
+
+    /// Submits a kernel.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`].
+    unsafe fn launch<A>(
+        &mut self,
+        source: Source,
+        name: &'static str,
+        launch: Launch,
+        args: &A,
+    ) -> Result<(), CudaError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let most = self.device.shared_bytes() - STATIC_SHARED_BYTES;
+        if launch.shared_bytes > most {
+            return Err(CudaError::Shape(format!(
+                "{name} needs {} bytes of shared memory a block, this GPU has {most}: the model is too wide \
+                 for training on it",
+                launch.shared_bytes
+            )));
+        }
+        let kernel = match self.kernels.get(name) {
+            Some(kernel) => kernel,
+            None => {
+                let kernel = self.device.kernel(source, name, most)?;
+                self.kernels.entry(name).or_insert(kernel)
+            }
+        };
+        // SAFETY: the caller's promise.
+        unsafe { kernel.launch(launch, args) }
+    }
+
+    /// `y = x Wᵀ` in bf16: x [M, K], w [N, K], y [M, N]; with `residual` [M, N] that is added.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the library's.
+    pub fn multiply(
+        &mut self,
+        x: View<'_, u16>,
+        weight: View<'_, u16>,
+        outputs: usize,
+        residual: Option<View<'_, u16>>,
+        y: ViewMut<'_, u16>,
+    ) -> Result<(), CudaError> {
+        let extent = forward_extent(x.len, weight.len, outputs)?;
+        require(y.len == extent.m * extent.n, "y")?;
+        require(residual.is_none_or(|r| r.len == y.len), "residual")?;
+        self.mark("products, forward")?;
+        let (a, b) = (plain(x), transposed(weight));
+        let (beta, c) = residual.map_or((0.0, y.address()), |r| (1.0, r.address()));
+        // SAFETY: the views lie in live buffers and have the sizes that were checked.
+        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Half, beta, c, y.address()) }
+    }
+
+    /// As [`multiply`](Self::multiply), with a result in f32.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the library's.
+    pub fn multiply_full(
+        &mut self,
+        x: View<'_, u16>,
+        weight: View<'_, u16>,
+        outputs: usize,
+        y: ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        let extent = forward_extent(x.len, weight.len, outputs)?;
+        require(y.len == extent.m * extent.n, "y")?;
+        self.mark("products, forward")?;
+        let (a, b) = (plain(x), transposed(weight));
+        // SAFETY: the views lie in live buffers and have the sizes that were checked.
+        unsafe {
+            self.blas.multiply(extent, a, b, Result16Or32::Full, 0.0, y.address(), y.address())
+        }
+    }
+
+    /// `dx = dy W` in bf16: dy [M, N], w [N, K], dx [M, K].
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the library's.
+    pub fn multiply_inputs(
+        &mut self,
+        dy: View<'_, u16>,
+        weight: View<'_, u16>,
+        outputs: usize,
+        add: bool,
+        dx: ViewMut<'_, u16>,
+    ) -> Result<(), CudaError> {
+        let (m, k) = (quotient(dy.len, outputs)?, quotient(weight.len, outputs)?);
+        require(dx.len == m * k, "dx")?;
+        self.mark("products, gradients of inputs")?;
+        let extent = Extent { m, n: k, k: outputs };
+        let beta = if add { 1.0 } else { 0.0 };
+        // SAFETY: the views lie in live buffers and have the sizes that were checked.
+        unsafe {
+            self.blas.multiply(
+                extent,
+                plain(dy),
+                plain(weight),
+                Result16Or32::Half,
+                beta,
+                dx.address(),
+                dx.address(),
+            )
+        }
+    }
+
+    /// `dW += dyᵀ x` in f32: dy [M, N], x [M, K], dW [N, K].
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the library's.
+    pub fn multiply_weights(
+        &mut self,
+        dy: View<'_, u16>,
+        x: View<'_, u16>,
+        outputs: usize,
+        gradient: ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        let (m, k) = (quotient(dy.len, outputs)?, quotient(gradient.len, outputs)?);
+        require(x.len == m * k, "x")?;
+        self.mark("products, gradients of weights")?;
+        let extent = Extent { m: outputs, n: k, k: m };
+        let (a, b) = (transposed(dy), plain(x));
+        let d = gradient.address();
+        // SAFETY: the views lie in live buffers and have the sizes that were checked.
+        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Full, 1.0, d, d) }
+    }
+}
+
+impl std::fmt::Debug for Training {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Training").field("device", &self.device).finish_non_exhaustive()
+    }
+}
+
+fn plain(view: View<'_, u16>) -> Operand {
+    Operand { address: view.address(), transposed: false }
+}
+
+fn transposed(view: View<'_, u16>) -> Operand {
+    Operand { address: view.address(), transposed: true }
+}
+
+fn forward_extent(x: usize, weight: usize, outputs: usize) -> Result<Extent, CudaError> {
+    let k = quotient(weight, outputs)?;
+    Ok(Extent { m: quotient(x, k)?, n: outputs, k })
+}
+
+fn quotient(len: usize, width: usize) -> Result<usize, CudaError> {
+    if width == 0 || len == 0 || !len.is_multiple_of(width) {
+        return Err(CudaError::Shape(format!("{len} elements are no whole rows of {width}")));
+    }
+    Ok(len / width)
+}
+
+fn require(fits: bool, what: &str) -> Result<(), CudaError> {
+    if fits { Ok(()) } else { Err(CudaError::Shape(format!("{what} has another size"))) }
+}

@@ -1,0 +1,1007 @@
+//! A GPU: activations in bf16, sums in f32, kernels of `mmfree_kernels::training`.
+//!
+//! The outputs of BitLinear layers are kept as their integer sums, rounded to bf16, with one factor `γ / s` a token.
+//! The gradient of the residual stream is kept in f32 and in bf16, as products take it.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mmfree::error::{Error, Result};
+use mmfree_kernels::cuda::{Buffer, Device};
+use mmfree_kernels::training::{NormBackward, NormQuantize, Recurrence, Training, View, ViewMut};
+
+use super::{
+    AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Norm, Parameters, Precision,
+    Projection,
+};
+
+/// Layers that can share an input.
+const MAX_SHARED: usize = 3;
+/// Weights of a projection begin at multiples of so many elements, as fast products want it.
+const WEIGHT_ALIGNMENT: usize = 128;
+/// Tokens whose logits exist at a time.
+const HEAD_CHUNK: usize = 2048;
+
+/// Trains on an NVIDIA GPU.
+#[derive(Debug)]
+pub struct CudaBackend {
+    device: Arc<Device>,
+    ops: Training,
+    scratch: Scratch,
+    /// A product before it is added to the residual stream, [M, D], and the factor of each row.
+    product: Buffer<u16>,
+    factors: Buffer<f32>,
+    logits: Buffer<f32>,
+    d_logits: Buffer<u16>,
+    losses: Buffer<f64>,
+    loss: Buffer<f64>,
+    squares: Buffer<f64>,
+}
+
+/// Inputs of products [M, K], and their gradients.
+#[derive(Debug)]
+struct Scratch {
+    operands: [Buffer<u16>; MAX_SHARED],
+    d_operands: [Buffer<u16>; MAX_SHARED],
+}
+
+/// Activations on the GPU.
+#[derive(Debug)]
+pub struct CudaTensor {
+    len: usize,
+    half: Buffer<u16>,
+    /// The values themselves, where they are kept in f32; `half` has them in bf16.
+    full: Option<Buffer<f32>>,
+    /// A factor of each row, for what BitLinear layers write.
+    factors: Option<Buffer<f32>>,
+    /// Whether the factors are those of the values that are there.
+    scaled: bool,
+}
+
+impl CudaTensor {
+    fn new(device: &Arc<Device>, len: usize, full: bool, rows: usize) -> Result<Self> {
+        Ok(Self {
+            len,
+            half: Buffer::zeros(device, len)?,
+            full: if full { Some(Buffer::zeros(device, len)?) } else { None },
+            factors: if rows > 0 { Some(Buffer::zeros(device, rows)?) } else { None },
+            scaled: false,
+        })
+    }
+
+    fn view(&self) -> View<'_, u16> {
+        View::new(&self.half, 0, self.len)
+    }
+
+    fn view_mut(&mut self) -> ViewMut<'_, u16> {
+        self.scaled = false;
+        ViewMut::new(&mut self.half, 0, self.len)
+    }
+
+    /// The values and what multiplies their rows.
+    fn scaled_view(&self) -> (View<'_, u16>, Option<View<'_, f32>>) {
+        let factors = self.factors.as_ref().filter(|_| self.scaled);
+        (self.view(), factors.map(|factors| View::new(factors, 0, factors.len())))
+    }
+
+    fn full(&self) -> Result<&Buffer<f32>> {
+        self.full.as_ref().ok_or_else(|| Error::Invalid("a tensor is not kept in f32".to_owned()))
+    }
+
+    fn full_mut(&mut self) -> Result<(&mut Buffer<f32>, &mut Buffer<u16>)> {
+        match &mut self.full {
+            Some(full) => Ok((full, &mut self.half)),
+            None => Err(Error::Invalid("a tensor is not kept in f32".to_owned())),
+        }
+    }
+}
+
+/// Token ids on the GPU, and the order in which the rows of each id follow each other.
+#[derive(Debug)]
+pub struct CudaTokens {
+    len: usize,
+    ids: Buffer<u32>,
+    order: Buffer<u32>,
+    starts: Buffer<u32>,
+    distinct: usize,
+}
+
+/// Weights of all projections in bf16: trits, or rounded values.
+#[derive(Debug)]
+pub struct CudaWeights {
+    values: Buffer<u16>,
+    starts: Vec<usize>,
+    /// γ of each projection.
+    gammas: Buffer<f32>,
+}
+
+impl CudaWeights {
+    fn of(&self, projection: &Projection) -> View<'_, u16> {
+        View::new(&self.values, self.starts[projection.index], projection.weight.len())
+    }
+
+    fn gamma(&self, projection: &Projection) -> View<'_, f32> {
+        View::new(&self.gammas, projection.index, 1)
+    }
+}
+
+fn flat_view<'a>(flat: &'a Buffer<f32>, range: &Range<usize>) -> View<'a, f32> {
+    View::new(flat, range.start, range.len())
+}
+
+fn flat_view_mut<'a>(flat: &'a mut Buffer<f32>, range: &Range<usize>) -> ViewMut<'a, f32> {
+    ViewMut::new(flat, range.start, range.len())
+}
+
+/// Norms before projections, as the kernels take them.
+struct Norms<'a> {
+    outer: Option<(View<'a, f32>, f32)>,
+    inner: Vec<View<'a, f32>>,
+    gamma: Vec<View<'a, f32>>,
+    /// Places of the norms' weights.
+    places: Vec<usize>,
+}
+
+impl<'a> Norms<'a> {
+    fn new(
+        parameters: Parameters<'a, CudaBackend>,
+        outer: Option<&Norm>,
+        projections: &[&Projection],
+    ) -> Self {
+        let inner: Vec<_> = projections.iter().filter_map(|p| p.inner_norm.as_ref()).collect();
+        let quantised = projections.iter().filter(|p| p.inner_norm.is_some());
+        let places = inner.iter().map(|range| range.start);
+        Self {
+            places: places.chain(outer.map(|norm| norm.weight.start)).collect(),
+            outer: outer.map(|norm| (flat_view(parameters.flat, &norm.weight), norm.eps)),
+            inner: inner.iter().map(|range| flat_view(parameters.flat, range)).collect(),
+            gamma: quantised.map(|p| parameters.weights.gamma(p)).collect(),
+        }
+    }
+
+    fn of<'b>(&'b self, x: View<'b, u16>) -> NormQuantize<'b> {
+        NormQuantize { x, outer: self.outer, inner: &self.inner, gamma: &self.gamma }
+    }
+}
+
+impl CudaBackend {
+    /// A backend on the GPU of a number, from 0.
+    ///
+    /// # Errors
+    /// No driver, no such GPU, no cuBLASLt.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let device = Device::open(ordinal)?;
+        let half = || Buffer::zeros(&device, 1);
+        Ok(Self {
+            ops: Training::new(&device)?,
+            scratch: Scratch {
+                operands: [half()?, half()?, half()?],
+                d_operands: [half()?, half()?, half()?],
+            },
+            product: half()?,
+            factors: Buffer::zeros(&device, 1)?,
+            logits: Buffer::zeros(&device, 1)?,
+            d_logits: half()?,
+            losses: Buffer::zeros(&device, 1)?,
+            loss: Buffer::zeros(&device, 1)?,
+            squares: Buffer::zeros(&device, 1)?,
+            device,
+        })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    /// Sets a tensor from the host, for tests and tools. Waits for the device.
+    ///
+    /// # Errors
+    /// Another length; the driver's.
+    pub fn write(&mut self, tensor: &mut CudaTensor, values: &[f32]) -> Result<()> {
+        if values.len() != tensor.len {
+            return Err(Error::Invalid(format!(
+                "{} values for a tensor of {}",
+                values.len(),
+                tensor.len
+            )));
+        }
+        let halves: Vec<u16> = values.iter().map(|&value| to_bf16(value)).collect();
+        tensor.half.write(0, &halves)?;
+        tensor.scaled = false;
+        if let Some(full) = &mut tensor.full {
+            full.write(0, values)?;
+        }
+        Ok(())
+    }
+
+    /// The head over chunks of tokens; with `gradients` also its backward pass.
+    fn head(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &CudaTensor,
+        targets: &CudaTokens,
+        scale: f32,
+        mut backward: Option<(&mut CudaTensor, &mut Buffer<f32>)>,
+    ) -> Result<()> {
+        let projection = &head.projection;
+        let (width, vocabulary) = (projection.inputs, projection.outputs);
+        let norms = Norms::new(parameters, Some(&head.norm), &[projection]);
+        let weight = parameters.weights.of(projection);
+        let quantised = projection.inner_norm.is_some();
+        for first in (0..targets.len).step_by(head.chunk) {
+            let rows = head.chunk.min(targets.len - first);
+            let (from, len) = (first * width, rows * width);
+            let x = View::new(&x.half, from, len);
+            let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
+            if quantised {
+                let factors = ViewMut::new(&mut self.factors, 0, rows);
+                self.ops.norm_quantize(norms.of(x), vec![operand], Some(vec![factors]))?;
+            } else {
+                let weight = flat_view(parameters.flat, &head.norm.weight);
+                self.ops.norm(x, weight, head.norm.eps, operand)?;
+            }
+            let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
+            let operand = View::new(&self.scratch.operands[0], 0, len);
+            self.ops.multiply_full(operand, weight, vocabulary, logits)?;
+            let gradient =
+                backward.is_some().then(|| ViewMut::new(&mut self.d_logits, 0, rows * vocabulary));
+            self.ops.cross_entropy(
+                View::new(&self.logits, 0, rows * vocabulary),
+                quantised.then(|| View::new(&self.factors, 0, rows)),
+                View::new(&targets.ids, first, rows),
+                scale,
+                gradient,
+                ViewMut::new(&mut self.losses, 0, rows),
+                ViewMut::new(&mut self.loss, 0, 1),
+            )?;
+            if let Some((dx, gradients)) = &mut backward {
+                let dz = View::new(&self.d_logits, 0, rows * vocabulary);
+                self.scratch.products_backward(
+                    &mut self.ops,
+                    parameters.weights,
+                    &norms,
+                    x,
+                    len,
+                    &[projection],
+                    &[dz],
+                    gradients,
+                )?;
+                let (full, half) = dx.full_mut()?;
+                let backward = NormBackward {
+                    norms: norms.of(x),
+                    d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
+                    dx: Some(ViewMut::new(full, from, len)),
+                    dx_half: ViewMut::new(half, from, len),
+                    add: false,
+                    d_weights: &norms.places,
+                };
+                self.ops.norm_backward(backward, gradients)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Scratch {
+    /// Gradients of the weights of projections of one input, and of what the products take, in `d_operands`.
+    #[allow(clippy::too_many_arguments)]
+    fn products_backward(
+        &mut self,
+        ops: &mut Training,
+        weights: &CudaWeights,
+        norms: &Norms<'_>,
+        x: View<'_, u16>,
+        len: usize,
+        projections: &[&Projection],
+        d_outputs: &[View<'_, u16>],
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let quantised = !norms.inner.is_empty();
+        if quantised {
+            let q = self.operands.iter_mut().take(projections.len());
+            let q = q.map(|buffer| ViewMut::new(buffer, 0, len)).collect();
+            ops.norm_quantize(norms.of(x), q, None)?;
+        } else if let Some((weight, eps)) = norms.outer {
+            ops.norm(x, weight, eps, ViewMut::new(&mut self.operands[0], 0, len))?;
+        }
+        for (j, (projection, dy)) in projections.iter().zip(d_outputs).enumerate() {
+            let input = View::new(&self.operands[if quantised { j } else { 0 }], 0, len);
+            let gradient = flat_view_mut(gradients, &projection.weight);
+            ops.multiply_weights(*dy, input, projection.outputs, gradient)?;
+            let into = &mut self.d_operands[if quantised { j } else { 0 }];
+            let (into, add) = (ViewMut::new(into, 0, len), !quantised && j > 0);
+            let weight = weights.of(projection);
+            ops.multiply_inputs(*dy, weight, projection.outputs, add, into)?;
+        }
+        Ok(())
+    }
+}
+
+/// To nearest, ties to even.
+fn to_bf16(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
+}
+
+fn from_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+impl Backend for CudaBackend {
+    type Flat = Buffer<f32>;
+    type Tensor = CudaTensor;
+    type Tokens = CudaTokens;
+    type Weights = CudaWeights;
+
+    fn describe(&self) -> String {
+        format!("cuda:{} {}, bf16 with f32 sums", self.device.ordinal(), self.device.name())
+    }
+
+    fn head_chunk(&self) -> usize {
+        HEAD_CHUNK
+    }
+
+    fn peak_device_bytes(&self) -> Option<usize> {
+        Some(self.device.peak_bytes())
+    }
+
+    fn synchronize(&mut self) -> Result<()> {
+        Ok(self.device.synchronize()?)
+    }
+
+    fn begin_timeline(&mut self) -> Result<()> {
+        Ok(self.ops.begin_timeline()?)
+    }
+
+    fn end_timeline(&mut self) -> Result<Vec<(&'static str, f64)>> {
+        Ok(self.ops.end_timeline()?)
+    }
+
+    fn flat_from(&mut self, values: &[f32]) -> Result<Buffer<f32>> {
+        Ok(Buffer::from_slice(&self.device, values)?)
+    }
+
+    fn flat_zeros(&mut self, len: usize) -> Result<Buffer<f32>> {
+        Ok(Buffer::zeros(&self.device, len)?)
+    }
+
+    fn read_flat(&mut self, flat: &Buffer<f32>, from: usize, values: &mut [f32]) -> Result<()> {
+        Ok(flat.read(from, values)?)
+    }
+
+    fn write_flat(&mut self, flat: &mut Buffer<f32>, from: usize, values: &[f32]) -> Result<()> {
+        Ok(flat.write(from, values)?)
+    }
+
+    fn clear_flat(&mut self, flat: &mut Buffer<f32>, range: Range<usize>) -> Result<()> {
+        Ok(flat.clear_range(range)?)
+    }
+
+    fn add_flat(&mut self, from: &Buffer<f32>, into: &mut Buffer<f32>, len: usize) -> Result<()> {
+        Ok(self.ops.add(View::new(from, 0, len), ViewMut::new(into, 0, len))?)
+    }
+
+    fn tensor(&mut self, len: usize, precision: Precision) -> Result<CudaTensor> {
+        CudaTensor::new(&self.device, len, precision == Precision::Full, 0)
+    }
+
+    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<CudaTensor> {
+        CudaTensor::new(&self.device, rows * width, false, rows)
+    }
+
+    fn clear(&mut self, tensor: &mut CudaTensor) -> Result<()> {
+        tensor.half.clear()?;
+        if let Some(full) = &mut tensor.full {
+            full.clear()?;
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, tensor: &CudaTensor, values: &mut [f32]) -> Result<()> {
+        if let Some(full) = &tensor.full {
+            return Ok(full.read(0, values)?);
+        }
+        let mut halves = vec![0; values.len()];
+        tensor.half.read(0, &mut halves)?;
+        values.iter_mut().zip(&halves).for_each(|(value, &bits)| *value = from_bf16(bits));
+        if let (Some(buffer), true) = (&tensor.factors, tensor.scaled) {
+            let mut factors = vec![0.0; buffer.len()];
+            buffer.read(0, &mut factors)?;
+            let width = (values.len() / factors.len()).max(1);
+            for (row, factor) in values.chunks_mut(width).zip(&factors) {
+                row.iter_mut().for_each(|value| *value *= factor);
+            }
+        }
+        Ok(())
+    }
+
+    fn tokens(&mut self, len: usize) -> Result<CudaTokens> {
+        Ok(CudaTokens {
+            len,
+            ids: Buffer::zeros(&self.device, len)?,
+            order: Buffer::zeros(&self.device, len)?,
+            starts: Buffer::zeros(&self.device, len + 1)?,
+            distinct: 0,
+        })
+    }
+
+    fn write_tokens(&mut self, tokens: &mut CudaTokens, ids: &[u32]) -> Result<()> {
+        let (order, starts) = rows_by_token(ids);
+        tokens.ids.write(0, ids)?;
+        tokens.order.write(0, &order)?;
+        tokens.starts.write(0, &starts)?;
+        tokens.distinct = starts.len() - 1;
+        Ok(())
+    }
+
+    fn weights(&mut self, projections: &[Projection]) -> Result<CudaWeights> {
+        let mut end = 0;
+        let starts = projections
+            .iter()
+            .map(|projection| {
+                let start = end;
+                end += projection.weight.len().next_multiple_of(WEIGHT_ALIGNMENT);
+                start
+            })
+            .collect();
+        Ok(CudaWeights {
+            values: Buffer::zeros(&self.device, end)?,
+            starts,
+            gammas: Buffer::zeros(&self.device, projections.len())?,
+        })
+    }
+
+    fn reserve(
+        &mut self,
+        projections: &[Projection],
+        shape: BatchShape,
+        head: &Head,
+    ) -> Result<()> {
+        let tokens = shape.tokens();
+        let width = head.projection.inputs;
+        let blocks = || projections.iter().filter(|p| p.index != head.projection.index);
+        let widest = blocks().map(|p| p.inputs).max().unwrap_or(width).max(width);
+        for (j, (operand, d_operand)) in
+            self.scratch.operands.iter_mut().zip(&mut self.scratch.d_operands).enumerate()
+        {
+            // Only layers on the residual stream share an input, and only BitLinear layers need one each.
+            let shared = blocks().any(|p| p.inner_norm.is_some());
+            let len = if j == 0 { tokens * widest } else { tokens * width };
+            if j == 0 || shared {
+                operand.reserve(len)?;
+                d_operand.reserve(len)?;
+            }
+        }
+        self.product.reserve(tokens * width)?;
+        self.factors.reserve(tokens)?;
+        self.logits.reserve(head.chunk * head.projection.outputs)?;
+        self.d_logits.reserve(head.chunk * head.projection.outputs)?;
+        self.losses.reserve(head.chunk)?;
+        Ok(self.ops.reserve(widest, shape.sequences, shape.length)?)
+    }
+
+    fn prepare(
+        &mut self,
+        projections: &[Projection],
+        flat: &Buffer<f32>,
+        weights: &mut CudaWeights,
+    ) -> Result<()> {
+        for projection in projections {
+            let values = flat_view(flat, &projection.weight);
+            let start = weights.starts[projection.index];
+            let into = ViewMut::new(&mut weights.values, start, projection.weight.len());
+            match projection.inner_norm {
+                Some(_) => {
+                    let gamma = ViewMut::new(&mut weights.gammas, projection.index, 1);
+                    self.ops.ternary_weights(values, into, gamma)?;
+                }
+                None => self.ops.half_weights(values, into)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn embed(
+        &mut self,
+        flat: &Buffer<f32>,
+        table: Range<usize>,
+        tokens: &CudaTokens,
+        x: &mut CudaTensor,
+    ) -> Result<()> {
+        let ids = View::new(&tokens.ids, 0, tokens.len);
+        Ok(self.ops.embed(flat_view(flat, &table), ids, x.view_mut())?)
+    }
+
+    fn embed_backward(
+        &mut self,
+        tokens: &CudaTokens,
+        dx: &CudaTensor,
+        table: Range<usize>,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        Ok(self.ops.embed_backward(
+            View::new(dx.full()?, 0, dx.len),
+            View::new(&tokens.ids, 0, tokens.len),
+            View::new(&tokens.order, 0, tokens.len),
+            View::new(&tokens.starts, 0, tokens.distinct + 1),
+            flat_view_mut(gradients, &table),
+        )?)
+    }
+
+    fn project(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        x: &CudaTensor,
+        projections: &[&Projection],
+        outputs: &mut [&mut CudaTensor],
+    ) -> Result<()> {
+        check_kinds(projections)?;
+        let norms = Norms::new(parameters, Some(norm), projections);
+        let quantised = !norms.inner.is_empty();
+        let rows = x.len / projections[0].inputs;
+        if quantised {
+            let mut factors = Vec::with_capacity(outputs.len());
+            for output in outputs.iter_mut() {
+                output.scaled = true;
+                if output.factors.is_none() {
+                    output.factors = Some(Buffer::zeros(&self.device, rows)?);
+                }
+                factors.extend(output.factors.as_mut().map(|f| ViewMut::new(f, 0, rows)));
+            }
+            let q = self.scratch.operands.iter_mut().take(projections.len());
+            let q = q.map(|buffer| ViewMut::new(buffer, 0, x.len)).collect();
+            self.ops.norm_quantize(norms.of(x.view()), q, Some(factors))?;
+        } else {
+            let weight = flat_view(parameters.flat, &norm.weight);
+            let operand = ViewMut::new(&mut self.scratch.operands[0], 0, x.len);
+            self.ops.norm(x.view(), weight, norm.eps, operand)?;
+        }
+        for (j, (projection, output)) in projections.iter().zip(outputs).enumerate() {
+            let operand =
+                View::new(&self.scratch.operands[if quantised { j } else { 0 }], 0, x.len);
+            let weight = parameters.weights.of(projection);
+            output.scaled = quantised;
+            let y = ViewMut::new(&mut output.half, 0, output.len);
+            self.ops.multiply(operand, weight, projection.outputs, None, y)?;
+        }
+        Ok(())
+    }
+
+    fn project_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        x: &CudaTensor,
+        projections: &[&Projection],
+        d_outputs: &[&CudaTensor],
+        dx: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        check_kinds(projections)?;
+        let norms = Norms::new(parameters, Some(norm), projections);
+        let d_outputs: Vec<_> = d_outputs.iter().map(|d| d.view()).collect();
+        let (view, len) = (x.view(), x.len);
+        self.scratch.products_backward(
+            &mut self.ops,
+            parameters.weights,
+            &norms,
+            view,
+            len,
+            projections,
+            &d_outputs,
+            gradients,
+        )?;
+        let (full, half) = dx.full_mut()?;
+        let d_products: Vec<_> = self
+            .scratch
+            .d_operands
+            .iter()
+            .take(norms.inner.len().max(1))
+            .map(|buffer| View::new(buffer, 0, len))
+            .collect();
+        let backward = NormBackward {
+            norms: norms.of(view),
+            d_products: &d_products,
+            dx: Some(ViewMut::new(full, 0, len)),
+            dx_half: ViewMut::new(half, 0, len),
+            add: true,
+            d_weights: &norms.places,
+        };
+        Ok(self.ops.norm_backward(backward, gradients)?)
+    }
+
+    fn project_residual(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        input: &CudaTensor,
+        residual: &CudaTensor,
+        output: &mut CudaTensor,
+    ) -> Result<()> {
+        let weight = parameters.weights.of(projection);
+        if projection.inner_norm.is_none() {
+            let residual = Some(residual.view());
+            let y = output.view_mut();
+            return Ok(self.ops.multiply(input.view(), weight, projection.outputs, residual, y)?);
+        }
+        let norms = Norms::new(parameters, None, &[projection]);
+        let rows = input.len / projection.inputs;
+        self.ops.norm_quantize(
+            norms.of(input.view()),
+            vec![ViewMut::new(&mut self.scratch.operands[0], 0, input.len)],
+            Some(vec![ViewMut::new(&mut self.factors, 0, rows)]),
+        )?;
+        let operand = View::new(&self.scratch.operands[0], 0, input.len);
+        self.product.reserve(output.len)?;
+        let product = ViewMut::new(&mut self.product, 0, output.len);
+        self.ops.multiply(operand, weight, projection.outputs, None, product)?;
+        Ok(self.ops.add_residual(
+            residual.view(),
+            View::new(&self.product, 0, output.len),
+            View::new(&self.factors, 0, rows),
+            output.view_mut(),
+        )?)
+    }
+
+    fn project_residual_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        input: &CudaTensor,
+        d_output: &CudaTensor,
+        d_input: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let norms = Norms::new(parameters, None, &[projection]);
+        let (view, len) = (input.view(), input.len);
+        if projection.inner_norm.is_none() {
+            let weight = parameters.weights.of(projection);
+            let (dy, outputs) = (d_output.view(), projection.outputs);
+            let gradient = flat_view_mut(gradients, &projection.weight);
+            self.ops.multiply_weights(dy, view, outputs, gradient)?;
+            return Ok(self.ops.multiply_inputs(dy, weight, outputs, false, d_input.view_mut())?);
+        }
+        let d_outputs = [d_output.view()];
+        self.scratch.products_backward(
+            &mut self.ops,
+            parameters.weights,
+            &norms,
+            view,
+            len,
+            &[projection],
+            &d_outputs,
+            gradients,
+        )?;
+        let backward = NormBackward {
+            norms: norms.of(view),
+            d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
+            dx: None,
+            dx_half: d_input.view_mut(),
+            add: false,
+            d_weights: &norms.places,
+        };
+        Ok(self.ops.norm_backward(backward, gradients)?)
+    }
+
+    fn swiglu(&mut self, ab: &CudaTensor, inner: usize, y: &mut CudaTensor) -> Result<()> {
+        Ok(self.ops.swiglu(ab.scaled_view(), inner, y.view_mut())?)
+    }
+
+    fn swiglu_backward(
+        &mut self,
+        ab: &CudaTensor,
+        dy: &CudaTensor,
+        inner: usize,
+        d_ab: &mut CudaTensor,
+    ) -> Result<()> {
+        Ok(self.ops.swiglu_backward(ab.scaled_view(), dy.view(), inner, d_ab.view_mut())?)
+    }
+
+    fn cross_entropy(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &CudaTensor,
+        targets: &CudaTokens,
+        scale: f32,
+    ) -> Result<()> {
+        self.head(parameters, head, x, targets, scale, None)
+    }
+
+    fn cross_entropy_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &CudaTensor,
+        targets: &CudaTokens,
+        scale: f32,
+        dx: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        self.head(parameters, head, x, targets, scale, Some((dx, gradients)))
+    }
+
+    fn take_loss(&mut self) -> Result<f64> {
+        let mut loss = [0.0];
+        self.loss.read(0, &mut loss)?;
+        self.loss.clear()?;
+        Ok(loss[0])
+    }
+
+    fn lower_bounds(
+        &mut self,
+        flat: &Buffer<f32>,
+        bounds: Range<usize>,
+        layers: usize,
+        betas: &mut CudaTensor,
+    ) -> Result<()> {
+        let len = betas.len;
+        let (full, _) = betas.full_mut()?;
+        let betas = ViewMut::new(full, 0, len);
+        Ok(self.ops.lower_bounds(flat_view(flat, &bounds), layers, betas)?)
+    }
+
+    fn lower_bounds_backward(
+        &mut self,
+        flat: &Buffer<f32>,
+        bounds: Range<usize>,
+        layers: usize,
+        d_betas: &CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        Ok(self.ops.lower_bounds_backward(
+            flat_view(flat, &bounds),
+            layers,
+            View::new(d_betas.full()?, 0, d_betas.len),
+            flat_view_mut(gradients, &bounds),
+        )?)
+    }
+
+    fn mlgru(
+        &mut self,
+        batch: BatchShape,
+        i: &CudaTensor,
+        f: &CudaTensor,
+        betas: &CudaTensor,
+        layer: usize,
+        h: &mut CudaTensor,
+    ) -> Result<()> {
+        Ok(self.ops.recurrence(recurrence(batch, i, f, betas, layer)?, h.view_mut())?)
+    }
+
+    fn mlgru_backward(
+        &mut self,
+        batch: BatchShape,
+        i: &CudaTensor,
+        f: &CudaTensor,
+        betas: &CudaTensor,
+        layer: usize,
+        h: &CudaTensor,
+        dh: &CudaTensor,
+        di: &mut CudaTensor,
+        df: &mut CudaTensor,
+        d_betas: &mut CudaTensor,
+    ) -> Result<()> {
+        let inputs = recurrence(batch, i, f, betas, layer)?;
+        let width = i.len / batch.tokens();
+        let (full, _) = d_betas.full_mut()?;
+        let d_beta = ViewMut::new(full, layer * width, width);
+        let (h, dh) = (h.view(), dh.view());
+        let (di, df) = (di.view_mut(), df.view_mut());
+        Ok(self.ops.recurrence_backward(inputs, h, dh, di, df, d_beta)?)
+    }
+
+    fn norm_gate(
+        &mut self,
+        flat: &Buffer<f32>,
+        norm: &Norm,
+        g: &CudaTensor,
+        h: &CudaTensor,
+        y: &mut CudaTensor,
+    ) -> Result<()> {
+        let weight = (flat_view(flat, &norm.weight), norm.eps);
+        Ok(self.ops.norm_gate(g.scaled_view(), h.view(), weight, y.view_mut())?)
+    }
+
+    fn norm_gate_backward(
+        &mut self,
+        flat: &Buffer<f32>,
+        norm: &Norm,
+        g: &CudaTensor,
+        h: &CudaTensor,
+        dy: &CudaTensor,
+        dg: &mut CudaTensor,
+        dh: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        Ok(self.ops.norm_gate_backward(
+            g.scaled_view(),
+            h.view(),
+            (flat_view(flat, &norm.weight), norm.eps),
+            dy.view(),
+            dg.view_mut(),
+            dh.view_mut(),
+            flat_view_mut(gradients, &norm.weight),
+        )?)
+    }
+
+    fn rope(
+        &mut self,
+        shape: AttentionShape,
+        theta: f32,
+        qkv: &mut CudaTensor,
+        inverse: bool,
+    ) -> Result<()> {
+        Ok(self.ops.rope(shape.into(), theta, qkv.view_mut(), inverse)?)
+    }
+
+    fn attention(
+        &mut self,
+        shape: AttentionShape,
+        qkv: &CudaTensor,
+        y: &mut CudaTensor,
+        log_sums: &mut CudaTensor,
+    ) -> Result<()> {
+        let len = log_sums.len;
+        let (full, _) = log_sums.full_mut()?;
+        let log_sums = ViewMut::new(full, 0, len);
+        Ok(self.ops.attention(shape.into(), qkv.view(), y.view_mut(), log_sums)?)
+    }
+
+    fn attention_backward(
+        &mut self,
+        shape: AttentionShape,
+        qkv: &CudaTensor,
+        y: &CudaTensor,
+        log_sums: &CudaTensor,
+        dy: &CudaTensor,
+        d_qkv: &mut CudaTensor,
+    ) -> Result<()> {
+        let log_sums = View::new(log_sums.full()?, 0, log_sums.len);
+        let (qkv, y, dy) = (qkv.view(), y.view(), dy.view());
+        let d_qkv = d_qkv.view_mut();
+        Ok(self.ops.attention_backward(shape.into(), qkv, y, log_sums, dy, d_qkv)?)
+    }
+
+    fn sum_of_squares(&mut self, flat: &Buffer<f32>, range: Range<usize>) -> Result<f64> {
+        let unit = range.len().clamp(1, 1 << 16);
+        Ok(self.sums_of_squares(flat, range, unit)?.iter().sum())
+    }
+
+    fn sums_of_squares(
+        &mut self,
+        flat: &Buffer<f32>,
+        range: Range<usize>,
+        unit: usize,
+    ) -> Result<Vec<f64>> {
+        let mut sums = vec![0.0; range.len().div_ceil(unit)];
+        self.squares.reserve(sums.len())?;
+        let into = ViewMut::new(&mut self.squares, 0, sums.len());
+        self.ops.sums_of_squares(flat_view(flat, &range), unit, into)?;
+        self.squares.read(0, &mut sums)?;
+        Ok(sums)
+    }
+
+    fn adamw(
+        &mut self,
+        step: &AdamW,
+        range: Range<usize>,
+        parameters: &mut Buffer<f32>,
+        gradients: &Buffer<f32>,
+        moments_from: usize,
+        first_moment: &mut Buffer<f32>,
+        second_moment: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let moments = moments_from..moments_from + range.len();
+        Ok(self.ops.adamw(
+            step,
+            flat_view_mut(parameters, &range),
+            flat_view(gradients, &range),
+            flat_view_mut(first_moment, &moments),
+            flat_view_mut(second_moment, &moments),
+        )?)
+    }
+}
+
+fn recurrence<'a>(
+    batch: BatchShape,
+    i: &'a CudaTensor,
+    f: &'a CudaTensor,
+    betas: &'a CudaTensor,
+    layer: usize,
+) -> Result<Recurrence<'a>> {
+    let width = i.len / batch.tokens();
+    Ok(Recurrence {
+        sequences: batch.sequences,
+        length: batch.length,
+        i: i.scaled_view(),
+        f: f.scaled_view(),
+        beta: View::new(betas.full()?, layer * width, width),
+    })
+}
+
+/// Projections of one input are all BitLinear or all plain.
+fn check_kinds(projections: &[&Projection]) -> Result<()> {
+    let quantised = projections.iter().filter(|p| p.inner_norm.is_some()).count();
+    if projections.is_empty()
+        || projections.len() > MAX_SHARED
+        || (quantised != 0 && quantised != projections.len())
+    {
+        return Err(Error::Invalid(format!(
+            "{} projections of one input, {quantised} of them ternary: expected 1 to {MAX_SHARED} of one kind",
+            projections.len()
+        )));
+    }
+    Ok(())
+}
+
+/// Rows sorted by their token, and where the rows of each token begin among them; the end behind the last.
+/// [`IGNORED`] rows come last and are no token.
+fn rows_by_token(ids: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
+    // Stable: rows of one token stay in their order.
+    let largest = ids.iter().filter(|&&id| id != IGNORED).max().copied().unwrap_or(0) as usize;
+    if largest < 1 << 22 {
+        let mut next = vec![0u32; largest + 3];
+        let bin = |id: u32| (id as usize).min(largest + 1);
+        ids.iter().for_each(|&id| next[bin(id) + 1] += 1);
+        for at in 1..next.len() {
+            next[at] += next[at - 1];
+        }
+        for (row, &id) in ids.iter().enumerate() {
+            let place = &mut next[bin(id)];
+            order[*place as usize] = row as u32;
+            *place += 1;
+        }
+    } else {
+        order.sort_by_key(|&row| ids[row as usize]);
+    }
+    let mut starts = Vec::new();
+    let mut last = None;
+    for (at, &row) in order.iter().enumerate() {
+        let id = ids[row as usize];
+        if id == IGNORED {
+            starts.push(at as u32);
+            return (order, starts);
+        }
+        if last != Some(id) {
+            starts.push(at as u32);
+            last = Some(id);
+        }
+    }
+    starts.push(ids.len() as u32);
+    (order, starts)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_sorted_by_token_and_then_by_row() {
+        let (order, starts) = rows_by_token(&[7, 2, 7, 0, 2, 7]);
+        assert_eq!(order, [3, 1, 4, 0, 2, 5]);
+        assert_eq!(starts, [0, 1, 3, 6]);
+        let (order, starts) = rows_by_token(&[IGNORED, 5, IGNORED, 5]);
+        assert_eq!(order, [1, 3, 0, 2]);
+        assert_eq!(starts, [0, 2]);
+        assert_eq!(rows_by_token(&[IGNORED]), (vec![0], vec![0]));
+        let far = [1 << 23, 4, 1 << 23];
+        assert_eq!(rows_by_token(&far), (vec![1, 0, 2], vec![0, 1, 3]));
+    }
+
+    #[test]
+    fn bf16_rounds_to_even() {
+        assert_eq!(from_bf16(to_bf16(1.0)), 1.0);
+        assert_eq!(to_bf16(f32::from_bits(0x3f80_8000)), 0x3f80);
+        assert_eq!(to_bf16(f32::from_bits(0x3f81_8000)), 0x3f82);
+        assert!(from_bf16(to_bf16(f32::NAN)).is_nan());
+        assert_eq!(from_bf16(to_bf16(f32::NEG_INFINITY)), f32::NEG_INFINITY);
+    }
+}
