@@ -17,6 +17,8 @@ import urllib.request
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Tokens of a text that is never done.
+ENDLESS = 10_000_000
 PROGRAM = os.environ.get("MMFREE", str(ROOT / "target/debug/mmfree"))
 
 
@@ -30,7 +32,9 @@ class Server:
 
     def start(self, port):
         quiet = [] if "--log-level" in self.arguments else ["--log-level", "warn"]
-        command = [PROGRAM, "serve", "--port", port, *quiet, *self.arguments]
+        # So that a text can be asked for that is still being written when something else happens.
+        endless = ["--max-tokens", str(ENDLESS)]
+        command = [PROGRAM, "serve", "--port", port, *quiet, *endless, *self.arguments]
         environment = {**os.environ, **(self.env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []
@@ -103,6 +107,13 @@ class Server:
         status, answer = self.json("POST", "/v1/completions", body)
         assert status == 200, answer
         return answer["choices"][0]["text"]
+
+    def wait_until_running(self):
+        """Until a text is being written."""
+        deadline = time.monotonic() + 20
+        while not self.metric("running_texts"):
+            assert time.monotonic() < deadline, "nothing is being written"
+            time.sleep(0.01)
 
     def wait_until_idle(self):
         deadline = time.monotonic() + 20

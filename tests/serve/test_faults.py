@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from conftest import running
+from conftest import ENDLESS, running
 
 REQUESTS = int(os.environ.get("MMFREE_FUZZ_REQUESTS", "10000"))
 POST = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -119,8 +119,8 @@ def test_clients_of_one_byte_a_second():
 
 def test_a_request_that_takes_too_long():
     """It gets 504, a stream an error in place of its end; the place is free again."""
-    endless = {"prompt": "x", "max_tokens": 10_000_000, "ignore_eos": True}
-    with running("--request-timeout-seconds", "1", "--max-tokens", "10000000") as server:
+    endless = {"prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True}
+    with running("--request-timeout-seconds", "1") as server:
         text = server.complete("Once upon a time")
         status, answer = server.json("POST", "/v1/completions", endless)
         assert (status, answer["error"]["code"]) == (504, "timeout"), answer
@@ -135,9 +135,8 @@ def test_a_request_that_takes_too_long():
 
 def test_a_request_that_waits_too_long():
     """While the only place is taken it is told to come again; afterwards it gets its text."""
-    options = ("--queue-timeout-seconds", "1", "--max-concurrent", "1", "--max-tokens", "10000000")
-    body = json.dumps({"prompt": "x", "max_tokens": 10_000_000, "ignore_eos": True, "stream": True}).encode()
-    with running(*options) as server:
+    body = json.dumps({"prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}).encode()
+    with running("--queue-timeout-seconds", "1", "--max-concurrent", "1") as server:
         with socket.create_connection(("127.0.0.1", int(server.port))) as holder:
             holder.sendall(POST.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             holder.recv(1024)

@@ -7,9 +7,11 @@ import time
 
 import pytest
 
-from conftest import PROGRAM, ROOT, generate, running
+from conftest import ENDLESS, PROGRAM, ROOT, generate, running
 
 STATE = "application/octet-stream"
+# Tokens of a text that takes a second or more.
+LONG = 12_000
 FIRST, SECOND = "Once upon a time there was a king.", " He had a daughter"
 
 
@@ -117,10 +119,10 @@ def test_names_are_checked(server):
 
 
 def test_a_session_has_one_turn_at_a_time(server):
-    body = {"prompt": "x", "max_tokens": 4000, "session_id": "busy", "ignore_eos": True, "temperature": 0}
+    body = {"prompt": "x", "max_tokens": LONG, "session_id": "busy", "ignore_eos": True, "temperature": 0}
     thread = threading.Thread(target=lambda: server.json("POST", "/v1/completions", body))
     thread.start()
-    time.sleep(0.3)
+    server.wait_until_running()
     status, answer = turn(server, "busy", "y")
     assert status == 409 and answer["error"]["code"] == "session_conflict"
     thread.join()
@@ -155,7 +157,7 @@ def test_after_a_kill_in_mid_stream_the_session_goes_on_with_the_same_token(redi
     with running("--store", redis.url) as server, running() as alone:
         expected = texts(alone, "s")[1]
         assert turn(server, "s", FIRST)[0] == 200
-        body = json.dumps({"prompt": SECOND, "temperature": 0, "max_tokens": 4000, "stream": True, "session_id": "s", "ignore_eos": True})
+        body = json.dumps({"prompt": SECOND, "temperature": 0, "max_tokens": ENDLESS, "stream": True, "session_id": "s", "ignore_eos": True})
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         import socket
 
@@ -198,11 +200,11 @@ def test_a_store_that_fails_at_the_end_of_a_turn_saves_nothing_and_says_so(redis
     with running("--store", redis.url) as server, running() as alone:
         expected = texts(alone, "s")[1]
         assert turn(server, "s", FIRST)[0] == 200
-        body = {"prompt": SECOND, "temperature": 0, "max_tokens": 3000, "session_id": "s", "ignore_eos": True}
+        body = {"prompt": SECOND, "temperature": 0, "max_tokens": LONG, "session_id": "s", "ignore_eos": True}
         answers = []
         thread = threading.Thread(target=lambda: answers.append(server.json("POST", "/v1/completions", body)))
         thread.start()
-        time.sleep(0.3)
+        server.wait_until_running()
         redis.stop()
         thread.join()
         assert answers[0][0] == 503, answers
@@ -218,10 +220,10 @@ def test_two_replicas_at_once_do_not_overwrite_each_other(redis):
     with running("--store", redis.url) as one, running("--store", redis.url) as two:
         assert turn(one, "s", FIRST)[0] == 200
         answers = []
-        body = {"prompt": " x", "temperature": 0, "max_tokens": 2000, "session_id": "s", "ignore_eos": True}
+        body = {"prompt": " x", "temperature": 0, "max_tokens": LONG, "session_id": "s", "ignore_eos": True}
         thread = threading.Thread(target=lambda: answers.append(one.json("POST", "/v1/completions", body)))
         thread.start()
-        time.sleep(0.3)
+        one.wait_until_running()
         assert turn(two, "s", SECOND)[0] == 200
         thread.join()
         assert answers[0][0] == 409, answers
@@ -247,13 +249,13 @@ def test_a_signal_lets_texts_finish_and_saves_those_that_cannot(redis):
     with running("--store", redis.url, "--shutdown-timeout-seconds", "2") as server:
         short, long = [], []
         body = lambda name, n: {"prompt": FIRST, "temperature": 0, "max_tokens": n, "session_id": name, "ignore_eos": True}
-        jobs = [("short", 300, short), ("long", 4000, long)]
+        jobs = [("short", 300, short), ("long", ENDLESS, long)]
         threads = [
             threading.Thread(target=lambda name=name, n=n, to=to: to.append(server.json("POST", "/v1/completions", {**body(name, n), "n": 1})))
             for name, n, to in jobs
         ]
         # So many others that the long one cannot be done in time.
-        noise = [threading.Thread(target=lambda: server.call("POST", "/v1/completions", {"prompt": "x", "max_tokens": 4000, "n": 100, "ignore_eos": True}))]
+        noise = [threading.Thread(target=lambda: server.call("POST", "/v1/completions", {"prompt": "x", "max_tokens": ENDLESS, "n": 100, "ignore_eos": True}))]
         for thread in threads + noise:
             thread.start()
         time.sleep(0.4)
@@ -262,7 +264,7 @@ def test_a_signal_lets_texts_finish_and_saves_those_that_cannot(redis):
             thread.join()
         assert long[0][0] == 200 and long[0][1]["choices"][0]["finish_reason"] == "length"
         tokens = long[0][1]["usage"]["completion_tokens"]
-        assert tokens < 4000
+        assert tokens < ENDLESS
         server.restart()
         info = server.json("GET", "/v1/sessions/long")[1]
         assert info["tokens_seen"] == long[0][1]["session"]["tokens_seen"]

@@ -6,23 +6,14 @@ import shutil
 
 import pytest
 
-from conftest import running
+from conftest import ENDLESS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="NO playwright: THE PAGE WAS NOT TRIED")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PAGE_MAX = 4096
 SIZES = {"360": (360, 740), "1440": (1440, 900)}
 if not CHROMIUM:
     pytest.skip("NO chromium: THE PAGE WAS NOT TRIED", allow_module_level=True)
-
-
-# What a text gets that the page asks so many tokens for: one that can be stopped while it is being written.
-ENDLESS = 4096
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running("--max-tokens", "10000000") as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +65,14 @@ def set_tokens(page, count):
 
 
 def write_to_the_limit(page):
-    """Texts do not end by themselves, which a drawn one may do after any token."""
+    """Texts do not end by themselves, which a drawn one may do after any token; the longest that the page can ask for
+    does not end at all."""
 
     def change(route):
         body = route.request.post_data_json
         body["ignore_eos"] = True
-        if body["max_tokens"] == ENDLESS:
-            body["max_tokens"] = 10_000_000
+        if body["max_tokens"] == PAGE_MAX:
+            body["max_tokens"] = ENDLESS
         route.continue_(post_data=body)
 
     page.route("**/v1/completions", change)
@@ -121,7 +113,7 @@ def test_write_stop_reload_and_go_on(open_page, server, size, theme):
     assert int(seen[1]) == int(seen[0]) + 64
 
     # Stop.
-    set_tokens(page, ENDLESS)
+    set_tokens(page, PAGE_MAX)
     page.locator("#input").fill("The captain said:")
     page.locator("#send").click()
     page.locator("#stop").wait_for()
