@@ -9,15 +9,22 @@
 
 mod attention;
 mod blas;
-mod ops;
+mod gates;
+mod loss;
+mod norms;
+mod optimizer;
+mod products;
+mod recurrence;
+mod rows;
 mod timeline;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
-use blas::{Blas, Extent, Operand, Result16Or32};
-pub use ops::{NormBackward, NormQuantize, Recurrence};
+use blas::Blas;
+pub use norms::{NormBackward, NormQuantize};
+pub use recurrence::Recurrence;
 pub use timeline::Timeline;
 
 /// A module of training: the common part of training and one file.
@@ -127,7 +134,7 @@ impl Training {
             kernels: HashMap::new(),
             blas: Blas::new(device)?,
             partials: Buffer::zeros(device, 1)?,
-            weight_partials: Buffer::zeros(device, ops::WEIGHT_BLOCKS)?,
+            weight_partials: Buffer::zeros(device, optimizer::WEIGHT_BLOCKS)?,
             carries: Buffer::zeros(device, 1)?,
             deltas: Buffer::zeros(device, 1)?,
             rope_table: Buffer::zeros(device, 1)?,
@@ -139,6 +146,21 @@ impl Training {
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
+    }
+
+    /// Grows scratch memory ahead of the first step, for rows of at most `width` and `sequences` of `length`.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn reserve(
+        &mut self,
+        width: usize,
+        sequences: usize,
+        length: usize,
+    ) -> Result<(), CudaError> {
+        let (chunks, _) = recurrence::chunks(sequences, length, width);
+        self.partials.reserve((rows::ROW_BLOCKS * 4 * width).max(sequences * chunks * width))?;
+        self.carries.reserve(2 * sequences * chunks * width).map(drop)
     }
 
     /// Begins to take the time of operations by their kind. It costs an event for each change of kind.
@@ -198,101 +220,6 @@ impl Training {
         // SAFETY: the caller's promise.
         unsafe { kernel.launch(launch, args) }
     }
-
-    /// `y = x Wᵀ` in bf16: x [M, K], w [N, K], y [M, N]; with `residual` [M, N] that is added.
-    ///
-    /// # Errors
-    /// Shapes that do not fit; the library's.
-    pub fn multiply(
-        &mut self,
-        x: View<'_, u16>,
-        weight: View<'_, u16>,
-        outputs: usize,
-        residual: Option<View<'_, u16>>,
-        y: ViewMut<'_, u16>,
-    ) -> Result<(), CudaError> {
-        let extent = forward_extent(x.len, weight.len, outputs)?;
-        require(y.len == extent.m * extent.n, "y")?;
-        require(residual.is_none_or(|r| r.len == y.len), "residual")?;
-        self.mark("products, forward")?;
-        let (a, b) = (plain(x), transposed(weight));
-        let (beta, c) = residual.map_or((0.0, y.address()), |r| (1.0, r.address()));
-        // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Half, beta, c, y.address()) }
-    }
-
-    /// As [`multiply`](Self::multiply), with a result in f32.
-    ///
-    /// # Errors
-    /// Shapes that do not fit; the library's.
-    pub fn multiply_full(
-        &mut self,
-        x: View<'_, u16>,
-        weight: View<'_, u16>,
-        outputs: usize,
-        y: ViewMut<'_, f32>,
-    ) -> Result<(), CudaError> {
-        let extent = forward_extent(x.len, weight.len, outputs)?;
-        require(y.len == extent.m * extent.n, "y")?;
-        self.mark("products, forward")?;
-        let (a, b) = (plain(x), transposed(weight));
-        // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe {
-            self.blas.multiply(extent, a, b, Result16Or32::Full, 0.0, y.address(), y.address())
-        }
-    }
-
-    /// `dx = dy W` in bf16: dy [M, N], w [N, K], dx [M, K].
-    ///
-    /// # Errors
-    /// Shapes that do not fit; the library's.
-    pub fn multiply_inputs(
-        &mut self,
-        dy: View<'_, u16>,
-        weight: View<'_, u16>,
-        outputs: usize,
-        add: bool,
-        dx: ViewMut<'_, u16>,
-    ) -> Result<(), CudaError> {
-        let (m, k) = (quotient(dy.len, outputs)?, quotient(weight.len, outputs)?);
-        require(dx.len == m * k, "dx")?;
-        self.mark("products, gradients of inputs")?;
-        let extent = Extent { m, n: k, k: outputs };
-        let beta = if add { 1.0 } else { 0.0 };
-        // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe {
-            self.blas.multiply(
-                extent,
-                plain(dy),
-                plain(weight),
-                Result16Or32::Half,
-                beta,
-                dx.address(),
-                dx.address(),
-            )
-        }
-    }
-
-    /// `dW += dyᵀ x` in f32: dy [M, N], x [M, K], dW [N, K].
-    ///
-    /// # Errors
-    /// Shapes that do not fit; the library's.
-    pub fn multiply_weights(
-        &mut self,
-        dy: View<'_, u16>,
-        x: View<'_, u16>,
-        outputs: usize,
-        gradient: ViewMut<'_, f32>,
-    ) -> Result<(), CudaError> {
-        let (m, k) = (quotient(dy.len, outputs)?, quotient(gradient.len, outputs)?);
-        require(x.len == m * k, "x")?;
-        self.mark("products, gradients of weights")?;
-        let extent = Extent { m: outputs, n: k, k: m };
-        let (a, b) = (transposed(dy), plain(x));
-        let d = gradient.address();
-        // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Full, 1.0, d, d) }
-    }
 }
 
 impl std::fmt::Debug for Training {
@@ -301,17 +228,8 @@ impl std::fmt::Debug for Training {
     }
 }
 
-fn plain(view: View<'_, u16>) -> Operand {
-    Operand { address: view.address(), transposed: false }
-}
-
-fn transposed(view: View<'_, u16>) -> Operand {
-    Operand { address: view.address(), transposed: true }
-}
-
-fn forward_extent(x: usize, weight: usize, outputs: usize) -> Result<Extent, CudaError> {
-    let k = quotient(weight, outputs)?;
-    Ok(Extent { m: quotient(x, k)?, n: outputs, k })
+fn address_or_null(view: Option<View<'_, f32>>) -> u64 {
+    view.map_or(0, View::address)
 }
 
 fn quotient(len: usize, width: usize) -> Result<usize, CudaError> {
