@@ -101,14 +101,14 @@ impl<B: Backend> MatMulFree<B> {
         backend.clear(&mut betas)?;
         let slots = (0..slots)
             .map(|slot| {
-                let ab = if slot < recompute_gates { None } else { Some(()) };
+                let keeps_ab = slot >= recompute_gates;
                 Ok(Activations {
                     i: backend.product_tensor(tokens, d)?,
                     f: backend.product_tensor(tokens, d)?,
                     g: backend.product_tensor(tokens, d)?,
                     h: backend.tensor(tokens * d, Precision::Activation)?,
                     middle: backend.tensor(tokens * d, Precision::Activation)?,
-                    ab: ab.map(|()| backend.product_tensor(tokens, 2 * inner)).transpose()?,
+                    ab: keeps_ab.then(|| backend.product_tensor(tokens, 2 * inner)).transpose()?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -160,7 +160,7 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
         backend.mlgru(self.shape, i, f, &self.betas, index, h)?;
         backend.norm_gate(parameters.flat, &layer.g_norm, g, h, &mut scratch.y)?;
         backend.project_residual(parameters, &layer.o_proj, &scratch.y, x, middle)?;
-        let Some(ab) = ab.as_mut().or(scratch.ab.as_mut()) else { return Ok(()) };
+        let ab = ab.as_mut().or(scratch.ab.as_mut()).expect("kept, or made again");
         backend.project(parameters, &layer.mlp_norm, middle, &[&layer.gate_proj], &mut [ab])?;
         let Some(output) = output else { return Ok(()) };
         backend.swiglu(ab, self.inner, &mut scratch.z)?;
@@ -187,7 +187,7 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
                 backend.project(parameters, norm, middle, &projections, &mut [&mut *ab])?;
                 ab
             }
-            (None, None) => unreachable!("one of the two is there"),
+            (None, None) => unreachable!("kept, or made again"),
         };
         backend.swiglu(ab, self.inner, z)?;
         backend.project_residual_backward(parameters, &layer.down_proj, z, dx, dz, gradients)?;
