@@ -3,16 +3,22 @@
 //! The outputs of BitLinear layers are kept as their integer sums, rounded to bf16, with one factor `γ / s` a token.
 //! The gradient of the residual stream is kept in f32 and in bf16, as products take it.
 
+mod products;
+mod tensors;
+
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::bf16;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::{Buffer, Device};
-use mmfree_kernels::training::{NormBackward, NormQuantize, Recurrence, Training, View, ViewMut};
+use mmfree_kernels::training::{NormBackward, Recurrence, Training, View, ViewMut};
 
+use self::products::{Norms, Scratch, check_kinds};
+pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
+use self::tensors::{flat_view, flat_view_mut, rows_by_token};
 use super::{
-    AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Norm, Parameters, Precision,
-    Projection,
+    AdamW, AttentionShape, Backend, BatchShape, Head, Norm, Parameters, Precision, Projection,
 };
 
 /// Layers that can share an input.
@@ -36,132 +42,6 @@ pub struct CudaBackend {
     losses: Buffer<f64>,
     loss: Buffer<f64>,
     squares: Buffer<f64>,
-}
-
-/// Inputs of products [M, K], and their gradients.
-#[derive(Debug)]
-struct Scratch {
-    operands: [Buffer<u16>; MAX_SHARED],
-    d_operands: [Buffer<u16>; MAX_SHARED],
-}
-
-/// Activations on the GPU.
-#[derive(Debug)]
-pub struct CudaTensor {
-    len: usize,
-    half: Buffer<u16>,
-    /// The values themselves, where they are kept in f32; `half` has them in bf16.
-    full: Option<Buffer<f32>>,
-    /// A factor of each row, for what BitLinear layers write.
-    factors: Option<Buffer<f32>>,
-    /// Whether the factors are those of the values that are there.
-    scaled: bool,
-}
-
-impl CudaTensor {
-    fn new(device: &Arc<Device>, len: usize, full: bool, rows: usize) -> Result<Self> {
-        Ok(Self {
-            len,
-            half: Buffer::zeros(device, len)?,
-            full: if full { Some(Buffer::zeros(device, len)?) } else { None },
-            factors: if rows > 0 { Some(Buffer::zeros(device, rows)?) } else { None },
-            scaled: false,
-        })
-    }
-
-    fn view(&self) -> View<'_, u16> {
-        View::new(&self.half, 0, self.len)
-    }
-
-    fn view_mut(&mut self) -> ViewMut<'_, u16> {
-        self.scaled = false;
-        ViewMut::new(&mut self.half, 0, self.len)
-    }
-
-    /// The values and what multiplies their rows.
-    fn scaled_view(&self) -> (View<'_, u16>, Option<View<'_, f32>>) {
-        let factors = self.factors.as_ref().filter(|_| self.scaled);
-        (self.view(), factors.map(|factors| View::new(factors, 0, factors.len())))
-    }
-
-    fn full(&self) -> Result<&Buffer<f32>> {
-        self.full.as_ref().ok_or_else(|| Error::Invalid("a tensor is not kept in f32".to_owned()))
-    }
-
-    fn full_mut(&mut self) -> Result<(&mut Buffer<f32>, &mut Buffer<u16>)> {
-        match &mut self.full {
-            Some(full) => Ok((full, &mut self.half)),
-            None => Err(Error::Invalid("a tensor is not kept in f32".to_owned())),
-        }
-    }
-}
-
-/// Token ids on the GPU, and the order in which the rows of each id follow each other.
-#[derive(Debug)]
-pub struct CudaTokens {
-    len: usize,
-    ids: Buffer<u32>,
-    order: Buffer<u32>,
-    starts: Buffer<u32>,
-    distinct: usize,
-}
-
-/// Weights of all projections in bf16: trits, or rounded values.
-#[derive(Debug)]
-pub struct CudaWeights {
-    values: Buffer<u16>,
-    starts: Vec<usize>,
-    /// γ of each projection.
-    gammas: Buffer<f32>,
-}
-
-impl CudaWeights {
-    fn of(&self, projection: &Projection) -> View<'_, u16> {
-        View::new(&self.values, self.starts[projection.index], projection.weight.len())
-    }
-
-    fn gamma(&self, projection: &Projection) -> View<'_, f32> {
-        View::new(&self.gammas, projection.index, 1)
-    }
-}
-
-fn flat_view<'a>(flat: &'a Buffer<f32>, range: &Range<usize>) -> View<'a, f32> {
-    View::new(flat, range.start, range.len())
-}
-
-fn flat_view_mut<'a>(flat: &'a mut Buffer<f32>, range: &Range<usize>) -> ViewMut<'a, f32> {
-    ViewMut::new(flat, range.start, range.len())
-}
-
-/// Norms before projections, as the kernels take them.
-struct Norms<'a> {
-    outer: Option<(View<'a, f32>, f32)>,
-    inner: Vec<View<'a, f32>>,
-    gamma: Vec<View<'a, f32>>,
-    /// Places of the norms' weights.
-    places: Vec<usize>,
-}
-
-impl<'a> Norms<'a> {
-    fn new(
-        parameters: Parameters<'a, CudaBackend>,
-        outer: Option<&Norm>,
-        projections: &[&Projection],
-    ) -> Self {
-        let inner: Vec<_> = projections.iter().filter_map(|p| p.inner_norm.as_ref()).collect();
-        let quantised = projections.iter().filter(|p| p.inner_norm.is_some());
-        let places = inner.iter().map(|range| range.start);
-        Self {
-            places: places.chain(outer.map(|norm| norm.weight.start)).collect(),
-            outer: outer.map(|norm| (flat_view(parameters.flat, &norm.weight), norm.eps)),
-            inner: inner.iter().map(|range| flat_view(parameters.flat, range)).collect(),
-            gamma: quantised.map(|p| parameters.weights.gamma(p)).collect(),
-        }
-    }
-
-    fn of<'b>(&'b self, x: View<'b, u16>) -> NormQuantize<'b> {
-        NormQuantize { x, outer: self.outer, inner: &self.inner, gamma: &self.gamma }
-    }
 }
 
 impl CudaBackend {
@@ -206,7 +86,8 @@ impl CudaBackend {
                 tensor.len
             )));
         }
-        let halves: Vec<u16> = values.iter().map(|&value| to_bf16(value)).collect();
+        let halves: Vec<u16> =
+            values.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
         tensor.half.write(0, &halves)?;
         tensor.scaled = false;
         if let Some(full) = &mut tensor.full {
@@ -214,122 +95,6 @@ impl CudaBackend {
         }
         Ok(())
     }
-
-    /// The head over chunks of tokens; with `gradients` also its backward pass.
-    fn head(
-        &mut self,
-        parameters: Parameters<'_, Self>,
-        head: &Head,
-        x: &CudaTensor,
-        targets: &CudaTokens,
-        scale: f32,
-        mut backward: Option<(&mut CudaTensor, &mut Buffer<f32>)>,
-    ) -> Result<()> {
-        let projection = &head.projection;
-        let (width, vocabulary) = (projection.inputs, projection.outputs);
-        let norms = Norms::new(parameters, Some(&head.norm), &[projection]);
-        let weight = parameters.weights.of(projection);
-        let quantised = projection.inner_norm.is_some();
-        for first in (0..targets.len).step_by(head.chunk) {
-            let rows = head.chunk.min(targets.len - first);
-            let (from, len) = (first * width, rows * width);
-            let x = View::new(&x.half, from, len);
-            let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
-            if quantised {
-                let factors = ViewMut::new(&mut self.factors, 0, rows);
-                self.ops.norm_quantize(norms.of(x), vec![operand], Some(vec![factors]))?;
-            } else {
-                let weight = flat_view(parameters.flat, &head.norm.weight);
-                self.ops.norm(x, weight, head.norm.eps, operand)?;
-            }
-            let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
-            let operand = View::new(&self.scratch.operands[0], 0, len);
-            self.ops.multiply_full(operand, weight, vocabulary, logits)?;
-            let gradient =
-                backward.is_some().then(|| ViewMut::new(&mut self.d_logits, 0, rows * vocabulary));
-            self.ops.cross_entropy(
-                View::new(&self.logits, 0, rows * vocabulary),
-                quantised.then(|| View::new(&self.factors, 0, rows)),
-                View::new(&targets.ids, first, rows),
-                scale,
-                gradient,
-                ViewMut::new(&mut self.losses, 0, rows),
-                ViewMut::new(&mut self.loss, 0, 1),
-            )?;
-            if let Some((dx, gradients)) = &mut backward {
-                let dz = View::new(&self.d_logits, 0, rows * vocabulary);
-                self.scratch.products_backward(
-                    &mut self.ops,
-                    parameters.weights,
-                    &norms,
-                    x,
-                    len,
-                    &[projection],
-                    &[dz],
-                    gradients,
-                )?;
-                let (full, half) = dx.full_mut()?;
-                let backward = NormBackward {
-                    norms: norms.of(x),
-                    d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
-                    dx: Some(ViewMut::new(full, from, len)),
-                    dx_half: ViewMut::new(half, from, len),
-                    add: false,
-                    d_weights: &norms.places,
-                };
-                self.ops.norm_backward(backward, gradients)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Scratch {
-    /// Gradients of the weights of projections of one input, and of what the products take, in `d_operands`.
-    #[allow(clippy::too_many_arguments)]
-    fn products_backward(
-        &mut self,
-        ops: &mut Training,
-        weights: &CudaWeights,
-        norms: &Norms<'_>,
-        x: View<'_, u16>,
-        len: usize,
-        projections: &[&Projection],
-        d_outputs: &[View<'_, u16>],
-        gradients: &mut Buffer<f32>,
-    ) -> Result<()> {
-        let quantised = !norms.inner.is_empty();
-        if quantised {
-            let q = self.operands.iter_mut().take(projections.len());
-            let q = q.map(|buffer| ViewMut::new(buffer, 0, len)).collect();
-            ops.norm_quantize(norms.of(x), q, None)?;
-        } else if let Some((weight, eps)) = norms.outer {
-            ops.norm(x, weight, eps, ViewMut::new(&mut self.operands[0], 0, len))?;
-        }
-        for (j, (projection, dy)) in projections.iter().zip(d_outputs).enumerate() {
-            let input = View::new(&self.operands[if quantised { j } else { 0 }], 0, len);
-            let gradient = flat_view_mut(gradients, &projection.weight);
-            ops.multiply_weights(*dy, input, projection.outputs, gradient)?;
-            let into = &mut self.d_operands[if quantised { j } else { 0 }];
-            let (into, add) = (ViewMut::new(into, 0, len), !quantised && j > 0);
-            let weight = weights.of(projection);
-            ops.multiply_inputs(*dy, weight, projection.outputs, add, into)?;
-        }
-        Ok(())
-    }
-}
-
-/// To nearest, ties to even.
-fn to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    if value.is_nan() {
-        return (bits >> 16) as u16 | 0x40;
-    }
-    (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16
-}
-
-fn from_bf16(bits: u16) -> f32 {
-    f32::from_bits(u32::from(bits) << 16)
 }
 
 impl Backend for CudaBackend {
@@ -408,7 +173,10 @@ impl Backend for CudaBackend {
         }
         let mut halves = vec![0; values.len()];
         tensor.half.read(0, &mut halves)?;
-        values.iter_mut().zip(&halves).for_each(|(value, &bits)| *value = from_bf16(bits));
+        values
+            .iter_mut()
+            .zip(&halves)
+            .for_each(|(value, &bits)| *value = bf16::from_bits(bits).to_f32());
         if let (Some(buffer), true) = (&tensor.factors, tensor.scaled) {
             let mut factors = vec![0.0; buffer.len()];
             buffer.read(0, &mut factors)?;
@@ -548,7 +316,6 @@ impl Backend for CudaBackend {
         if quantised {
             let mut factors = Vec::with_capacity(outputs.len());
             for output in outputs.iter_mut() {
-                output.scaled = true;
                 if output.factors.is_none() {
                     output.factors = Some(Buffer::zeros(&self.device, rows)?);
                 }
@@ -924,84 +691,4 @@ fn recurrence<'a>(
         f: f.scaled_view(),
         beta: View::new(betas.full()?, layer * width, width),
     })
-}
-
-/// Projections of one input are all BitLinear or all plain.
-fn check_kinds(projections: &[&Projection]) -> Result<()> {
-    let quantised = projections.iter().filter(|p| p.inner_norm.is_some()).count();
-    if projections.is_empty()
-        || projections.len() > MAX_SHARED
-        || (quantised != 0 && quantised != projections.len())
-    {
-        return Err(Error::Invalid(format!(
-            "{} projections of one input, {quantised} of them ternary: expected 1 to {MAX_SHARED} of one kind",
-            projections.len()
-        )));
-    }
-    Ok(())
-}
-
-/// Rows sorted by their token, and where the rows of each token begin among them; the end behind the last.
-/// [`IGNORED`] rows come last and are no token.
-fn rows_by_token(ids: &[u32]) -> (Vec<u32>, Vec<u32>) {
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    // Stable: rows of one token stay in their order.
-    let largest = ids.iter().filter(|&&id| id != IGNORED).max().copied().unwrap_or(0) as usize;
-    if largest < 1 << 22 {
-        let mut next = vec![0u32; largest + 3];
-        let bin = |id: u32| (id as usize).min(largest + 1);
-        ids.iter().for_each(|&id| next[bin(id) + 1] += 1);
-        for at in 1..next.len() {
-            next[at] += next[at - 1];
-        }
-        for (row, &id) in ids.iter().enumerate() {
-            let place = &mut next[bin(id)];
-            order[*place as usize] = row as u32;
-            *place += 1;
-        }
-    } else {
-        order.sort_by_key(|&row| ids[row as usize]);
-    }
-    let mut starts = Vec::new();
-    let mut last = None;
-    for (at, &row) in order.iter().enumerate() {
-        let id = ids[row as usize];
-        if id == IGNORED {
-            starts.push(at as u32);
-            return (order, starts);
-        }
-        if last != Some(id) {
-            starts.push(at as u32);
-            last = Some(id);
-        }
-    }
-    starts.push(ids.len() as u32);
-    (order, starts)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_sorted_by_token_and_then_by_row() {
-        let (order, starts) = rows_by_token(&[7, 2, 7, 0, 2, 7]);
-        assert_eq!(order, [3, 1, 4, 0, 2, 5]);
-        assert_eq!(starts, [0, 1, 3, 6]);
-        let (order, starts) = rows_by_token(&[IGNORED, 5, IGNORED, 5]);
-        assert_eq!(order, [1, 3, 0, 2]);
-        assert_eq!(starts, [0, 2]);
-        assert_eq!(rows_by_token(&[IGNORED]), (vec![0], vec![0]));
-        let far = [1 << 23, 4, 1 << 23];
-        assert_eq!(rows_by_token(&far), (vec![1, 0, 2], vec![0, 1, 3]));
-    }
-
-    #[test]
-    fn bf16_rounds_to_even() {
-        assert_eq!(from_bf16(to_bf16(1.0)), 1.0);
-        assert_eq!(to_bf16(f32::from_bits(0x3f80_8000)), 0x3f80);
-        assert_eq!(to_bf16(f32::from_bits(0x3f81_8000)), 0x3f82);
-        assert!(from_bf16(to_bf16(f32::NAN)).is_nan());
-        assert_eq!(from_bf16(to_bf16(f32::NEG_INFINITY)), f32::NEG_INFINITY);
-    }
 }
