@@ -22,24 +22,14 @@ __device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.0f,
 __device__ __forceinline__ float silu_derivative(float x, float s) { return s * (1.0f + x * (1.0f - s)); }
 
 // Sum over the block in a fixed order; all threads get it.
-__device__ __forceinline__ float block_sum(float value, float* parts) {
+template <typename T>
+__device__ __forceinline__ T block_sum(T value, T* parts) {
 #pragma unroll
     for (u32 width = 16; width > 0; width /= 2) value += __shfl_xor_sync(ALL_LANES, value, width);
     __syncthreads();
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
     __syncthreads();
-    float sum = 0.0f;
-    for (u32 w = 0; w < blockDim.x / 32; ++w) sum += parts[w];
-    return sum;
-}
-
-__device__ __forceinline__ double block_sum(double value, double* parts) {
-#pragma unroll
-    for (u32 width = 16; width > 0; width /= 2) value += __shfl_xor_sync(ALL_LANES, value, width);
-    __syncthreads();
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value;
-    __syncthreads();
-    double sum = 0.0;
+    T sum = 0;
     for (u32 w = 0; w < blockDim.x / 32; ++w) sum += parts[w];
     return sum;
 }
