@@ -8,7 +8,6 @@ use serde::Serialize;
 use super::ARCHITECTURES;
 use crate::architecture::Architecture;
 use crate::log::{LOG_FILE, read_log};
-use crate::parameters::ParameterKind;
 use crate::plot::{Axis, Curve, smooth};
 
 /// Which losses of a run count.
@@ -68,12 +67,8 @@ impl Run {
             return Err(malformed("the log has no loss yet"));
         };
         let architecture = configuration(directory)?;
-        let matrices = |architecture: &Architecture| -> usize {
-            let layout = architecture.layout();
-            let matrices = layout.parameters().iter().filter(|p| p.kind == ParameterKind::Matrix);
-            matrices.map(|parameter| parameter.range.len()).sum()
-        };
-        let matrix_parameters = matrices(&architecture);
+        let layout = architecture.layout();
+        let matrix_parameters = layout.matrix_weights();
         let flops = |tokens: f64| 6.0 * matrix_parameters as f64 * tokens;
         let points = match points {
             Points::Final => vec![(flops(last.0), last.1)],
@@ -91,7 +86,7 @@ impl Run {
         Ok(Self {
             name,
             architecture: architecture_name,
-            parameters: architecture.layout().len(),
+            parameters: layout.len(),
             matrix_parameters,
             tokens: last.0 as u64,
             is_held_out,

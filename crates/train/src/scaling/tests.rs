@@ -24,14 +24,7 @@ fn run(directory: &Path, which: usize, width: usize) -> PathBuf {
         ),
     };
     std::fs::write(path.join("model/config.json"), config).unwrap();
-    let architecture = configuration_of(&path);
-    let layout = architecture.layout();
-    let matrices: usize = layout
-        .parameters()
-        .iter()
-        .filter(|p| p.kind == crate::parameters::ParameterKind::Matrix)
-        .map(|p| p.range.len())
-        .sum();
+    let matrices = configuration_of(&path).layout().matrix_weights();
     let mut log = RunLog::open(&path, 0).unwrap();
     for step in 1..=20 {
         let tokens = step * 1_000_000 * width as u64;
