@@ -46,7 +46,7 @@ pub fn draw(report: &Report, farthest: f64, size: (u32, u32)) -> Result<String> 
             .x_label_formatter(&|flops| format!("{flops:.0e}"))
             .y_label_formatter(&|loss| format!("{loss:.2}"))
             .draw()?;
-        for (colour, (_, architecture)) in COLOURS.into_iter().zip(ARCHITECTURES) {
+        for (colour, architecture) in COLOURS.into_iter().zip(ARCHITECTURES) {
             let runs = report.runs.iter().filter(|run| run.architecture == architecture);
             let points: Vec<_> = runs.flat_map(|run| run.points.iter().copied()).collect();
             if points.is_empty() {

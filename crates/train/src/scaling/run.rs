@@ -1,6 +1,6 @@
 //! What a training run says about loss and compute.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mmfree::error::{Error, Result};
 use serde::Serialize;
@@ -57,14 +57,13 @@ impl Run {
             true => curve.validation,
             false => smooth(&curve.training, SMOOTHING),
         };
-        let malformed = |what: &str| Error::Malformed {
-            file: log.display().to_string(),
-            what: what.to_owned(),
-        };
         let losses: Vec<_> =
             losses.into_iter().filter(|&(tokens, loss)| tokens > 0.0 && loss > 0.0).collect();
         let Some(&last) = losses.last() else {
-            return Err(malformed("the log has no loss yet"));
+            return Err(Error::Malformed {
+                file: log.display().to_string(),
+                what: "the log has no loss yet".to_owned(),
+            });
         };
         let architecture = configuration(directory)?;
         let layout = architecture.layout();
@@ -78,14 +77,12 @@ impl Run {
                 .map(|&(tokens, loss)| (flops(tokens), loss))
                 .collect(),
         };
-        let model_type = architecture.model_type();
-        let (_, architecture_name) = ARCHITECTURES
-            .into_iter()
-            .find(|(name, _)| *name == model_type)
-            .ok_or_else(|| malformed("the model is of an unknown architecture"))?;
         Ok(Self {
             name,
-            architecture: architecture_name,
+            architecture: match architecture {
+                Architecture::MatMulFree(_) => ARCHITECTURES[0],
+                Architecture::Transformer(_) => ARCHITECTURES[1],
+            },
             parameters: layout.len(),
             matrix_parameters,
             tokens: last.0 as u64,
@@ -97,11 +94,10 @@ impl Run {
 
 /// The model that a run trained.
 fn configuration(directory: &Path) -> Result<Architecture> {
-    let places: [PathBuf; 2] =
-        ["model/config.json", "config.json"].map(|place| directory.join(place));
-    for place in &places {
+    for place in ["model/config.json", "config.json"] {
+        let place = directory.join(place);
         let file = place.display().to_string();
-        match std::fs::read(place) {
+        match std::fs::read(&place) {
             Ok(json) => return Architecture::from_json(&file, &json),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(reason) => return Err(Error::Read { file, reason }),

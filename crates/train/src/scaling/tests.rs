@@ -10,7 +10,7 @@ const LAWS: [PowerLaw; 2] = [
 
 /// A run of an architecture whose final loss is on its law.
 fn run(directory: &Path, which: usize, width: usize) -> PathBuf {
-    let path = directory.join(format!("{}-{width}", ARCHITECTURES[which].0));
+    let path = directory.join(format!("{}-{width}", ["hgrn_bit", "llama"][which]));
     std::fs::create_dir_all(path.join("model")).unwrap();
     let config = match which {
         0 => format!(
