@@ -1,10 +1,8 @@
 //! Log-likelihoods of somebody else's requests.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
-use mmfree::error::Error;
 use mmfree::eval::files::{Row, read_rows};
 use mmfree::eval::request::{Encoder, Request};
 use mmfree::eval::scorer::Scorer;
@@ -39,7 +37,7 @@ pub fn run(
     let progress = Progress::new("scoring");
     let scores = scorer.score(&groups, &mut |done| {
         progress.set(done as u64, rows.len() as u64);
-        if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+        interrupt::check(cancel)
     })?;
     drop(progress);
     let mut text = String::new();
