@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use mmfree::eval::files::read_rows;
 use mmfree::eval::harness::{DEFAULT_SEED, Options};
 use mmfree::eval::request::Encoder;
 use mmfree::eval::tasks::{Split, Task};
@@ -110,7 +111,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         None => Vec::new(),
     };
-    let requests = args.requests.as_deref().map(requests::read).transpose()?;
+    let requests = args.requests.as_deref().map(read_rows).transpose()?;
     for input in &args.perplexity {
         ensure!(input.exists(), "cannot read {}: there is no such file", input.display());
     }
