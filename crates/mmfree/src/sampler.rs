@@ -268,7 +268,7 @@ fn is_invalid(logit: &f32) -> bool {
     logit.is_nan() | (*logit == f32::INFINITY)
 }
 
-/// Id and logit of the most likely token, of equals the lowest id. `None` if a logit is NaN or infinite, or
+/// Id and logit of the most likely token, of equals the lowest id. `None` if a logit is NaN or +∞, or
 /// all are −∞.
 pub(crate) fn most_likely(logits: &[f32]) -> Option<(u32, f32)> {
     // Sixteen at a time and without branches, which compiles to vector code.

@@ -77,7 +77,7 @@ pub struct Args {
     /// Print JSON, with every item of every task
     #[arg(long)]
     json: bool,
-    /// Also write the JSON to a file
+    /// Also write the JSON to a file; that of --requests only there
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -115,7 +115,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for input in &args.perplexity {
         ensure!(input.exists(), "cannot read {}: there is no such file", input.display());
     }
-    let mut file = args.output.as_deref().map(OutputFile::create).transpose()?;
+    let file = args.output.as_deref().map(OutputFile::create).transpose()?;
 
     let mut judge = Judge::load(args.model.as_deref(), &args.engine)?;
     let tokenizer = judge.tokenizer.take();
@@ -147,7 +147,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.json {
         print(&format!("{report}\n"))?;
     }
-    if let Some(mut file) = file.take() {
+    if let Some(mut file) = file {
         file.put(format!("{report}\n").as_bytes())?;
         file.commit()?;
     }
