@@ -230,7 +230,6 @@ impl Projection {
         let Some(better) = self.better_at_largest else {
             return format!("- {form}: no crossing without a law of both architectures.");
         };
-        let share = self.crossing_share.map_or(0.0, |share| share * 100.0);
         let found = match self.crossing_flops {
             Some(flops) => format!("the MatMul-free model overtakes at {flops:.2e} FLOPs"),
             None if better == ARCHITECTURES[0] => {
@@ -241,9 +240,10 @@ impl Projection {
         let interval = self.crossing_interval.map_or(String::new(), |interval| {
             format!(", 90 % of them from {:.1e} to {:.1e}", interval.low, interval.high)
         });
-        format!(
-            "- {form}: {found} (paper: {PAPER_CROSSING:.0e}); {share:.0} % of the bootstrap's draws cross{interval}."
-        )
+        let share = self.crossing_share.map_or(String::new(), |share| {
+            format!("; {:.0} % of the bootstrap's draws cross{interval}", 100.0 * share)
+        });
+        format!("- {form}: {found} (paper: {PAPER_CROSSING:.0e}){share}.")
     }
 }
 

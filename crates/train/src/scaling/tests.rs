@@ -69,6 +69,8 @@ fn laws_of_runs_are_found_and_drawn() {
         table.contains("hgrn_bit-32") && table.contains("the MatMul-free model overtakes"),
         "{table}"
     );
+    let undrawn = analyse(&runs, &Options { draws: 0, ..Options::default() }).unwrap();
+    assert!(!undrawn.markdown().contains("draws"));
     let all = Options { points: Points::All, draws: 10 };
     assert_eq!(analyse(&runs, &all).unwrap().runs[0].points.len(), 4);
 }
