@@ -95,9 +95,7 @@ fn write<B: Backend + 'static>(args: &Args, backend: &mut B) -> Result<ExitCode>
     model.update_weights(backend, &flat)?;
     let scale = micro_batch as f32 / sequences.len() as f32;
     for part in sequences.chunks(micro_batch) {
-        if cancel.load(std::sync::atomic::Ordering::Relaxed) {
-            return Err(mmfree::error::Error::Cancelled.into());
-        }
+        interrupt::check(cancel)?;
         let ids: Vec<u32> = part.iter().flat_map(|ids| &ids[..length - 1]).copied().collect();
         let targets: Vec<u32> = part.iter().flat_map(|ids| &ids[1..]).copied().collect();
         let batch = Batch { ids: &ids, targets: &targets };

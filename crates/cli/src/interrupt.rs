@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
+use mmfree::error::Error;
 
 /// Exit code of an interrupted command, as shells have it.
 pub const EXIT_CODE: u8 = 130;
@@ -20,6 +21,14 @@ pub fn catch() -> Result<&'static AtomicBool> {
     })
     .context("cannot catch Ctrl-C")?;
     Ok(&REQUESTED)
+}
+
+/// Whether work may go on: an error once the flag is set.
+///
+/// # Errors
+/// [`Error::Cancelled`].
+pub fn check(cancel: &AtomicBool) -> mmfree::error::Result<()> {
+    if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// Signals that ask long work to save and stop. A second Ctrl-C ends the program.

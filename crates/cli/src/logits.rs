@@ -2,10 +2,8 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
-use mmfree::error::Error;
 use mmfree::output::OutputFile;
 use mmfree::state::State;
 use serde_json::json;
@@ -71,9 +69,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for ids in &sequences {
         let mut state = State::new(&model);
         engine.logits(&mut state, ids, &mut |_, logits| {
-            if cancel.load(Ordering::Relaxed) {
-                return Err(Error::Cancelled);
-            }
+            interrupt::check(cancel)?;
             file.put(&to_bytes(logits))
         })?;
         states.push(state);

@@ -119,6 +119,15 @@ fn a_transformer_is_judged_by_its_own_forward_pass() {
     assert!((ll(0) - ll(1) - ll(2)).abs() < 1e-5, "{scores:?}");
     assert_eq!(scores[3]["tokens"], 4);
 
+    // More than the model's 512 positions.
+    let long = serde_json::json!({"context_ids": [5], "continuation_ids": vec![6; 513]});
+    fs::write(&requests, format!("{}\n{long}\n", r#"{"context": "a", "continuation": "b"}"#))
+        .unwrap();
+    fail(
+        &["eval", model, "--requests", requests.to_str().unwrap()],
+        &["requests.jsonl:2", "continuation_ids", "512 tokens"],
+    );
+
     let data = fixtures("eval/data");
     let report =
         json(&["eval", model, "--tasks", "openbookqa", "--data", data.to_str().unwrap(), "--json"]);

@@ -254,8 +254,7 @@ impl Sampler {
 /// The highest logit, of equals the one with the lowest id.
 fn highest(logits: &[f32]) -> Result<Candidate> {
     let Some((id, logit)) = most_likely(logits) else {
-        let is_invalid = |logit: f32| logit.is_nan() || logit == f32::INFINITY;
-        return Err(Error::Invalid(match logits.iter().position(|&logit| is_invalid(logit)) {
+        return Err(Error::Invalid(match logits.iter().position(is_invalid) {
             Some(id) => {
                 format!("logit {id} is {}: the model computes no valid distribution", logits[id])
             }
@@ -265,7 +264,11 @@ fn highest(logits: &[f32]) -> Result<Candidate> {
     Ok(Candidate { logit, id })
 }
 
-/// Id and logit of the most likely token, of equals the lowest id. `None` if a logit is NaN or infinite, or
+fn is_invalid(logit: &f32) -> bool {
+    logit.is_nan() | (*logit == f32::INFINITY)
+}
+
+/// Id and logit of the most likely token, of equals the lowest id. `None` if a logit is NaN or +∞, or
 /// all are −∞.
 pub(crate) fn most_likely(logits: &[f32]) -> Option<(u32, f32)> {
     // Sixteen at a time and without branches, which compiles to vector code.
@@ -275,12 +278,13 @@ pub(crate) fn most_likely(logits: &[f32]) -> Option<(u32, f32)> {
     for chunk in chunks {
         for ((best, has_invalid), &logit) in best.iter_mut().zip(&mut has_invalid).zip(chunk) {
             *best = if logit > *best { logit } else { *best };
-            *has_invalid |= logit.is_nan() | (logit == f32::INFINITY);
+            *has_invalid |= is_invalid(&logit);
         }
     }
-    let mut last = best.into_iter().chain(rest.iter().copied());
-    let is_valid = !has_invalid.contains(&true) && rest.iter().all(|&logit| logit < f32::INFINITY);
-    let highest = last.try_fold(f32::NEG_INFINITY, |a, b| is_valid.then(|| a.max(b)))?;
+    if has_invalid.contains(&true) || rest.iter().any(is_invalid) {
+        return None;
+    }
+    let highest = best.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, f32::max);
     let id = logits.iter().position(|&logit| logit == highest)?;
     (highest > f32::NEG_INFINITY).then_some((id as u32, logits[id]))
 }

@@ -254,9 +254,7 @@ pub fn run<B: Backend + 'static>(
 
 /// Operations of the products of one token, forward and backward.
 fn flops_per_token(architecture: &Architecture, length: usize) -> f64 {
-    let layout = architecture.layout();
-    let matrices = layout.parameters().iter().filter(|p| p.kind == ParameterKind::Matrix);
-    let weights: usize = matrices.map(|parameter| parameter.range.len()).sum();
+    let weights = architecture.layout().matrix_weights();
     let attention = match architecture {
         Architecture::MatMulFree(_) => 0,
         // Two products over half the positions on average, and twice that backward.

@@ -39,6 +39,13 @@ impl<B: Backend + 'static> FullPrecisionScorer<B> {
         let parameters = backend.flat_from(parameters)?;
         Ok(Self { backend, architecture, parameters, window: window.max(1) })
     }
+
+    fn model(&mut self, shape: BatchShape) -> Result<Model<B>> {
+        let options = ModelOptions { recompute: true, ..ModelOptions::default() };
+        let mut model = Model::new(&mut self.backend, &self.architecture, shape, &options)?;
+        model.update_weights(&mut self.backend, &self.parameters)?;
+        Ok(model)
+    }
 }
 
 impl<B: Backend + 'static> Scorer for FullPrecisionScorer<B> {
@@ -74,13 +81,12 @@ impl<B: Backend + 'static> Scorer for FullPrecisionScorer<B> {
             let tokens = BATCH_TOKENS.min(MAX_LOGITS / vocabulary.max(1));
             let sequences = (tokens / padded).clamp(1, order.len());
             let shape = BatchShape { sequences, length: padded };
-            if model.as_ref().is_none_or(|model| model.shape() != shape) {
-                let options = ModelOptions { recompute: true, ..ModelOptions::default() };
-                let mut new = Model::new(&mut self.backend, &self.architecture, shape, &options)?;
-                new.update_weights(&mut self.backend, &self.parameters)?;
-                model = Some(new);
-            }
-            let Some(model) = &mut model else { continue };
+            // The memory of one shape goes before that of the next comes.
+            drop(model.take_if(|model| model.shape() != shape));
+            let model = match &mut model {
+                Some(model) => model,
+                none => none.insert(self.model(shape)?),
+            };
             let part = &order[first..order.len().min(first + sequences)];
             let mut ids = vec![0; shape.tokens()];
             for (row, &(group, request)) in ids.chunks_exact_mut(padded).zip(part) {

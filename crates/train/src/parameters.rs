@@ -72,6 +72,12 @@ impl ParameterLayout {
         self.len() == 0
     }
 
+    /// Weights in matrices: what a token is multiplied with. The embedding table is only looked up.
+    pub fn matrix_weights(&self) -> usize {
+        let matrices = self.parameters.iter().filter(|p| p.kind == ParameterKind::Matrix);
+        matrices.map(|parameter| parameter.range.len()).sum()
+    }
+
     /// A parameter by name.
     pub fn get(&self, name: &str) -> Option<&Parameter> {
         self.by_name.get(name).map(|&at| &self.parameters[at])

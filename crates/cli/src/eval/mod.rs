@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
+use mmfree::eval::files::read_rows;
 use mmfree::eval::harness::{DEFAULT_SEED, Options};
 use mmfree::eval::request::Encoder;
 use mmfree::eval::tasks::{Split, Task};
@@ -76,7 +77,7 @@ pub struct Args {
     /// Print JSON, with every item of every task
     #[arg(long)]
     json: bool,
-    /// Also write the JSON to a file
+    /// Also write the JSON to a file; that of --requests only there
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     #[command(flatten)]
@@ -110,11 +111,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         None => Vec::new(),
     };
-    let requests = args.requests.as_deref().map(requests::read).transpose()?;
+    let requests = args.requests.as_deref().map(read_rows).transpose()?;
     for input in &args.perplexity {
         ensure!(input.exists(), "cannot read {}: there is no such file", input.display());
     }
-    let mut file = args.output.as_deref().map(OutputFile::create).transpose()?;
+    let file = args.output.as_deref().map(OutputFile::create).transpose()?;
 
     let mut judge = Judge::load(args.model.as_deref(), &args.engine)?;
     let tokenizer = judge.tokenizer.take();
@@ -146,7 +147,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.json {
         print(&format!("{report}\n"))?;
     }
-    if let Some(mut file) = file.take() {
+    if let Some(mut file) = file {
         file.put(format!("{report}\n").as_bytes())?;
         file.commit()?;
     }

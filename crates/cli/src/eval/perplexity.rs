@@ -1,10 +1,8 @@
 //! Perplexity of files.
 
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 
 use anyhow::{Result, bail};
-use mmfree::error::Error;
 use mmfree::eval::perplexity::{Meter, Perplexity};
 use mmfree::eval::request::Encoder;
 use mmfree::eval::scorer::Scorer;
@@ -38,7 +36,7 @@ pub fn run(
     }
     let cancel = interrupt::catch()?;
     let progress = Progress::new("reading");
-    let mut tick = || if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) };
+    let mut tick = || interrupt::check(cancel);
     let mut meter = Meter::new(encoder, scorer, window, &mut tick);
     let start = std::time::Instant::now();
     read_documents(inputs.files, inputs.field, &mut |text, (done, total)| {

@@ -1,11 +1,7 @@
 //! Log-likelihoods of somebody else's requests.
 
-use std::path::Path;
-use std::sync::atomic::Ordering;
-
 use anyhow::{Context, Result};
-use mmfree::error::Error;
-use mmfree::eval::files::{Row, read_rows};
+use mmfree::eval::files::Row;
 use mmfree::eval::request::{Encoder, Request};
 use mmfree::eval::scorer::Scorer;
 use mmfree::output::OutputFile;
@@ -13,11 +9,6 @@ use serde_json::Value;
 
 use crate::interrupt;
 use crate::progress::Progress;
-
-/// Lines of a file of requests.
-pub fn read(path: &Path) -> Result<Vec<Row>> {
-    Ok(read_rows(path)?)
-}
 
 /// Scores requests and prints one JSON object a line, in their order.
 pub fn run(
@@ -29,7 +20,7 @@ pub fn run(
     // Neighbours with one beginning are a group: what they share is read once.
     let mut groups: Vec<Vec<Request>> = Vec::new();
     for row in rows {
-        let request = request(row, encoder, scorer.vocab_size())?.within(scorer.window())?;
+        let request = request(row, encoder, scorer)?;
         match groups.last_mut() {
             Some(group) if shares_context(&group[0], &request) => group.push(request),
             _ => groups.push(vec![request]),
@@ -39,7 +30,7 @@ pub fn run(
     let progress = Progress::new("scoring");
     let scores = scorer.score(&groups, &mut |done| {
         progress.set(done as u64, rows.len() as u64);
-        if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+        interrupt::check(cancel)
     })?;
     drop(progress);
     let mut text = String::new();
@@ -60,14 +51,20 @@ fn shares_context(a: &Request, b: &Request) -> bool {
     a.context == b.context && a.tokens[..a.context] == b.tokens[..b.context]
 }
 
-fn request(row: &Row, encoder: Option<&Encoder<'_>>, vocab_size: usize) -> Result<Request> {
-    if row.find("context_ids").is_none() {
+fn request(row: &Row, encoder: Option<&Encoder<'_>>, scorer: &dyn Scorer) -> Result<Request> {
+    let (field, request) = if row.find("context_ids").is_some() {
+        ("continuation_ids", Ok(of_ids(row, scorer.vocab_size())?))
+    } else {
         let encoder = encoder.context(
             "this model has no tokenizer; give \"context_ids\" and \"continuation_ids\"",
         )?;
-        let pair = encoder.pair(row.text("context")?, row.text("continuation")?);
-        return pair.map_err(|error| row.error("continuation", &error.to_string()).into());
-    }
+        ("continuation", encoder.pair(row.text("context")?, row.text("continuation")?))
+    };
+    let request = request.and_then(|request| request.within(scorer.window()));
+    Ok(request.map_err(|error| row.error(field, &error.to_string()))?)
+}
+
+fn of_ids(row: &Row, vocab_size: usize) -> Result<Request> {
     let ids = |field: &str| -> Result<Vec<u32>> {
         let id = |value: &Value| {
             let id = value.as_u64().filter(|&id| id < vocab_size as u64).map(|id| id as u32);

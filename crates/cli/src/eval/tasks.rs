@@ -2,10 +2,8 @@
 
 use std::fmt::Write;
 use std::path::Path;
-use std::sync::atomic::Ordering;
 
 use anyhow::Result;
-use mmfree::error::Error;
 use mmfree::eval::harness::{Options, Prepared, TaskResult};
 use mmfree::eval::request::Encoder;
 use mmfree::eval::scorer::Scorer;
@@ -40,7 +38,7 @@ pub fn run(
     for prepared in prepared {
         let result = prepared.run(encoder, scorer, &mut |done| {
             progress.set((before + done) as u64, total as u64);
-            if cancel.load(Ordering::Relaxed) { Err(Error::Cancelled) } else { Ok(()) }
+            interrupt::check(cancel)
         })?;
         before += prepared.requests();
         results.push(result);

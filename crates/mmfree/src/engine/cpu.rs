@@ -33,7 +33,7 @@ const ADD_TASK: usize = 8 << 10;
 pub(super) struct CpuEngine {
     model: Arc<Model>,
     backend: Backend,
-    pub(super) pool: Pool,
+    pool: Pool,
     buffers: Buffers,
     /// Logits of the last call, [rows, V].
     pub logits: Vec<f32>,

@@ -307,8 +307,9 @@ impl Engine {
         Ok(self.last_logits())
     }
 
-    /// Calls `task` with every item and its row of the logits [B, V] of the last [`forward`](Self::forward), on
-    /// all threads: the first item has the first row. Returns the rows that are left.
+    /// Calls `task` with every item and its row of the logits [B, V] of the last [`forward`](Self::forward): the
+    /// first item has the first row. On all of the engine's threads; with a GPU on the caller's. Returns the rows
+    /// that are left.
     ///
     /// # Panics
     /// If there are more items than rows, or if a task panicked.
@@ -318,23 +319,22 @@ impl Engine {
         task: &(dyn Fn(&mut T, &mut [f32]) + Sync),
     ) -> &mut [f32] {
         let vocab_size = self.model.config().vocab_size;
-        match &mut self.executor {
+        let (pool, logits) = match &mut self.executor {
             Executor::Cpu(engine) => {
-                let (rows, rest) = engine.logits.split_at_mut(items.len() * vocab_size);
-                let mut pairs: Vec<_> =
-                    items.iter_mut().zip(rows.chunks_exact_mut(vocab_size)).collect();
-                engine.pool.for_each_chunk(&mut pairs, 1, &|_, _, pairs| {
-                    pairs.iter_mut().for_each(|(item, row)| task(item, row));
-                });
-                rest
+                let (_, pool, logits) = engine.logits_and_pool();
+                (Some(pool), logits)
             }
-            Executor::Cuda(engine) => {
-                let (rows, rest) = engine.logits.split_at_mut(items.len() * vocab_size);
-                let pairs = items.iter_mut().zip(rows.chunks_exact_mut(vocab_size));
-                pairs.for_each(|(item, row)| task(item, row));
-                rest
-            }
+            Executor::Cuda(engine) => (None, &mut engine.logits[..]),
+        };
+        let (rows, rest) = logits.split_at_mut(items.len() * vocab_size);
+        let mut pairs: Vec<_> = items.iter_mut().zip(rows.chunks_exact_mut(vocab_size)).collect();
+        match pool {
+            Some(pool) => pool.for_each_chunk(&mut pairs, 1, &|_, _, pairs| {
+                pairs.iter_mut().for_each(|(item, row)| task(item, row));
+            }),
+            None => pairs.iter_mut().for_each(|(item, row)| task(item, row)),
         }
+        rest
     }
 
     /// Feeds tokens and hands the logits `[V]` of every position to `sink(position, logits)`.

@@ -1,7 +1,7 @@
 //! JSON lines and lists of labels, with file, line and field in every error.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde_json::Value;
@@ -95,15 +95,17 @@ fn malformed(file: &str, line: u64, what: String) -> Error {
 /// # Errors
 /// Errors of reading; a line that is no object or too long; a file without any.
 pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
-    let file = path.display().to_string();
-    let reader = File::open(path)
-        .map_err(|reason| Error::Read { file: file.clone(), reason: directory(path, reason) })?;
-    parse_rows(&file, &mut BufReader::new(reader))
+    parse_rows(&path.display().to_string(), &mut open(path)?)
 }
 
-/// Opening a directory may succeed; reading it does not.
-fn directory(path: &Path, reason: std::io::Error) -> std::io::Error {
-    if path.is_dir() { std::io::Error::other("it is a directory") } else { reason }
+fn open(path: &Path) -> Result<BufReader<File>> {
+    // Opening a directory may succeed; reading it does not.
+    let opened = match path.is_dir() {
+        true => Err(std::io::Error::other("it is a directory")),
+        false => File::open(path),
+    };
+    let failed = |reason| Error::Read { file: path.display().to_string(), reason };
+    opened.map(BufReader::new).map_err(failed)
 }
 
 /// [`read_rows`] of anything.
@@ -132,9 +134,8 @@ pub fn parse_rows(file: &str, reader: &mut dyn BufRead) -> Result<Vec<Row>> {
 /// Errors of reading; a line that is no such number.
 pub fn read_labels(path: &Path, first: usize, count: usize) -> Result<Vec<usize>> {
     let file = path.display().to_string();
-    let reader = File::open(path).map_err(|reason| Error::Read { file: file.clone(), reason })?;
     let mut labels = Vec::new();
-    each_line(&file, &mut BufReader::new(reader), &mut |line, text| {
+    each_line(&file, &mut open(path)?, &mut |line, text| {
         let label = text.trim().parse::<usize>().ok().and_then(|label| label.checked_sub(first));
         labels.push(label.filter(|label| *label < count).ok_or_else(|| {
             let what = format!(
@@ -160,12 +161,7 @@ fn each_line(
     for number in 1_u64.. {
         bytes.clear();
         let read = (&mut *reader).take(MAX_LINE_BYTES + 1).read_until(b'\n', &mut bytes);
-        let length = read.map_err(|reason| {
-            let is_directory = reason.kind() == ErrorKind::IsADirectory;
-            let reason =
-                if is_directory { std::io::Error::other("it is a directory") } else { reason };
-            Error::Read { file: file.to_owned(), reason }
-        })?;
+        let length = read.map_err(|reason| Error::Read { file: file.to_owned(), reason })?;
         if length == 0 {
             break;
         }

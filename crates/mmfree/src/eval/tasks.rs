@@ -74,7 +74,37 @@ pub struct Task {
     directories: &'static [&'static str],
     /// Names of the files of a split.
     files: &'static [(Split, &'static [&'static str])],
+    /// Where answers are that the lines do not say.
+    labels: Option<Labels>,
     parse: fn(&Row) -> Result<Parsed>,
+}
+
+/// A list of labels beside a file of items, one a line: `valid-labels.lst` beside `valid.jsonl`.
+#[derive(Debug)]
+struct Labels {
+    /// The field of an item that says the answer where there is no list.
+    field: &'static str,
+    /// The label of the first answer.
+    first: usize,
+    /// How many answers there are.
+    answers: usize,
+}
+
+impl Labels {
+    /// The answers to the items of a file; none if there is no list beside it.
+    fn read(&self, path: &Path, items: usize) -> Result<Vec<usize>> {
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let list = path.with_file_name(format!("{stem}-labels.lst"));
+        if !list.is_file() {
+            return Ok(Vec::new());
+        }
+        let labels = read_labels(&list, self.first, self.answers)?;
+        if labels.len() != items {
+            let what = format!("{} labels, but {} has {items} items", labels.len(), path.display());
+            return Err(Error::Malformed { file: list.display().to_string(), what });
+        }
+        Ok(labels)
+    }
 }
 
 /// Every task.
@@ -97,6 +127,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["ARC-Easy-Dev.jsonl"]),
             (Split::Test, &["ARC-Easy-Test.jsonl"]),
         ],
+        labels: None,
         parse: arc,
     },
     Task {
@@ -117,6 +148,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["ARC-Challenge-Dev.jsonl"]),
             (Split::Test, &["ARC-Challenge-Test.jsonl"]),
         ],
+        labels: None,
         parse: arc,
     },
     Task {
@@ -132,6 +164,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["hellaswag_val.jsonl"]),
             (Split::Test, &["hellaswag_test.jsonl"]),
         ],
+        labels: None,
         parse: hellaswag,
     },
     Task {
@@ -154,6 +187,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["dev.jsonl"]),
             (Split::Test, &["test.jsonl"]),
         ],
+        labels: None,
         parse: open_book_qa,
     },
     Task {
@@ -169,6 +203,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["valid.jsonl", "dev.jsonl"]),
             (Split::Test, &["tests.jsonl", "test.jsonl"]),
         ],
+        labels: Some(Labels { field: "label", first: 0, answers: 2 }),
         parse: piqa,
     },
     Task {
@@ -184,6 +219,7 @@ pub static TASKS: [Task; 7] = [
             (Split::Validation, &["dev.jsonl"]),
             (Split::Test, &["test.jsonl"]),
         ],
+        labels: Some(Labels { field: "answer", first: 1, answers: 2 }),
         parse: winogrande,
     },
     Task {
@@ -195,6 +231,7 @@ pub static TASKS: [Task; 7] = [
         avoids_question: false,
         directories: &["LAMBADA", "lambada_openai/data"],
         files: &[(Split::Test, &["lambada_test.jsonl", "lambada_test_en.jsonl"])],
+        labels: None,
         parse: lambada,
     },
 ];
@@ -302,28 +339,10 @@ impl Task {
     /// Errors of reading; anything malformed, with file, line and field.
     pub fn read(&self, path: &Path) -> Result<Vec<Doc>> {
         let rows = read_rows(path)?;
-        let labels = path
-            .file_stem()
-            .map(|stem| path.with_file_name(format!("{}-labels.lst", stem.to_string_lossy())));
-        let labels = match (self.name, labels.filter(|labels| labels.is_file())) {
-            ("piqa", Some(labels)) => Some((read_labels(&labels, 0, 2)?, labels)),
-            ("winogrande", Some(labels)) => Some((read_labels(&labels, 1, 2)?, labels)),
-            _ => None,
+        let labels = match &self.labels {
+            Some(labels) => labels.read(path, rows.len())?,
+            None => Vec::new(),
         };
-        if let Some((labels, file)) = &labels
-            && labels.len() != rows.len()
-        {
-            return Err(Error::Malformed {
-                file: file.display().to_string(),
-                what: format!(
-                    "{} labels, but {} has {} items",
-                    labels.len(),
-                    path.display(),
-                    rows.len()
-                ),
-            });
-        }
-        let labels = labels.map_or(Vec::new(), |(labels, _)| labels);
         let docs = rows.into_iter().enumerate();
         docs.map(|(index, row)| self.doc(row, labels.get(index).copied())).collect()
     }
@@ -335,7 +354,7 @@ impl Task {
     pub fn doc(&self, row: Row, label: Option<usize>) -> Result<Doc> {
         let parsed = (self.parse)(&row)?;
         let gold = parsed.gold.or(label).ok_or_else(|| {
-            let field = if self.name == "winogrande" { "answer" } else { "label" };
+            let field = self.labels.as_ref().map_or("label", |labels| labels.field);
             row.error(field, "it is missing, and there is no list of labels beside the file")
         })?;
         let [question, answer] = (parsed.example)(&parsed, gold);

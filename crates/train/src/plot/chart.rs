@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use mmfree::error::{Error, Result};
-use plotters::coord::Shift;
+use plotters::coord::{CoordTranslate, Shift};
 use plotters::prelude::*;
 
 use super::curve::{Curve, Point, smooth};
@@ -66,7 +66,7 @@ fn ranges(curves: &[Curve], options: &PlotOptions) -> Option<(Range<f64>, Range<
     Some((0.0..end.max(1.0) * 1.01, low - margin..high + margin))
 }
 
-type DrawingResult = std::result::Result<(), Box<dyn std::error::Error>>;
+pub(crate) type DrawingResult = std::result::Result<(), Box<dyn std::error::Error>>;
 
 fn chart(
     root: &DrawingArea<SVGBackend, Shift>,
@@ -129,6 +129,15 @@ fn chart(
             chart.draw_series(points.map(|point| Circle::new(point, 4, colour.filled())))?;
         }
     }
+    legend(&mut chart)?;
+    root.present()?;
+    Ok(())
+}
+
+/// Draws the labels of a chart's series into its upper right corner.
+pub(crate) fn legend<'a, 's: 'a, C: CoordTranslate>(
+    chart: &mut ChartContext<'a, SVGBackend<'s>, C>,
+) -> DrawingResult {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperRight)
@@ -138,7 +147,6 @@ fn chart(
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
         .draw()?;
-    root.present()?;
     Ok(())
 }
 

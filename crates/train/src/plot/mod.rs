@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use mmfree::error::{Error, Result};
 
 pub use self::chart::draw;
-pub(crate) use self::chart::{COLOURS, FONT};
+pub(crate) use self::chart::{COLOURS, DrawingResult, FONT, legend};
 pub use self::curve::{Curve, Point, smooth};
 use crate::log::read_log;
 

@@ -4,7 +4,7 @@ use mmfree::error::{Error, Result};
 use plotters::prelude::*;
 
 use super::{ARCHITECTURES, Form, Report};
-use crate::plot::{COLOURS, FONT};
+use crate::plot::{COLOURS, DrawingResult, FONT, legend};
 
 /// Points of a line.
 const STEPS: usize = 200;
@@ -25,7 +25,7 @@ pub fn draw(report: &Report, farthest: f64, size: (u32, u32)) -> Result<String> 
     let high = losses().fold(0.0, f64::max);
     let margin = ((high - low) * 0.06).max(0.01);
     let mut svg = String::new();
-    let drawn = (|| -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let drawn = (|| -> DrawingResult {
         let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
         root.fill(&WHITE)?;
         let mut chart = ChartBuilder::on(&root)
@@ -46,7 +46,7 @@ pub fn draw(report: &Report, farthest: f64, size: (u32, u32)) -> Result<String> 
             .x_label_formatter(&|flops| format!("{flops:.0e}"))
             .y_label_formatter(&|loss| format!("{loss:.2}"))
             .draw()?;
-        for (colour, (_, architecture)) in COLOURS.into_iter().zip(ARCHITECTURES) {
+        for (colour, architecture) in COLOURS.into_iter().zip(ARCHITECTURES) {
             let runs = report.runs.iter().filter(|run| run.architecture == architecture);
             let points: Vec<_> = runs.flat_map(|run| run.points.iter().copied()).collect();
             if points.is_empty() {
@@ -100,15 +100,7 @@ pub fn draw(report: &Report, farthest: f64, size: (u32, u32)) -> Result<String> 
                 (FONT, 14),
             )])?;
         }
-        chart
-            .configure_series_labels()
-            .position(SeriesLabelPosition::UpperRight)
-            .margin(12)
-            .legend_area_size(36)
-            .label_font((FONT, 15))
-            .background_style(WHITE.mix(0.85))
-            .border_style(BLACK.mix(0.3))
-            .draw()?;
+        legend(&mut chart)?;
         root.present()?;
         Ok(())
     })();

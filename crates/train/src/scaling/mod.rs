@@ -20,8 +20,8 @@ pub use self::run::{Points, Run};
 
 /// The paper's projection: the compute at which the MatMul-free model overtakes the Transformer++.
 pub const PAPER_CROSSING: f64 = 1e23;
-/// `model_type` and name of each architecture, the one that is to overtake first.
-const ARCHITECTURES: [(&str, &str); 2] = [("hgrn_bit", "matmul-free"), ("llama", "transformer++")];
+/// Names of the architectures, the one that is to overtake first.
+const ARCHITECTURES: [&str; 2] = ["matmul-free", "transformer++"];
 
 /// How laws are fitted.
 #[derive(Clone, Copy, Debug)]
@@ -98,7 +98,7 @@ pub fn analyse(paths: &[PathBuf], options: &Options) -> Result<Report> {
     let projections: Vec<_> =
         [Form::Floor, Form::Pure].map(|form| project(&runs, form, options.draws)).into();
     if projections.iter().all(|projection| projection.fits.is_empty()) {
-        let counts = ARCHITECTURES.map(|(_, name)| {
+        let counts = ARCHITECTURES.map(|name| {
             let count = runs.iter().filter(|run| run.architecture == name).count();
             format!("{count} of {name}")
         });
@@ -112,7 +112,7 @@ pub fn analyse(paths: &[PathBuf], options: &Options) -> Result<Report> {
 }
 
 fn project(runs: &[Run], form: Form, draws: usize) -> Projection {
-    let points = ARCHITECTURES.map(|(_, name)| {
+    let points = ARCHITECTURES.map(|name| {
         let runs = runs.iter().filter(|run| run.architecture == name);
         runs.flat_map(|run| run.points.iter().copied()).collect::<Vec<(f64, f64)>>()
     });
@@ -134,7 +134,7 @@ fn project(runs: &[Run], form: Form, draws: usize) -> Projection {
         }
     }
     let mut fits = Vec::new();
-    for (((law, points), drawn), (_, architecture)) in
+    for (((law, points), drawn), architecture) in
         laws.iter().zip(&points).zip(&drawn).zip(ARCHITECTURES)
     {
         let Some(law) = *law else { continue };
@@ -162,7 +162,7 @@ fn project(runs: &[Run], form: Form, draws: usize) -> Projection {
         crossing_interval: Interval::of(crossings),
         better_at_largest: both.map(|(first, second)| {
             let first_is_better = first.loss(largest) < second.loss(largest);
-            ARCHITECTURES[usize::from(!first_is_better)].1
+            ARCHITECTURES[usize::from(!first_is_better)]
         }),
     }
 }
@@ -230,10 +230,9 @@ impl Projection {
         let Some(better) = self.better_at_largest else {
             return format!("- {form}: no crossing without a law of both architectures.");
         };
-        let share = self.crossing_share.map_or(0.0, |share| share * 100.0);
         let found = match self.crossing_flops {
             Some(flops) => format!("the MatMul-free model overtakes at {flops:.2e} FLOPs"),
-            None if better == ARCHITECTURES[0].1 => {
+            None if better == ARCHITECTURES[0] => {
                 "the MatMul-free model is better already at the largest compute".to_owned()
             }
             None => "the lines do not cross before 1e40 FLOPs".to_owned(),
@@ -241,9 +240,10 @@ impl Projection {
         let interval = self.crossing_interval.map_or(String::new(), |interval| {
             format!(", 90 % of them from {:.1e} to {:.1e}", interval.low, interval.high)
         });
-        format!(
-            "- {form}: {found} (paper: {PAPER_CROSSING:.0e}); {share:.0} % of the bootstrap's draws cross{interval}."
-        )
+        let share = self.crossing_share.map_or(String::new(), |share| {
+            format!("; {:.0} % of the bootstrap's draws cross{interval}", 100.0 * share)
+        });
+        format!("- {form}: {found} (paper: {PAPER_CROSSING:.0e}){share}.")
     }
 }
 

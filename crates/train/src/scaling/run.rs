@@ -1,6 +1,6 @@
 //! What a training run says about loss and compute.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mmfree::error::{Error, Result};
 use serde::Serialize;
@@ -8,7 +8,6 @@ use serde::Serialize;
 use super::ARCHITECTURES;
 use crate::architecture::Architecture;
 use crate::log::{LOG_FILE, read_log};
-use crate::parameters::ParameterKind;
 use crate::plot::{Axis, Curve, smooth};
 
 /// Which losses of a run count.
@@ -58,22 +57,17 @@ impl Run {
             true => curve.validation,
             false => smooth(&curve.training, SMOOTHING),
         };
-        let malformed = |what: &str| Error::Malformed {
-            file: log.display().to_string(),
-            what: what.to_owned(),
-        };
         let losses: Vec<_> =
             losses.into_iter().filter(|&(tokens, loss)| tokens > 0.0 && loss > 0.0).collect();
         let Some(&last) = losses.last() else {
-            return Err(malformed("the log has no loss yet"));
+            return Err(Error::Malformed {
+                file: log.display().to_string(),
+                what: "the log has no loss yet".to_owned(),
+            });
         };
         let architecture = configuration(directory)?;
-        let matrices = |architecture: &Architecture| -> usize {
-            let layout = architecture.layout();
-            let matrices = layout.parameters().iter().filter(|p| p.kind == ParameterKind::Matrix);
-            matrices.map(|parameter| parameter.range.len()).sum()
-        };
-        let matrix_parameters = matrices(&architecture);
+        let layout = architecture.layout();
+        let matrix_parameters = layout.matrix_weights();
         let flops = |tokens: f64| 6.0 * matrix_parameters as f64 * tokens;
         let points = match points {
             Points::Final => vec![(flops(last.0), last.1)],
@@ -83,15 +77,13 @@ impl Run {
                 .map(|&(tokens, loss)| (flops(tokens), loss))
                 .collect(),
         };
-        let model_type = architecture.model_type();
-        let (_, architecture_name) = ARCHITECTURES
-            .into_iter()
-            .find(|(name, _)| *name == model_type)
-            .ok_or_else(|| malformed("the model is of an unknown architecture"))?;
         Ok(Self {
             name,
-            architecture: architecture_name,
-            parameters: architecture.layout().len(),
+            architecture: match architecture {
+                Architecture::MatMulFree(_) => ARCHITECTURES[0],
+                Architecture::Transformer(_) => ARCHITECTURES[1],
+            },
+            parameters: layout.len(),
             matrix_parameters,
             tokens: last.0 as u64,
             is_held_out,
@@ -102,11 +94,10 @@ impl Run {
 
 /// The model that a run trained.
 fn configuration(directory: &Path) -> Result<Architecture> {
-    let places: [PathBuf; 2] =
-        ["model/config.json", "config.json"].map(|place| directory.join(place));
-    for place in &places {
+    for place in ["model/config.json", "config.json"] {
+        let place = directory.join(place);
         let file = place.display().to_string();
-        match std::fs::read(place) {
+        match std::fs::read(&place) {
             Ok(json) => return Architecture::from_json(&file, &json),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(reason) => return Err(Error::Read { file, reason }),

@@ -1,17 +1,13 @@
 //! Files of text as documents, for those who want the text itself.
 
-use std::io::BufRead;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mmfree::error::{Error, Result};
 
-use super::lines::open;
+use super::lines::read_parts;
 use super::{Content, Format, Item, Position, Source, json_field, list, read_lines};
 use crate::data::PartOf;
-
-/// Bytes of a plain text that are handed on at a time, about.
-const PART_BYTES: usize = 1 << 16;
 
 /// Takes a part of a document, or `None` at its end, and how many bytes of how many were read.
 pub type TakeText<'a> = dyn FnMut(Option<&str>, (u64, u64)) -> Result<()> + 'a;
@@ -66,51 +62,12 @@ pub fn read_documents(inputs: &[PathBuf], field: &str, take: &mut TakeText<'_>) 
                 super::read_parquet(source, Position::default(), field, &read, &mut emit)?;
             }
             _ => {
-                text(source, &read, &mut |part| take(part, progress()))?;
+                read_parts(source, &read, &mut |part| take(Some(part), progress()))?;
+                take(None, progress())?;
             }
         }
         result?;
         before += source.bytes;
     }
     Ok(())
-}
-
-/// Reads a plain text in parts that end with whole characters.
-fn text(
-    source: &Source,
-    read: &AtomicU64,
-    take: &mut dyn FnMut(Option<&str>) -> Result<()>,
-) -> Result<()> {
-    let failed = |reason| Error::Read { file: source.file.clone(), reason };
-    let mut reader = open(source, 0, read).map_err(failed)?;
-    let (mut bytes, mut offset, mut is_first) = (Vec::new(), 0_u64, true);
-    loop {
-        let buffer = reader.fill_buf().map_err(failed)?;
-        let taken = buffer.len().min(PART_BYTES);
-        let is_end = taken == 0;
-        bytes.extend_from_slice(&buffer[..taken]);
-        reader.consume(taken);
-        let valid = match std::str::from_utf8(&bytes) {
-            Ok(_) => bytes.len(),
-            Err(error) if error.error_len().is_none() && !is_end => error.valid_up_to(),
-            Err(error) => {
-                return Err(Error::Malformed {
-                    file: source.file.clone(),
-                    what: format!(
-                        "the text is not UTF-8: invalid byte at offset {}; convert it to UTF-8",
-                        offset + error.valid_up_to() as u64
-                    ),
-                });
-            }
-        };
-        let part = std::str::from_utf8(&bytes[..valid]).unwrap_or_default();
-        let part = if is_first { part.strip_prefix('\u{feff}').unwrap_or(part) } else { part };
-        is_first &= valid == 0;
-        take(Some(part))?;
-        offset += valid as u64;
-        bytes.drain(..valid);
-        if is_end {
-            return take(None);
-        }
-    }
 }

@@ -12,6 +12,8 @@ use super::{Content, Emit, Format, Item, Position, Source};
 /// Longest line of JSON that is read, in bytes.
 const MAX_LINE_BYTES: u64 = 256 << 20;
 const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of a plain text that are handed on at a time, about.
+const PART_BYTES: usize = 1 << 16;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Adds the bytes of the file itself to a counter as they are read.
@@ -129,36 +131,52 @@ fn skip_line(reader: &mut dyn BufRead) -> io::Result<u64> {
 /// Checks that a whole file of text is UTF-8, so that it is taken or left as a whole.
 ///
 /// # Errors
-/// The first byte that is part of no character, with its line; errors of reading.
+/// As [`read_parts`].
 pub(in crate::data) fn check_utf8(source: &Source) -> Result<()> {
+    read_parts(source, &AtomicU64::new(0), &mut |_| Ok(()))
+}
+
+/// Reads a text from start to end and hands it on, without a byte order mark, in parts that end with whole
+/// characters.
+///
+/// # Errors
+/// The first byte that is part of no character, with its line; errors of reading; whatever `take` reports.
+pub(super) fn read_parts(
+    source: &Source,
+    read: &AtomicU64,
+    take: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<()> {
     let (mut line, mut offset) = (1, 0_u64);
-    let read = AtomicU64::new(0);
-    let mut reader =
-        open(source, 0, &read).map_err(|reason| read_error(source, line - 1, reason))?;
+    let failed = |line, reason| read_error(source, line - 1, reason);
+    let mut reader = open(source, 0, read).map_err(|reason| failed(line, reason))?;
     let mut pending = Vec::new();
     loop {
-        let buffer = reader.fill_buf().map_err(|reason| read_error(source, line - 1, reason))?;
-        let length = buffer.len();
-        pending.extend_from_slice(buffer);
+        let buffer = reader.fill_buf().map_err(|reason| failed(line, reason))?;
+        let length = buffer.len().min(PART_BYTES);
+        pending.extend_from_slice(&buffer[..length]);
         reader.consume(length);
-        let valid = match std::str::from_utf8(&pending) {
-            Ok(_) => pending.len(),
-            Err(error) if error.error_len().is_none() && length > 0 => error.valid_up_to(),
+        let (text, error) = match std::str::from_utf8(&pending) {
+            Ok(text) => (text, None),
             Err(error) => {
                 let valid = &pending[..error.valid_up_to()];
-                line += valid.iter().filter(|&&byte| byte == b'\n').count() as u64;
-                let offset = offset + valid.len() as u64;
-                return Err(Error::Malformed {
-                    file: format!("{}:{line}", source.file),
-                    what: format!(
-                        "the text is not UTF-8: invalid byte at offset {offset}; convert it to UTF-8"
-                    ),
-                });
+                (std::str::from_utf8(valid).unwrap_or_default(), Some(error))
             }
         };
-        line += pending[..valid].iter().filter(|&&byte| byte == b'\n').count() as u64;
-        offset += valid as u64;
-        pending.drain(..valid);
+        let end = offset + text.len() as u64;
+        line += text.bytes().filter(|&byte| byte == b'\n').count() as u64;
+        // A character that a part cuts is completed by the next, if there is one.
+        if error.is_some_and(|error| error.error_len().is_some() || length == 0) {
+            return Err(Error::Malformed {
+                file: format!("{}:{line}", source.file),
+                what: format!(
+                    "the text is not UTF-8: invalid byte at offset {end}; convert it to UTF-8"
+                ),
+            });
+        }
+        let mark = if offset == 0 { "\u{feff}" } else { "" };
+        take(text.strip_prefix(mark).unwrap_or(text))?;
+        pending.drain(..(end - offset) as usize);
+        offset = end;
         if length == 0 {
             return Ok(());
         }
