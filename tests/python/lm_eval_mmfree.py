@@ -179,7 +179,7 @@ class Mmfree(TemplateLM):
         raise NotImplementedError
 
 
-def local_completions(url, tokenizer, bos, eos):
+def local_completions(url, name, tokenizer, bos, eos):
     """The harness' own client of a server."""
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from transformers import PreTrainedTokenizerFast
@@ -187,7 +187,7 @@ def local_completions(url, tokenizer, bos, eos):
     directory = tempfile.mkdtemp()
     PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), bos_token=bos, eos_token=eos).save_pretrained(directory)
     return LocalCompletionsAPI(
-        model=os.environ.get("MMFREE_MODEL", "mmfree-builtin"),
+        model=name,
         base_url=f"{url}/v1/completions",
         tokenizer=directory,
         add_bos_token=True,
@@ -244,7 +244,7 @@ def compare(args):
 
         judged = HFLM(pretrained=args.model, device="cpu", dtype="float32", batch_size=16)
     elif args.server:
-        judged = local_completions(args.server, args.tokenizer, args.bos, args.eos)
+        judged = local_completions(args.server, args.server_model, args.tokenizer, args.bos, args.eos)
     else:
         judged = Mmfree(base, args.tokenizer, args.bos, args.eos)
     theirs = evaluate(judged, tasks, args.data, args.shots, args.limit)
@@ -314,6 +314,7 @@ def main():
     command.add_argument("--eos", default="</s>")
     command.add_argument("--hf-llama", action="store_true")
     command.add_argument("--server", metavar="URL")
+    command.add_argument("--server-model", metavar="NAME", default="mmfree-builtin")
     command.add_argument("--backend", default="cpu")
     command.add_argument("--limit", type=int)
     command.add_argument("--shots", type=int, default=0)
