@@ -16,8 +16,9 @@
 //!       widen sums to 32 bits
 //! ```
 //!
-//! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
-//! once a cycle this does 128 products a load where the dot product does 64.
+//! The look-ups use no multiplier. On a core whose 512-bit load and byte-dot-product instructions both
+//! start once a cycle they do 128 products a load where the dot product does 64. With AVX-512 the
+//! multipliers get a part of the rows meanwhile (see `dots`).
 
 // Only AVX-512 weaves dot products in so far.
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
