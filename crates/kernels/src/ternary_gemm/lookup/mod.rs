@@ -36,7 +36,7 @@ use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 use crate::tier::Backend;
 
 #[cfg_attr(not(target_arch = "x86_64"), expect(unused_imports))]
-pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots};
+pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, PASS_STEPS};
 use lanes::PASS_WORDS;
 pub(super) use lanes::{Lanes, PassIndices, PlainLanes, Sweep};
 
