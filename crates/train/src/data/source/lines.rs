@@ -12,6 +12,8 @@ use super::{Content, Emit, Format, Item, Position, Source};
 /// Longest line of JSON that is read, in bytes.
 const MAX_LINE_BYTES: u64 = 256 << 20;
 const BUFFER_BYTES: usize = 1 << 20;
+/// Bytes of a plain text that [`read_utf8`] hands on at a time, about.
+const PART_BYTES: usize = 1 << 16;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// Adds the bytes of the file itself to a counter as they are read.
@@ -29,7 +31,7 @@ impl Read for Counted<'_> {
 }
 
 /// Opens a file at an offset of what is in it. `read` gets the bytes of the file that were read or skipped.
-pub(super) fn open<'a>(
+fn open<'a>(
     source: &Source,
     offset: u64,
     read: &'a AtomicU64,
@@ -129,36 +131,51 @@ fn skip_line(reader: &mut dyn BufRead) -> io::Result<u64> {
 /// Checks that a whole file of text is UTF-8, so that it is taken or left as a whole.
 ///
 /// # Errors
-/// The first byte that is part of no character, with its line; errors of reading.
+/// As [`read_utf8`].
 pub(in crate::data) fn check_utf8(source: &Source) -> Result<()> {
-    let (mut line, mut offset) = (1, 0_u64);
-    let read = AtomicU64::new(0);
-    let mut reader =
-        open(source, 0, &read).map_err(|reason| read_error(source, line - 1, reason))?;
+    read_utf8(source, &AtomicU64::new(0), &mut |_| Ok(()))
+}
+
+/// Hands on the text of a file in parts that are not empty and end with whole characters.
+///
+/// # Errors
+/// The first byte that is part of no character, with its line; errors of reading; whatever `take` reports.
+pub(super) fn read_utf8(
+    source: &Source,
+    read: &AtomicU64,
+    take: &mut dyn FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    let (mut line, mut offset) = (1, 0);
+    let mut reader = open(source, 0, read).map_err(|reason| read_error(source, 0, reason))?;
     let mut pending = Vec::new();
     loop {
         let buffer = reader.fill_buf().map_err(|reason| read_error(source, line - 1, reason))?;
-        let length = buffer.len();
-        pending.extend_from_slice(buffer);
+        let length = buffer.len().min(PART_BYTES);
+        pending.extend_from_slice(&buffer[..length]);
         reader.consume(length);
-        let valid = match std::str::from_utf8(&pending) {
-            Ok(_) => pending.len(),
-            Err(error) if error.error_len().is_none() && length > 0 => error.valid_up_to(),
+        let (text, is_broken) = match std::str::from_utf8(&pending) {
+            Ok(text) => (text, false),
             Err(error) => {
-                let valid = &pending[..error.valid_up_to()];
-                line += valid.iter().filter(|&&byte| byte == b'\n').count() as u64;
-                let offset = offset + valid.len() as u64;
-                return Err(Error::Malformed {
-                    file: format!("{}:{line}", source.file),
-                    what: format!(
-                        "the text is not UTF-8: invalid byte at offset {offset}; convert it to UTF-8"
-                    ),
-                });
+                let is_cut = error.error_len().is_none() && length > 0;
+                let valid = std::str::from_utf8(&pending[..error.valid_up_to()]);
+                (valid.unwrap_or_default(), !is_cut)
             }
         };
-        line += pending[..valid].iter().filter(|&&byte| byte == b'\n').count() as u64;
-        offset += valid as u64;
-        pending.drain(..valid);
+        line += text.bytes().filter(|&byte| byte == b'\n').count() as u64;
+        offset += text.len();
+        if is_broken {
+            return Err(Error::Malformed {
+                file: format!("{}:{line}", source.file),
+                what: format!(
+                    "the text is not UTF-8: invalid byte at offset {offset}; convert it to UTF-8"
+                ),
+            });
+        }
+        if !text.is_empty() {
+            take(text)?;
+        }
+        let taken = text.len();
+        pending.drain(..taken);
         if length == 0 {
             return Ok(());
         }
