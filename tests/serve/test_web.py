@@ -10,6 +10,7 @@ from conftest import ENDLESS
 
 playwright = pytest.importorskip("playwright.sync_api", reason="NO playwright: THE PAGE WAS NOT TRIED")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+# Most tokens that these tests let the page ask for.
 PAGE_MAX = 4096
 SIZES = {"360": (360, 740), "1440": (1440, 900)}
 if not CHROMIUM:
@@ -61,7 +62,8 @@ def has_stats(page, count):
 
 
 def set_tokens(page, count):
-    page.locator("#max_tokens").evaluate("(node, value) => { node.max = 4096; node.value = value; node.dispatchEvent(new Event('input')); }", count)
+    change = "(node, [max, value]) => { node.max = max; node.value = value; node.dispatchEvent(new Event('input')); }"
+    page.locator("#max_tokens").evaluate(change, [PAGE_MAX, count])
 
 
 def write_to_the_limit(page):

@@ -308,6 +308,40 @@ fn wrong_configurations_and_data_are_refused_with_everything_that_is_wrong() {
     assert!(String::from_utf8_lossy(&printed.stdout).contains("hidden_size = 1024"));
 }
 
+/// Shards are known by what is in them, not only by how much.
+#[test]
+fn a_run_is_not_resumed_over_other_tokens_of_the_same_number() {
+    let run = Run::new();
+    let path = |name: &str| run.directory.path().join(name).display().to_string();
+    let (text, shards) = (path("text.jsonl"), path("shards"));
+    let page = fs::read_to_string(root().join("docs/training.md")).unwrap();
+    let mut documents: Vec<_> =
+        page.lines().map(|line| serde_json::json!({ "text": line }).to_string() + "\n").collect();
+    let tokenizer = "tests/fixtures/tokenizers/byte-level.json";
+    let make = |documents: &[String]| -> serde_json::Value {
+        let _ = fs::remove_dir_all(&shards);
+        fs::write(&text, documents.concat()).unwrap();
+        let mut command = mmfree();
+        command.current_dir(root()).args(["tokenize", &text, "-o", &shards, "--json"]);
+        command.args(["--tokenizer", tokenizer, "--eos-token", "</s>"]);
+        serde_json::from_slice(&succeed(&mut command).stdout).unwrap()
+    };
+    let data = format!("data.train={shards}");
+    let set = [data.as_str()];
+    let counts = make(&documents);
+    succeed(&mut run.command(&set));
+    documents.reverse();
+    let others = make(&documents);
+    for key in ["tokens", "documents"] {
+        assert!(counts[key].as_u64() > Some(100) && counts[key] == others[key], "{others}");
+    }
+    let error = refused(run.command(&set).arg("--resume"));
+    assert!(error.contains("tokens of data.train") && error.contains("checksum"), "{error}");
+    documents.reverse();
+    make(&documents);
+    succeed(run.command(&set).arg("--resume"));
+}
+
 #[test]
 fn a_run_that_diverges_stops_and_keeps_its_checkpoint() {
     let run = Run::new();

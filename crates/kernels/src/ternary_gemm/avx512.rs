@@ -5,7 +5,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::Kernels;
-use super::lookup::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, Lanes, PassIndices, Sweep};
+use super::lookup::{
+    DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, Lanes, PASS_STEPS, PassIndices, Sweep,
+};
 use crate::activations::QuantizedRows;
 use crate::ternary::base3::{CORRECTIONS, GROUP_UNITS, GROUP_WORDS, LAST_PLAIN, QUADS, quad_index};
 use crate::ternary::{Layout, PANEL_ROWS, PanelVector, WORD_TRITS};
@@ -432,8 +434,6 @@ fn interleave(first: __m512i, second: __m512i) -> PassIndices {
 
 /// Rows that are looked up beside one step of the dot products, which is four inputs.
 const ROWS_A_STEP: usize = 2;
-/// Steps of a pass.
-const PASS_STEPS: usize = 8;
 
 /// One pass over the rows that are looked up; beside them, as many units of dot products as take no longer.
 ///

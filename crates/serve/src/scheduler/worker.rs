@@ -307,12 +307,9 @@ impl<'a> Worker<'a> {
         let rows = chosen.len() + shares.iter().sum::<usize>();
         let vocab_size = self.engine.model().config().vocab_size;
         let mut batch: Vec<Sequence> = Vec::with_capacity(rows);
-        let mut at = chosen.iter().peekable();
-        for (index, writer) in self.writers.iter_mut().enumerate() {
-            if at.next_if(|&&chosen| chosen == index).is_some() {
-                let tokens = std::slice::from_ref(&writer.next);
-                batch.push(Sequence { state: &mut writer.state, tokens });
-            }
+        for writer in at_places(&mut self.writers, &chosen) {
+            let tokens = std::slice::from_ref(&writer.next);
+            batch.push(Sequence { state: &mut writer.state, tokens });
         }
         for (reader, &share) in self.readers.iter_mut().zip(&shares) {
             if share > 0 {
@@ -327,20 +324,14 @@ impl<'a> Worker<'a> {
             return true;
         }
         let mut served: HashMap<Client, u64> = HashMap::new();
-        for &at in &chosen {
-            let writer = &mut self.writers[at];
+        let mut advancing = Vec::with_capacity(chosen.len());
+        for writer in at_places(&mut self.writers, &chosen) {
             writer.last_step = self.steps;
             *served.entry(writer.client.clone()).or_default() += 1;
             if let Some(history) = &mut writer.history {
                 history.push(writer.next);
             }
-        }
-        let mut at = chosen.iter().peekable();
-        let mut advancing: Vec<(&mut Writer, Outcome)> = Vec::with_capacity(chosen.len());
-        for (index, writer) in self.writers.iter_mut().enumerate() {
-            if at.next_if(|&&chosen| chosen == index).is_some() {
-                advancing.push((writer, Outcome::Continues));
-            }
+            advancing.push((writer, Outcome::Continues));
         }
         let eos = &self.eos;
         let logits = self.engine.for_each_row(&mut advancing, &|(writer, outcome), row| {
@@ -383,6 +374,7 @@ impl<'a> Worker<'a> {
         }
         true
     }
+
     /// Reads a part of one prompt whose log-probabilities are wanted: every position has its logits
     /// computed, so it cannot share a pass with others.
     fn score_prompt(&mut self, budget: usize) -> bool {
@@ -542,4 +534,13 @@ impl<'a> Worker<'a> {
             let _ = self.shared.wake.wait_timeout(intake, IDLE_POLL);
         }
     }
+}
+
+/// The items at some places, which ascend.
+fn at_places<'a, T>(items: &'a mut [T], places: &'a [usize]) -> impl Iterator<Item = &'a mut T> {
+    let mut places = places.iter().peekable();
+    items
+        .iter_mut()
+        .enumerate()
+        .filter_map(move |(at, item)| places.next_if(|&&place| place == at).map(|_| item))
 }

@@ -1,6 +1,6 @@
 //! What contradicts what.
 
-use super::parse::{Line, Places, Problem};
+use super::parse::{Line, Parsed, Problem};
 use super::{Architecture, ScheduleKind, TrainConfig};
 
 /// Largest configuration of a model that sizes are multiplied for without overflow.
@@ -11,9 +11,10 @@ const MAX_VOCAB_SIZE: usize = 1 << 22;
 const MAX_SEQUENCE_LENGTH: usize = 1 << 24;
 const MAX_SEQUENCES: usize = 1 << 24;
 
-/// Everything that cannot be, or cannot be together.
-pub(super) fn contradictions(config: &TrainConfig, places: &Places) -> Vec<Problem> {
-    let mut check = Check { places, problems: Vec::new() };
+/// Everything that cannot be, or cannot be together, among the values that were understood.
+pub(super) fn contradictions(parsed: &Parsed) -> Vec<Problem> {
+    let config = &parsed.config;
+    let mut check = Check { parsed, problems: Vec::new() };
     check.ranges(config);
     check.architecture(config);
     check.batch(config);
@@ -23,23 +24,24 @@ pub(super) fn contradictions(config: &TrainConfig, places: &Places) -> Vec<Probl
 }
 
 struct Check<'a> {
-    places: &'a Places,
+    parsed: &'a Parsed,
     problems: Vec<Problem>,
 }
 
 impl Check<'_> {
-    /// Refuses if something does not hold. The place is that of the first of the keys that was given.
+    /// Refuses if something does not hold that follows from these keys. The place is that of the last of them that
+    /// was given.
     fn require(&mut self, holds: bool, keys: &[&str], what: impl FnOnce() -> String) {
-        if holds {
+        if holds || keys.iter().any(|key| self.parsed.is_uncertain(key)) {
             return;
         }
-        let given = keys.iter().filter_map(|key| self.places.get(key).copied());
+        let given = keys.iter().filter_map(|key| self.parsed.places.get(key).copied());
         let line = given.max().unwrap_or(Line::File);
         self.problems.push(Problem { line, what: what() });
     }
 
     fn given(&self, key: &str) -> bool {
-        self.places.contains_key(key)
+        self.parsed.places.contains_key(key)
     }
 
     fn ranges(&mut self, config: &TrainConfig) {
@@ -118,13 +120,13 @@ impl Check<'_> {
         let heads = "model.num_attention_heads";
         match model.architecture {
             Architecture::MatmulFree => {
-                self.require(model.num_attention_heads == 0, &[heads], || {
+                self.require(model.num_attention_heads == 0, &[heads, "model.architecture"], || {
                     format!(
                         "{heads} belongs to transformer++: the MatMul-free model has no attention"
                     )
                 });
                 let theta = model.rope_theta == super::ModelSection::default().rope_theta;
-                self.require(theta, &["model.rope_theta"], || {
+                self.require(theta, &["model.rope_theta", "model.architecture"], || {
                     "model.rope_theta belongs to transformer++: the MatMul-free model has no position \
                      embedding"
                         .to_owned()
@@ -143,7 +145,7 @@ impl Check<'_> {
                     )
                 });
                 let bound = self.given("model.use_lower_bound") && model.use_lower_bound;
-                self.require(!bound, &["model.use_lower_bound"], || {
+                self.require(!bound, &["model.use_lower_bound", "model.architecture"], || {
                     "model.use_lower_bound = true belongs to matmul-free: transformer++ has no forget \
                      gates"
                         .to_owned()
@@ -191,13 +193,13 @@ impl Check<'_> {
                     schedule.second_stage_weight_decay != plain.second_stage_weight_decay,
                 ),
             ] {
-                self.require(!differs, &[key], || {
+                self.require(!differs, &[key, "schedule.kind"], || {
                     format!("{key} belongs to schedule.kind = \"two-stage\"")
                 });
             }
         }
         let falls = schedule.kind != ScheduleKind::Constant || schedule.final_fraction == 0.0;
-        self.require(falls, &["schedule.final_fraction"], || {
+        self.require(falls, &["schedule.final_fraction", "schedule.kind"], || {
             "schedule.final_fraction has no meaning with schedule.kind = \"constant\"".to_owned()
         });
     }
@@ -212,7 +214,7 @@ impl Check<'_> {
         let held_out = !data.validation.is_empty() || data.validation_fraction > 0.0;
         self.require(
             held_out || config.evaluation.every == 0,
-            &["evaluation.every", "data.validation_fraction"],
+            &["evaluation.every", "data.validation", "data.validation_fraction"],
             || {
                 "evaluation.every is above 0, but nothing is held out: give data.validation or a \
                  data.validation_fraction above 0"
@@ -220,7 +222,7 @@ impl Check<'_> {
             },
         );
         let repeated = data.train.iter().find(|path| data.validation.contains(path));
-        self.require(repeated.is_none(), &["data.validation"], || {
+        self.require(repeated.is_none(), &["data.train", "data.validation"], || {
             format!(
                 "{} is in data.train and in data.validation: held-out text must not be trained on",
                 repeated.map_or("", String::as_str)

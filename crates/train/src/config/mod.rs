@@ -342,10 +342,9 @@ impl TrainConfig {
     /// # Errors
     /// [`Error::Config`].
     pub fn parse(file: &str, text: &str, overrides: &[Override]) -> Result<Self> {
-        let mut parsed = parse::parse(text, overrides);
-        let mut contradictions = check::contradictions(&parsed.config, &parsed.places);
-        contradictions.retain(|problem| parsed.is_certain(problem));
-        let mut problems = std::mem::take(&mut parsed.problems);
+        let parsed = parse::parse(text, overrides);
+        let contradictions = check::contradictions(&parsed);
+        let mut problems = parsed.problems;
         problems.extend(contradictions);
         if problems.is_empty() {
             return Ok(parsed.config);

@@ -59,35 +59,36 @@ pub(super) type Places = BTreeMap<&'static str, Line>;
 
 /// What a text and overrides say, and everything that is wrong with it by itself.
 pub(super) fn parse(text: &str, overrides: &[Override]) -> Parsed {
-    let mut reader = Parsed::default();
+    let mut parsed = Parsed::default();
     let (document, errors) = DeTable::parse_recoverable(text);
     let line_of = |offset| Line::Number(line_number(text, offset));
     for error in &errors {
         let line = error.span().map_or(Line::File, |span| line_of(span.start));
-        reader.problem(line, format!("not valid TOML: {}", error.message()));
+        parsed.problem(line, format!("not valid TOML: {}", error.message()));
         // What stands behind it may be missing.
-        reader.uncertain.push(String::new());
+        parsed.uncertain.push(String::new());
     }
     for (section, content) in document.get_ref() {
         let (name, line) = (section.get_ref(), line_of(section.span().start));
         if !fields().iter().any(|field| field.path.split('.').next() == Some(name)) {
-            reader.unknown_section(line, name);
+            parsed.unknown_section(line, name);
             continue;
         }
         let DeValue::Table(table) = content.get_ref() else {
-            reader
+            parsed.uncertain.push(format!("{name}."));
+            parsed
                 .problem(line, format!("{name} is a section: write [{name}] on a line of its own"));
             continue;
         };
         for (key, value) in table {
             let line = line_of(key.span().start);
-            reader.set(line, &format!("{name}.{}", key.get_ref()), value.get_ref());
+            parsed.set(line, &format!("{name}.{}", key.get_ref()), value.get_ref());
         }
     }
     for (index, given) in overrides.iter().enumerate() {
-        reader.set_override(Line::Override(index), given);
+        parsed.set_override(Line::Override(index), given);
     }
-    reader
+    parsed
 }
 
 /// A configuration as far as it was understood.
@@ -96,14 +97,17 @@ pub(super) struct Parsed {
     pub config: TrainConfig,
     pub places: Places,
     pub problems: Vec<Problem>,
-    /// What the keys begin with whose values are not known.
+    /// Keys whose values are not known; all keys of a section, if it ends with a dot; all keys, if it is empty.
     uncertain: Vec<String>,
 }
 
 impl Parsed {
-    /// Whether a contradiction comes from what was written, not from a value that was not understood.
-    pub(super) fn is_certain(&self, contradiction: &Problem) -> bool {
-        !self.uncertain.iter().any(|key| contradiction.what.contains(key))
+    /// Whether the value of a key may be another one than what was meant, since something was not understood.
+    pub(super) fn is_uncertain(&self, key: &str) -> bool {
+        self.uncertain.iter().any(|unknown| {
+            let is_section = unknown.is_empty() || unknown.ends_with('.');
+            key == unknown || is_section && key.starts_with(unknown)
+        })
     }
 
     fn problem(&mut self, line: Line, what: String) {

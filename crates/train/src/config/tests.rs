@@ -80,6 +80,14 @@ beta2 = 1.0
         assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
     }
     assert!(!error.contains("warmup_steps") && !error.contains("beta2 is 1"), "{error}");
+    // Nor what would follow from an architecture or a section that was not understood.
+    let text = "data = 1\n[model]\narchitecture = \"transfomer++\"\nnum_attention_heads = 4\n";
+    let error = errors(text, &["optimizer.weight_decay=x", "optimizer.weight_decay_norms=7"]);
+    for expected in ["write [data]", "architecture is \"transfomer++\"", "weight_decay_norms is 7"]
+    {
+        assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
+    }
+    assert!(!error.contains("belongs to") && !error.contains("data.train"), "{error}");
     let text =
         "[data]\ntrain = \"a\"\n[model]\narchitecture = \"transformer++\"\nhidden_size = 64\n";
     assert!(errors(text, &[]).contains("model.num_attention_heads is 0"));

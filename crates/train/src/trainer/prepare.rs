@@ -69,8 +69,7 @@ pub fn prepare(
         options.field.clone_from(&config.data.text_field);
         options.separator = separator(config);
         let mut done = false;
-        let manifest = tokenize(&options, cancel, &mut |event| {
-            match event {
+        let manifest = tokenize(&options, cancel, &mut |event| match event {
             Event::Progress { read_bytes, total_bytes, .. } => {
                 observer.progress(read_bytes, total_bytes);
             }
@@ -78,13 +77,14 @@ pub fn prepare(
             Event::Resumed(documents) => {
                 observer.note(&format!("going on after {documents} documents"));
             }
-            Event::Changed(file) => observer.note(&format!(
-                "{file} was changed after its tokens were made; if its text is another now, remove {} or \
-                 choose another data.cache",
-                cache.display()
-            )),
+            Event::Changed(file) => {
+                observer.note(&format!(
+                    "{file} was changed after its tokens were made; if its text is another now, \
+                     remove {} or choose another data.cache",
+                    cache.display()
+                ));
+            }
             Event::Skipped(_) => {}
-        }
         })?;
         if !done {
             observer.note(&format!(

@@ -6,13 +6,15 @@
 
 use std::ops::Range;
 
-use super::{Job, PassIndices};
+use super::{Job, MAX_TOKENS, PASS_INPUTS, PassIndices};
 use crate::ternary::PANEL_ROWS;
 
 /// Panels of a unit.
 pub(in crate::ternary_gemm) const DOT_PANELS: usize = 3;
 /// Tokens of a unit.
 pub(in crate::ternary_gemm) const DOT_TOKENS: usize = 8;
+/// Steps of a pass: four inputs each.
+pub(in crate::ternary_gemm) const PASS_STEPS: usize = PASS_INPUTS / 4;
 /// Passes of a unit, at most.
 const UNIT_PASSES: usize = 8;
 
@@ -76,12 +78,12 @@ impl<'a> Dots<'a> {
         let unit = DotUnit {
             words: &self.words[self.pass * self.stride + self.panel..],
             stride: self.stride,
-            fours: &self.fours[8 * super::MAX_TOKENS * self.pass + self.token..],
+            fours: &self.fours[PASS_STEPS * MAX_TOKENS * self.pass + self.token..],
             passes,
         };
         // Both are what the loop over the unit relies on.
         assert!(unit.words.len() >= (passes - 1) * self.stride + DOT_PANELS);
-        assert!(unit.fours.len() >= (8 * passes - 1) * super::MAX_TOKENS + DOT_TOKENS);
+        assert!(unit.fours.len() >= (PASS_STEPS * passes - 1) * MAX_TOKENS + DOT_TOKENS);
         Some((unit, &mut self.sums))
     }
 

@@ -64,7 +64,8 @@ pub(in crate::ternary_gemm) trait Lanes: Copy {
     }
 
     /// Activations of some tokens, at most T, from `[token][input]` i8 to `[input][token]` i16; absent tokens
-    /// are zero. Tiers with dot products write `[input / 4][token]` as well. Rows are padded to at least the inputs that `out` has room for.
+    /// are zero. Tiers with dot products write `[input / 4][token]` as well. Rows are padded to at least the
+    /// inputs that `out` has room for.
     #[inline(always)]
     unsafe fn transpose_inputs(
         input: &QuantizedRows,

@@ -16,8 +16,9 @@
 //!       widen sums to 32 bits
 //! ```
 //!
-//! No multiplier is used. On a core whose 512-bit load and byte-dot-product instructions both start
-//! once a cycle this does 128 products a load where the dot product does 64.
+//! The look-ups use no multiplier. On a core whose 512-bit load and byte-dot-product instructions both
+//! start once a cycle they do 128 products a load where the dot product does 64. With AVX-512 the
+//! multipliers get a part of the rows meanwhile (see `dots`).
 
 // Only AVX-512 weaves dot products in so far.
 #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
@@ -35,7 +36,7 @@ use crate::ternary::{PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 use crate::tier::Backend;
 
 #[cfg_attr(not(target_arch = "x86_64"), expect(unused_imports))]
-pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots};
+pub(super) use dots::{DOT_PANELS, DOT_TOKENS, DotSums, DotUnit, Dots, PASS_STEPS};
 use lanes::PASS_WORDS;
 pub(super) use lanes::{Lanes, PassIndices, PlainLanes, Sweep};
 
