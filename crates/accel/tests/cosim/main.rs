@@ -1,5 +1,5 @@
-//! Lock-step co-simulation: the RTL under Verilator beside the functional simulator, memory and registers
-//! compared after every instruction, with random latency and stalls of DRAM.
+//! Lock-step co-simulation: the RTL under Verilator beside the functional simulator, vector memory and registers
+//! compared after every instruction, DRAM after every token, with random latency and stalls of DRAM.
 
 use std::sync::Arc;
 
