@@ -181,48 +181,12 @@ module mmfree_tb
   // State dump: what each unit is doing and what the memories owe it.
   localparam int StandardError = 32'h8000_0002;
 
-  function automatic string control_state(logic [2:0] state);
-    unique case (state)
-      3'd0:    return "idle";
-      3'd1:    return "fetch";
-      3'd2:    return "decode";
-      3'd3:    return "issue";
-      3'd4:    return "wait for the unit";
-      default: return "retire";
-    endcase
-  endfunction
-
-  function automatic string row_state(logic [3:0] state);
-    unique case (state)
-      4'd0:    return "idle";
-      4'd1:    return "pass";
-      4'd2:    return "reduce";
-      4'd3:    return "scalar step";
-      4'd7:    return "done";
-      default: return "scale";
-    endcase
-  endfunction
-
-  function automatic string port_state(logic [2:0] state);
-    unique case (state)
-      3'd0:    return "idle";
-      3'd1:    return "load";
-      3'd2:    return "write address";
-      3'd3:    return "first read";
-      3'd4:    return "hold";
-      3'd5:    return "write data";
-      3'd6:    return "write response";
-      default: return "done";
-    endcase
-  endfunction
-
   always_ff @(posedge clk_i) begin
     if (dump_i) begin
-      automatic opcode_e opcode = dut.u_control.opcode;
       $fdisplay(StandardError, "counters: %0d cycles, %0d starved, %0d with a full FIFO", cycles_o,
                 starved_cycles_o, full_cycles_o);
       $fdisplay(StandardError, "control: %s, pc %0d, %s (%032h), token %0d, offset %0d, %0d loops",
-                control_state(dut.u_control.state_q), dut.u_control.pc_q, opcode.name(),
+                dut.u_control.state_q.name(), dut.u_control.pc_q, dut.u_control.opcode.name(),
                 dut.u_control.instruction_q, dut.u_control.token_q, dut.u_control.offset_q,
                 dut.u_control.depth_q);
       for (int unsigned i = 0; i < LoopDepth; i++) begin
@@ -234,11 +198,11 @@ module mmfree_tb
       for (int unsigned i = 0; i < AddressRegisters; i++) begin
         $fdisplay(StandardError, "  a%0d = %0d", i, dut.u_control.addresses_q[i]);
       end
-      $fdisplay(StandardError, "row-wise unit: %s, %0d of %0d words, pass %0d",
-                row_state(dut.u_row.state_q), dut.u_row.finished_q, dut.u_row.words,
-                dut.u_row.pass_q);
+      $fdisplay(StandardError, "row-wise unit: %s, %0d of %0d words, %s",
+                dut.u_row.state_q.name(), dut.u_row.finished_q, dut.u_row.words,
+                dut.u_row.pass_q.name());
       $fdisplay(StandardError, "data port: %s, %0d words left, %0d not asked for, address %0h",
-                port_state(dut.u_data_port.state_q), dut.u_data_port.left_q,
+                dut.u_data_port.state_q.name(), dut.u_data_port.left_q,
                 dut.u_data_port.request_q, dut.u_data_port.addr_q);
       $fdisplay(StandardError,
                 "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d awvalid %0d %s", d_arvalid,
@@ -273,7 +237,7 @@ module mmfree_tb
         $fdisplay(StandardError,
                   "  AXI: arvalid %0d arready %0d rvalid %0d rready %0d, pending %0d",
                   w_arvalid[core], w_arready[core], w_rvalid[core], w_rready[core],
-                  32'(dut.gen_core[core].u_core.u_reader.reserved_q) - held);
+                  dut.gen_core[core].u_core.u_reader.pending_q);
       end
     end
   end

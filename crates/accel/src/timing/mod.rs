@@ -84,7 +84,7 @@ struct Walk<'a> {
     configuration: &'a Configuration,
     memory: Memory,
     cost: Cost,
-    streams: Streams,
+    streams: Streams<'a>,
     addresses: [u32; ADDRESS_REGISTERS],
     chance: Chance,
 }
@@ -138,10 +138,7 @@ impl Walk<'_> {
         let pass = words + PASS_LATENCY;
         // Multiplications and vector accesses of an element.
         let (cycles, multiplications, accesses) = match i.opcode {
-            Opcode::Stream => {
-                self.streams.begin(i.imm);
-                return;
-            }
+            Opcode::Stream => return self.streams.begin(i.imm),
             Opcode::Load | Opcode::Embed => return self.load(i, words),
             Opcode::Store => return self.store(i, words),
             Opcode::MatVec => return self.matvec(i),
@@ -186,8 +183,7 @@ impl Walk<'_> {
     }
 
     fn load(&mut self, i: &Instruction, words: u64) {
-        let bursts = self.bursts(i, words);
-        let mut bursts = bursts.into_iter().peekable();
+        let mut bursts = self.bursts(i, words).into_iter();
         let mut channel = Channel::new(self.memory.latency, self.memory.data_rate);
         channel.ready = !self.chance.stalls();
         let (mut left, mut cycles) = (words, 0);
@@ -225,7 +221,7 @@ impl Walk<'_> {
         let c = self.configuration;
         let packing = Packing::from_flag(i.sd);
         let (n, k) = (usize::from(i.n), usize::from(i.vc));
-        self.cost.matvec_cycles += self.streams.product(c, packing, n, k) as f64;
+        self.cost.matvec_cycles += self.streams.product(packing, n, k) as f64;
         let bytes = c.beats(packing, n, k) as u64 * u64::from(c.weight_bytes) * u64::from(c.cores);
         self.cost.weight_bytes += bytes;
         self.cost.ternary_additions += bytes * packing.trits() as u64;

@@ -113,19 +113,17 @@ struct Core {
     /// Ternary unit: groups to do, beat of the group.
     groups: u32,
     beat: u32,
-    /// Beats in flight, newest lowest: whether there is one, and whether it ends a group.
-    flight: u64,
+    /// Stages of the pipeline, the first lowest, that hold the last beat of a group; whether sums wait behind it.
     ends: u64,
     sum: bool,
 }
 
 /// All cores and the writeback.
-pub(super) struct Streams {
+pub(super) struct Streams<'a> {
+    configuration: &'a Configuration,
     cores: Vec<Core>,
-    fifo_beats: u32,
-    burst_beats: u32,
-    weight_shift: u32,
-    row_lanes: u32,
+    /// The bit of [`Core::ends`] from which sums come.
+    last_stage: u64,
     pub(super) now: u64,
     /// Cycles in which a core waits for weights, and in which a memory waits for room in the FIFO.
     pub(super) starved: u64,
@@ -138,8 +136,8 @@ pub(super) struct Streams {
     turn: usize,
 }
 
-impl Streams {
-    pub(super) fn new(c: &Configuration, memory: Memory) -> Self {
+impl<'a> Streams<'a> {
+    pub(super) fn new(configuration: &'a Configuration, memory: Memory) -> Self {
         let core = |index: u32| {
             let mut chance = Chance::new(memory.stall);
             chance.state = chance.state.wrapping_add(u64::from(index) << 32);
@@ -152,17 +150,14 @@ impl Streams {
                 head: false,
                 groups: 0,
                 beat: 0,
-                flight: 0,
                 ends: 0,
                 sum: false,
             }
         };
         Self {
-            cores: (0..c.cores).map(core).collect(),
-            fifo_beats: c.fifo_beats,
-            burst_beats: c.burst_beats,
-            weight_shift: TERNARY_STAGES + c.weight_bytes.ilog2(),
-            row_lanes: c.row_lanes,
+            configuration,
+            cores: (0..configuration.cores).map(core).collect(),
+            last_stage: 1 << (TERNARY_STAGES + configuration.weight_bytes.ilog2() - 1),
             now: 0,
             starved: 0,
             full: 0,
@@ -174,16 +169,14 @@ impl Streams {
         }
     }
 
-    /// Begins a stream of so many beats, when the one before has been asked for. Returns the cycles of waiting.
-    pub(super) fn begin(&mut self, beats: u32) -> u64 {
-        let start = self.now;
+    /// Begins a stream of so many beats, when the one before has been asked for.
+    pub(super) fn begin(&mut self, beats: u32) {
         while self.cores.iter().any(|core| core.left > 0) && !self.is_quiet() {
             self.step();
         }
         for core in &mut self.cores {
             core.left = beats;
         }
-        self.now - start
     }
 
     /// Lets time go by in which nobody takes weights.
@@ -206,20 +199,15 @@ impl Streams {
     }
 
     /// A product of `rows` x `cols`; returns its cycles, from the issue to `done` included.
-    pub(super) fn product(
-        &mut self,
-        c: &Configuration,
-        packing: Packing,
-        rows: usize,
-        cols: usize,
-    ) -> u64 {
+    pub(super) fn product(&mut self, packing: Packing, rows: usize, cols: usize) -> u64 {
+        let c = self.configuration;
         let groups = c.groups(packing, rows) as u32;
         self.columns = cols.div_ceil(c.weight_bytes as usize).max(1) as u32;
         for core in &mut self.cores {
             (core.groups, core.beat) = (groups, 0);
         }
         self.to_take = groups * c.cores;
-        self.slots = (packing.trits() as u32).div_ceil(self.row_lanes.min(5));
+        self.slots = (packing.trits() as u32).div_ceil(c.row_lanes.min(5));
         (self.slot, self.turn) = (0, 0);
         let start = self.now;
         // A program without enough weights, which the machine refuses, ends here, too.
@@ -238,39 +226,40 @@ impl Streams {
                 && core.left == 0
                 && core.channel.queue.is_empty()
                 && !core.channel.valid
-                && core.flight == 0
+                && core.ends == 0
                 && !core.sum
         })
     }
 
     /// Whether no memory, reader or FIFO moves before somebody takes weights.
     fn is_quiet(&self) -> bool {
+        let c = self.configuration;
         self.cores.iter().all(|core| {
-            let burst = core.left.min(self.burst_beats);
+            let burst = core.left.min(c.burst_beats);
             core.channel.queue.is_empty()
                 && !core.channel.valid
                 && (core.head || core.stored == 0)
-                && (core.left == 0 || core.reserved + burst > self.fifo_beats)
+                && (core.left == 0 || core.reserved + burst > c.fifo_beats)
                 && core.groups == 0
         })
     }
 
     /// One clock edge.
     fn step(&mut self) {
+        let (c, last_stage) = (self.configuration, self.last_stage);
         let (mut starved, mut full) = (false, false);
         let last_slot = self.slot + 1 == self.slots;
         let taken = (self.to_take > 0 && self.cores[self.turn].sum).then_some(self.turn);
         for (index, core) in self.cores.iter_mut().enumerate() {
             let sum_ready = self.to_take > 0 && index == self.turn && last_slot;
-            let stage = 1u64 << (self.weight_shift - 1);
-            let complete = core.flight & stage != 0 && core.ends & stage != 0;
+            let complete = core.ends & last_stage != 0;
             let enabled = !(complete && core.sum && !sum_ready);
             let wants = core.groups > 0 && enabled;
             let take = wants && core.head;
             starved |= wants && !core.head;
             // Reader
-            let burst = core.left.min(self.burst_beats);
-            let room = core.reserved + burst <= self.fifo_beats;
+            let burst = core.left.min(c.burst_beats);
+            let room = core.reserved + burst <= c.fifo_beats;
             let pending = core.channel.valid || !core.channel.queue.is_empty();
             full |= core.left > 0 && !room && !pending;
             let request = (core.left > 0 && room && core.channel.ready).then_some(burst);
@@ -294,8 +283,7 @@ impl Streams {
                 }
             }
             if enabled {
-                core.flight = (core.flight << 1 | u64::from(take)) & (2 * stage - 1);
-                core.ends = (core.ends << 1 | u64::from(ends)) & (2 * stage - 1);
+                core.ends = (core.ends << 1 | u64::from(ends)) & (2 * last_stage - 1);
             }
             core.sum = enabled && complete || core.sum && !sum_ready;
         }

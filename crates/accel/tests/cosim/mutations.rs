@@ -5,10 +5,13 @@ use std::path::{Path, PathBuf};
 
 use crate::support;
 
+/// Instead of a unit bench: only the comparison of whole programs can find the fault.
+pub const PROGRAM: &str = "program";
+
 /// A fault: an expression that stands exactly once in a file, and what takes its place.
 pub struct Mutation {
     pub what: &'static str,
-    /// The unit bench that has to find it, or `program`: the comparison of whole programs.
+    /// The unit bench that has to find it, or [`PROGRAM`].
     pub bench: &'static str,
     pub file: &'static str,
     from: &'static str,

@@ -47,17 +47,17 @@ pub fn hardware() -> PathBuf {
 /// One build at a time; tests that want the same one share it.
 static BUILT: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Builds the RTL of `rtl` (the folder of the sources) under a name.
-pub fn build(verilator: &Path, rtl: &Path, name: &str, configuration: &Configuration) -> Rtl {
-    build_with(verilator, rtl, name, configuration, &[])
+/// Builds the RTL of a configuration, which its name stands for.
+pub fn build(verilator: &Path, configuration: &Configuration) -> Rtl {
+    build_once(verilator, &hardware().join("rtl"), &configuration.name, configuration, &[])
 }
 
 /// Builds a copy of the RTL with faults in it.
-pub fn build_mutated(verilator: &Path, rtl: &Path, name: &str, c: &Configuration) -> Rtl {
-    build_with(verilator, rtl, name, c, &[rtl.join("mmfree_mutation_pkg.sv")])
+pub fn build_mutated(verilator: &Path, rtl: &Path, configuration: &Configuration) -> Rtl {
+    build_once(verilator, rtl, "faults", configuration, &[rtl.join("mmfree_mutation_pkg.sv")])
 }
 
-fn build_with(
+fn build_once(
     verilator: &Path,
     rtl: &Path,
     name: &str,
@@ -65,10 +65,10 @@ fn build_with(
     packages: &[PathBuf],
 ) -> Rtl {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rtl-{name}"));
-    let program = target.join("Vmmfree_tb");
+    let result = Rtl { program: target.join("Vmmfree_tb"), mutation: 0 };
     let mut built = BUILT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     if built.iter().any(|done| done == name) {
-        return Rtl { program, mutation: 0 };
+        return result;
     }
     let sizes = [
         ("Cores", "CORES", c.cores),
@@ -89,7 +89,7 @@ fn build_with(
     }
     finish(command);
     built.push(name.to_owned());
-    Rtl { program, mutation: 0 }
+    result
 }
 
 /// Builds the bench of single modules from a copy of the RTL with faults in it.

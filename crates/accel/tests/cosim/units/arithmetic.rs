@@ -152,8 +152,19 @@ pub fn fifo(bench: &mut Bench, random: &mut Random) -> Outcome {
     Ok(())
 }
 
-/// Passes of `mmfree_row_pkg`.
-const PASS_QUANT: u128 = 4;
+/// `pass_e` of `mmfree_row_pkg`.
+mod pass {
+    pub const SQUARE: u128 = 0;
+    pub const NORM: u128 = 3;
+    pub const QUANT: u128 = 4;
+    pub const ADD: u128 = 5;
+    pub const MUL: u128 = 6;
+    pub const SIGMOID: u128 = 7;
+    pub const SILU: u128 = 8;
+    pub const SWIGLU: u128 = 9;
+    pub const GATE: u128 = 10;
+    pub const RECUR: u128 = 11;
+}
 
 pub fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
     const LATENCY: usize = 9;
@@ -174,8 +185,8 @@ pub fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
         -16 * one,
         one / 16,
     ];
-    for pass in 0..12u128 {
-        let scale = if pass == PASS_QUANT {
+    for pass in 0..=pass::RECUR {
+        let scale = if pass == pass::QUANT {
             Scale { mantissa: 1, exponent: 0 }
         } else {
             random_scale(random)
@@ -211,15 +222,15 @@ pub fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
         for (i, &[a, b, c]) in inputs.iter().enumerate() {
             let [result, quant, ..] = outputs[i + 1 + LATENCY];
             let expected = match pass {
-                3 => arith::mul(scale.apply(a), b),
-                5 => arith::add(a, b),
-                6 => arith::mul(a, b),
-                7 => sigmoid.eval(a),
-                8 => sigmoid.silu(a),
-                9 => arith::mul(sigmoid.silu(a), b),
-                10 => arith::forget_gate(&sigmoid, a, b),
-                11 => arith::recurrence(&sigmoid, a, b, c),
-                PASS_QUANT => {
+                pass::NORM => arith::mul(scale.apply(a), b),
+                pass::ADD => arith::add(a, b),
+                pass::MUL => arith::mul(a, b),
+                pass::SIGMOID => sigmoid.eval(a),
+                pass::SILU => sigmoid.silu(a),
+                pass::SWIGLU => arith::mul(sigmoid.silu(a), b),
+                pass::GATE => arith::forget_gate(&sigmoid, a, b),
+                pass::RECUR => arith::recurrence(&sigmoid, a, b, c),
+                pass::QUANT => {
                     let expected = arith::quantize(a, scale);
                     ensure!(
                         quant as u8 as i8 == expected,
@@ -248,7 +259,7 @@ pub fn lane(bench: &mut Bench, random: &mut Random) -> Outcome {
             (best, index) == (word(value), at as u128),
             "pass {pass}: best {best:#x} at {index}, expected {value:#x} at {at}"
         );
-        if pass == 0 {
+        if pass == pass::SQUARE {
             let expected = inputs.iter().fold(0u64, |sum, x| sum.wrapping_add(arith::square(x[0])));
             ensure!(sum == expected.into(), "sum {sum}, expected {expected}");
         }

@@ -9,19 +9,32 @@ use super::{Outcome, random_scale, scale_bits};
 use crate::Random;
 use crate::bench::Bench;
 
-/// Sums of a group's rows.
-fn group_sums(packing: Packing, bytes: &[u8], activations: &[i8]) -> [i32; 5] {
-    let mut sums = [0; 5];
+/// Whether `found` are the sums of a group's rows; `weights` are those of all groups, a byte for each activation.
+fn check_group(
+    packing: Packing,
+    group: usize,
+    weights: &[u8],
+    activations: &[i8],
+    found: u128,
+) -> Outcome {
+    let bytes = &weights[group * activations.len()..][..activations.len()];
+    let mut expected = [0; 5];
     for (&byte, &q) in bytes.iter().zip(activations) {
-        for (sum, trit) in sums.iter_mut().zip(packing.decode(byte)) {
+        for (sum, trit) in expected.iter_mut().zip(packing.decode(byte)) {
             *sum += i32::from(trit) * i32::from(q);
         }
     }
-    sums
+    ensure!(found == sum_bits(expected), "group {group}: {found:#x}, expected {expected:?}");
+    Ok(())
 }
 
 fn sum_bits(sums: [i32; 5]) -> u128 {
     sums.iter().rev().fold(0, |bits, &sum| bits << 24 | u128::from(sum as u32 & 0xff_ffff))
+}
+
+/// Bytes as a unit's input has them, the first lowest.
+fn byte_bits(bytes: &[u8]) -> u128 {
+    bytes.iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte))
 }
 
 /// Activations of a product: often the largest of one sign, so that sums reach their limits.
@@ -46,9 +59,9 @@ pub fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
         let groups = rows.div_ceil(packing.trits() * 2);
         let mut activations = random_activations(random, turn, cols);
         activations.resize(beats * WIDTH, 0);
-        for (at, pair) in activations.chunks(2).enumerate() {
-            let data = u128::from(pair[1] as u8) << 8 | u128::from(pair[0] as u8);
-            bench.cycle(&[(1, 1), (at as u128, 5), (data, 16), (0, 66)], WIDTHS)?;
+        for (at, pair) in activations.as_chunks::<2>().0.iter().enumerate() {
+            let bits = byte_bits(&pair.map(|q| q as u8));
+            bench.cycle(&[(1, 1), (at as u128, 5), (bits, 16), (0, 66)], WIDTHS)?;
         }
         let weights: Vec<u8> = (0..groups * beats * WIDTH)
             .map(|_| match turn % 3 {
@@ -66,7 +79,7 @@ pub fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
             let left = sent < groups * beats;
             offered |= left && random.below(3) > 0;
             let beat = &weights[sent.min(groups * beats - 1) * WIDTH..][..WIDTH];
-            let bits = beat.iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte));
+            let bits = byte_bits(beat);
             let sum_ready = turn % 3 == 0 || random.below(6) == 0;
             let fields = [(offered.into(), 1), (bits, 64), (sum_ready.into(), 1)];
             let [_, weight_ready, valid, sums, starved] = bench.cycle(&fields, WIDTHS)?;
@@ -79,12 +92,7 @@ pub fn ternary(bench: &mut Bench, random: &mut Random) -> Outcome {
                 offered = false;
             }
             if valid == 1 && sum_ready {
-                let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
-                let expected = group_sums(packing, bytes, &activations);
-                ensure!(
-                    sums == sum_bits(expected),
-                    "group {taken}: {sums:#x}, expected {expected:?}"
-                );
+                check_group(packing, taken, &weights, &activations, sums)?;
                 taken += 1;
                 if taken == groups {
                     break;
@@ -344,8 +352,8 @@ pub fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
         let groups = rows.div_ceil(packing.trits());
         let mut activations = random_activations(random, turn, cols);
         activations.resize(beats * WIDTH, 0);
-        for (at, pair) in activations.chunks(2).enumerate() {
-            let bits = u128::from(pair[1] as u8) << 8 | u128::from(pair[0] as u8);
+        for (at, pair) in activations.as_chunks::<2>().0.iter().enumerate() {
+            let bits = byte_bits(&pair.map(|q| q as u8));
             bench.cycle(&[(1, 1), (at as u128, 4), (bits, 16), (0, 35)], WIDTHS)?;
         }
         let weights: Vec<u8> = (0..groups * beats * WIDTH).map(|_| random.next() as u8).collect();
@@ -357,10 +365,8 @@ pub fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
         for cycle in 0.. {
             ensure!(cycle < 6000, "{taken} of {groups} groups came");
             let address = memory.beats.front().copied().filter(|_| random.below(2) == 0);
-            let beat = address.map_or(0, |address| {
-                let bytes = &weights[address as usize..][..WIDTH];
-                bytes.iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte))
-            });
+            let beat =
+                address.map_or(0, |address| byte_bits(&weights[address as usize..][..WIDTH]));
             let (arready, sum_ready) = (random.below(2) == 0, random.below(2) == 0);
             let fields = [
                 ((cycle == start).into(), 1),
@@ -384,12 +390,7 @@ pub fn core(bench: &mut Bench, random: &mut Random) -> Outcome {
                 memory.request(araddr, arlen, WIDTH as u64)?;
             }
             if valid == 1 && sum_ready {
-                let bytes = &weights[taken * beats * WIDTH..][..beats * WIDTH];
-                let expected = group_sums(packing, bytes, &activations);
-                ensure!(
-                    sums == sum_bits(expected),
-                    "group {taken}: {sums:#x}, expected {expected:?}"
-                );
+                check_group(packing, taken, &weights, &activations, sums)?;
                 taken += 1;
                 if taken == groups {
                     break;
