@@ -11,7 +11,7 @@ use mmfree::engine::{Engine, EngineOptions};
 use mmfree::model::Model;
 use mmfree::text::chat::ChatTemplate;
 use mmfree::tokenizer::Tokenizer;
-use mmfree_train::backend::CpuBackend;
+use mmfree_train::backend::{CpuBackend, CudaBackend};
 
 /// How the engine runs.
 #[derive(Debug, clap::Args)]
@@ -43,17 +43,30 @@ impl EngineArgs {
         Ok(EngineOptions { threads: self.threads.map(usize::from), backend })
     }
 
-    /// What computes models with full-precision weights.
+    /// What computes models with full-precision weights: the CPU in f32 unless a GPU is asked for, which computes
+    /// in bf16.
     ///
     /// # Errors
     /// A backend that cannot.
-    pub fn full_precision_backend(&self) -> Result<CpuBackend> {
+    pub fn full_precision(&self) -> Result<FullPrecision> {
         let name = self.options()?.backend.filter(|name| name != "auto" && name != "cpu");
-        if let Some(name) = name.as_deref().filter(|name| name.starts_with("cuda")) {
-            bail!("{name}: a model_type llama is evaluated on the CPU only; use --backend cpu");
+        match name.as_deref().and_then(|name| name.strip_prefix("cuda")) {
+            Some(device) => {
+                let ordinal = device.strip_prefix(':').map_or(Ok(0), str::parse)?;
+                Ok(FullPrecision::Cuda(CudaBackend::new(ordinal)?))
+            }
+            None => {
+                let threads = self.threads.map(usize::from);
+                Ok(FullPrecision::Cpu(CpuBackend::new(threads, name.as_deref())?))
+            }
         }
-        Ok(CpuBackend::new(self.threads.map(usize::from), name.as_deref())?)
     }
+}
+
+/// Backends of models with full-precision weights.
+pub enum FullPrecision {
+    Cpu(CpuBackend),
+    Cuda(CudaBackend),
 }
 
 /// A model that is ready to run.

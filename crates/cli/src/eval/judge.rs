@@ -7,11 +7,10 @@ use mmfree::checkpoint::TokenizerSource;
 use mmfree::eval::scorer::{EngineScorer, Scorer};
 use mmfree::tokenizer::Tokenizer;
 use mmfree_train::architecture::Architecture;
-use mmfree_train::backend::CpuBackend;
 use mmfree_train::likelihood::FullPrecisionScorer;
 use mmfree_train::weights;
 
-use crate::model_arg::{self, EngineArgs};
+use crate::model_arg::{self, EngineArgs, FullPrecision};
 
 /// A model that is ready to judge texts, and its tokenizer.
 pub struct Judge {
@@ -39,7 +38,6 @@ impl Judge {
     }
 
     fn transformer(directory: &Path, args: &EngineArgs) -> Result<Self> {
-        let backend = args.full_precision_backend()?;
         let tokenizer = Tokenizer::from_source(&TokenizerSource::open(directory)?)?;
         let (architecture, parameters) = weights::load(directory)?;
         let (window, bos, eos) = match &architecture {
@@ -52,10 +50,16 @@ impl Judge {
                 (usize::MAX, config.bos_token_id, config.eos_token_ids.first().copied())
             }
         };
-        let scorer =
-            FullPrecisionScorer::<CpuBackend>::new(backend, architecture, &parameters, window)?;
+        let scorer: Box<dyn Scorer> = match args.full_precision()? {
+            FullPrecision::Cpu(cpu) => {
+                Box::new(FullPrecisionScorer::new(cpu, architecture, &parameters, window)?)
+            }
+            FullPrecision::Cuda(cuda) => {
+                Box::new(FullPrecisionScorer::new(cuda, architecture, &parameters, window)?)
+            }
+        };
         let name = directory.display().to_string();
-        Ok(Self { name, scorer: Box::new(scorer), tokenizer: Some(tokenizer), bos, eos })
+        Ok(Self { name, scorer, tokenizer: Some(tokenizer), bos, eos })
     }
 }
 
