@@ -20,6 +20,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Tokens of a text that is never done.
 ENDLESS = 10_000_000
 PROGRAM = os.environ.get("MMFREE", str(ROOT / "target/debug/mmfree"))
+# A small trained model, and its name in the API.
+TRAINED = str(ROOT / "tests/fixtures/trained/model.gguf")
+MODEL = "trained"
 
 
 class Server:
@@ -34,7 +37,7 @@ class Server:
         quiet = [] if "--log-level" in self.arguments else ["--log-level", "warn"]
         # So that a text can be asked for that is still being written when something else happens.
         endless = ["--max-tokens", str(ENDLESS)]
-        command = [PROGRAM, "serve", "--port", port, *quiet, *endless, *self.arguments]
+        command = [PROGRAM, "serve", TRAINED, "--model-name", MODEL, "--port", port, *quiet, *endless, *self.arguments]
         environment = {**os.environ, **(self.env or {})}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines = []
@@ -148,7 +151,7 @@ def server():
 
 def generate(*arguments):
     """What `mmfree generate --json` says."""
-    command = [PROGRAM, "generate", "--json", *arguments]
+    command = [PROGRAM, "generate", TRAINED, "--json", *arguments]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

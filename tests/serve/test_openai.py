@@ -9,9 +9,8 @@ import time
 import openai
 import pytest
 
-from conftest import ENDLESS, PROGRAM, generate, running
+from conftest import ENDLESS, MODEL, PROGRAM, TRAINED, generate, running
 
-MODEL = "mmfree-builtin"
 PROMPT = "Once upon a time"
 
 
@@ -133,7 +132,7 @@ def test_logprobs_are_those_of_the_logits(client, tmp_path):
     """Log-likelihoods as lm_eval takes them: ids in, sums over the last ones, greedy or not."""
     ids = [1, 400, 23, 777, 1200, 5, 6000]
     path = tmp_path / "logits.safetensors"
-    command = [PROGRAM, "logits", "--token-ids", ",".join(map(str, ids)), "-o", path]
+    command = [PROGRAM, "logits", TRAINED, "--token-ids", ",".join(map(str, ids)), "-o", path]
     subprocess.run(command, check=True, capture_output=True)
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from conftest import MODEL
+
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -43,7 +45,7 @@ def test_chat_follows_its_schema_in_a_stream_and_beside_others(server):
 
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
     stream = client.chat.completions.create(
-        model="mmfree-builtin", messages=[{"role": "user", "content": "An animal?"}], n=3, seed=5, stream=True, max_tokens=200,
+        model=MODEL, messages=[{"role": "user", "content": "An animal?"}], n=3, seed=5, stream=True, max_tokens=200,
         response_format={"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}},
     )
     texts = ["", "", ""]

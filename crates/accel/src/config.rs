@@ -30,9 +30,9 @@ const PRESETS: [(&str, [u32; 7]); 4] = [
     // For unit tests: everything has several of everything and nothing is large.
     ("tiny", [2, 8, 2, 1024, 512, 32, 8]),
     // For a Lattice ECP5-85 and the built-in model's vectors; placed out of context only, without pins.
-    ("ecp5", [1, 16, 2, 4096, 1024, 64, 16]),
+    ("ecp5", [1, 16, 2, 4096, 2048, 64, 16]),
     // For RTL simulation of the built-in model.
-    ("sim", [2, 64, 16, 1024, 1024, 64, 16]),
+    ("sim", [2, 64, 16, 1024, 2048, 64, 16]),
     // Intel D5005: one core for each DDR4 channel. FIFOs of 512 KiB each hold what the memory brings while the
     // row-wise unit works, 2 of the chip's 28 MiB of block RAM.
     ("d5005", [4, 128, 32, 4096, 16384, 4096, 32]),

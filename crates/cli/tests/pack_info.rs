@@ -83,7 +83,7 @@ fn the_built_in_model_is_described_when_none_is_named() {
     let output = mmfree(&["info"]);
     assert_eq!(output.status.code(), Some(0));
     let text = String::from_utf8(output.stdout).expect("UTF-8");
-    assert!(text.starts_with("built-in model") && text.contains("20483840"), "{text}");
+    assert!(text.starts_with("built-in model") && text.contains("76669952"), "{text}");
 }
 
 #[test]

@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 
 /// A directory with a model of 97 tokens, D = 64 and L = 3, and without a tokenizer.
 const TINY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
-/// What the authors' implementation computes with the built-in model.
+/// A model that the authors' implementation trained.
+const TRAINED: &str =
+    concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/trained/model.gguf");
+/// What the authors' implementation computes with it.
 const EXPECTED: &str =
     concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/trained/expected.json");
 
@@ -60,7 +63,8 @@ fn greedy_ids_are_those_of_the_authors_implementation() {
     let expected: Value = serde_json::from_slice(&std::fs::read(EXPECTED).unwrap()).unwrap();
     for generation in expected["generations"].as_array().unwrap() {
         let prompt = generation["prompt"].as_str().unwrap();
-        let object = generate_json(&["--prompt", prompt, "--greedy", "--max-tokens", "64"]);
+        let object =
+            generate_json(&[TRAINED, "--prompt", prompt, "--greedy", "--max-tokens", "64"]);
         let prompt_tokens = generation["prompt_ids"].as_array().unwrap().len();
         assert_eq!(object["prompt_tokens"], prompt_tokens, "{prompt}");
         let ours = object["ids"].as_array().unwrap();

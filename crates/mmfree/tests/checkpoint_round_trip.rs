@@ -242,9 +242,9 @@ fn the_description_adds_up() {
     let model = mmfree::builtin::checkpoint().unwrap();
     let mut last = (0, 0);
     let info = describe(&model, &mut |done, total| last = (done, total)).unwrap();
-    assert_eq!(last, (17_301_504, 17_301_504));
+    assert_eq!(last, (72_351_744, 72_351_744));
     let (parameters, bytes) = (info.parameters, info.bytes);
-    assert_eq!(parameters.total, 20_483_840);
+    assert_eq!(parameters.total, 76_669_952);
     assert_eq!(
         parameters.total,
         parameters.ternary + parameters.embeddings + parameters.norms + parameters.lower_bounds

@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mmfree::builtin;
+use mmfree::checkpoint::Checkpoint;
 use mmfree::engine::{Engine, EngineOptions, TokenScore};
 use mmfree::eval::harness::{Options, Prepared};
 use mmfree::eval::perplexity::{Meter, Perplexity};
@@ -87,15 +87,20 @@ fn metric(
     metrics.iter().find(|metric| metric.name == name).unwrap().estimate
 }
 
+/// A small trained model.
+fn checkpoint() -> Checkpoint {
+    Checkpoint::open(fixtures().join("../trained/model.gguf")).unwrap()
+}
+
 fn engine(backend: Option<&str>) -> Engine {
-    let checkpoint = builtin::checkpoint().unwrap();
+    let checkpoint = checkpoint();
     let options = EngineOptions { backend: backend.map(str::to_owned), threads: Some(2) };
     let model = Model::load_in(&checkpoint, options.layout().unwrap()).unwrap();
     Engine::new(Arc::new(model), &options).unwrap()
 }
 
 fn tokenizer() -> Tokenizer {
-    let source = builtin::checkpoint().unwrap().tokenizer().unwrap().unwrap();
+    let source = checkpoint().tokenizer().unwrap().unwrap();
     Tokenizer::from_source(&source).unwrap()
 }
 

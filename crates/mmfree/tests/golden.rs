@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use mmfree::builtin;
 use mmfree::checkpoint::Checkpoint;
 use mmfree::engine::{Activation, Engine, EngineOptions, Sequence};
 use mmfree::model::Model;
@@ -46,7 +45,10 @@ fn tiny() -> Arc<Model> {
 }
 
 fn trained() -> Arc<Model> {
-    Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))
+    Arc::new(
+        Model::load(&Checkpoint::open(fixture("trained/model.gguf")).expect("opens"))
+            .expect("loads"),
+    )
 }
 
 fn engine(model: &Arc<Model>, threads: usize) -> Engine {
