@@ -209,6 +209,7 @@ __device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase p
     u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Work& work = plan.work[phase][threadIdx.x / 32];
     u32 col_tiles = a.col_tiles[phase], at = work.begin, end = work.end;
+    [[maybe_unused]] u32 unit = plan.part[phase].unit;
     if (at == end) return;
     u32 row_tile = work.row_tile, col_tile = work.col_tile;
     int c[4][4] = {};
@@ -245,7 +246,6 @@ __device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase p
         }
     };
 #if __CUDA_ARCH__ >= 900
-    u32 unit = plan.part[phase].unit;
     for (; at < end; at += unit) {
         stream.settle(a, plan);
         const uint4* chunk = stream.wait() + lane;
@@ -373,7 +373,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     float4* weights = row + a.row_floats / 4;  // of norms
     u32* q = (u32*)(weights + a.vector_floats / 4);
     int* sums = (int*)((u8*)q + a.q_bytes);
-    float *shared_x = a.exchange, *shared_g = shared_x + d, *shared_h = shared_g + d, *shared_z = shared_h + d;
+    float *shared_x = a.exchange, *shared_g = a.exchange + d, *shared_h = a.exchange + 2 * d;
+    float* shared_z = a.exchange + 3 * d;
     u32 arrivals = a.barrier_base;
     Stream stream;
 #if __CUDA_ARCH__ >= 900
