@@ -81,14 +81,23 @@ __device__ __forceinline__ u64 logit_key(float logit, u32 token) {
 __device__ __forceinline__ float inverse_rms(const float* row, u32 n, float eps, float* result) {
     __syncthreads();
     if (threadIdx.x < 32) {
-        float sum = 0.0f;
-        u32 k = threadIdx.x;
-        for (; k + 15 * 32 < n; k += 16 * 32) {
-            float x[16];
+        // A batch is loaded while the one before it is summed.
+        constexpr u32 BATCH = 8;
+        float sum = 0.0f, next[BATCH];
+        u32 k = threadIdx.x, batches = n / (32 * BATCH);
+        if (batches > 0)
 #pragma unroll
-            for (u32 j = 0; j < 16; ++j) x[j] = row[k + 32 * j];
+            for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
+        for (u32 batch = 1; batch <= batches; ++batch) {
+            float square[BATCH];
 #pragma unroll
-            for (u32 j = 0; j < 16; ++j) sum += x[j] * x[j];
+            for (u32 j = 0; j < BATCH; ++j) square[j] = next[j] * next[j];
+            k += 32 * BATCH;
+            if (batch < batches)
+#pragma unroll
+                for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j) sum += square[j];
         }
         for (; k < n; k += 32) sum += row[k] * row[k];
 #pragma unroll

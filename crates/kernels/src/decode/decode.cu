@@ -1,14 +1,16 @@
 // One token of one sequence in one launch: a persistent grid of one block an SM that walks through all layers.
 //
-// A layer has four phases; a phase is a product, whose sums are added to 32-bit accumulators in global memory, and
-// before it everything that lies between two products (norms, gates, recurrence, quantiser), which every block does by
-// itself for the whole row: rows are short, and a barrier costs more. So there is one barrier of the grid a phase.
+// A layer has four phases, and the grid one barrier behind each. A phase is a product. Before it, every block that has
+// a part in it normalises and quantises the whole row by itself, for the sums have an order and a barrier costs more.
+// Behind it, what belongs to a channel (gates, recurrence, residual) is computed once, by the block that has all sums
+// of the channel: a block owns groups of 16 channels, with all rows of the weights that lead to them. Blocks exchange
+// one or two floats a channel and nothing is added across blocks.
 //
-// Weights do not depend on activations: each warp streams the tiles that it will need into a ring of its own in shared
-// memory, through phases and layers, whatever the barriers do.
+// Neither weights nor vectors depend on activations: each warp streams the tiles that it will need into a ring of its
+// own in shared memory, through phases and layers, whatever the barriers do, and the norms of the next phase are copied
+// to shared memory during a product.
 //
-// An accumulator is cleared two phases after it was read, that is after the next barrier and before the one that lets
-// anybody add to it again.
+// Loops over a row are not unrolled: all of a layer's code is fetched anew in each layer, and long code costs time.
 
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
@@ -24,7 +26,7 @@ struct Args {
     const float* gammas;         // [layer][6]: i, f, g, o, gate, down; then the head's
     const void* embeddings;      // [V][D]
     float* state;                // [L][D]
-    int* sums;                   // accumulators of the phases, see `sums_at`
+    float* exchange;             // what blocks tell each other: x, g, silu(h) [D] each; the gated unit's output [F]
     float* logits;               // [V]
     u64* best;                   // the largest logit and its token, as a key; read for `token` < 0
     u32* not_finite;             // set to 1 if a logit is not
@@ -34,60 +36,78 @@ struct Args {
     u64 layer_tiles;             // tiles of a layer
     u32 row_tiles[PHASES];
     u32 col_tiles[PHASES];
-    u32 sums_at[PHASES];         // offsets of the accumulators
     u32 layers, width, inner, vocab;
     u32 segment_tiles;           // row tiles of each of i, f, g
     u32 embedding_type;          // 0: f32, 1: f16, 2: bf16
     u32 slots;                   // chunks of a warp's ring
-    u32 row_floats;              // of the second row in shared memory
+    u32 row_floats, vector_floats, q_bytes, block_sums;  // of what lies in shared memory
     u32 barrier_base;            // arrivals before this launch
     int token;
     float eps;
 };
 
-// ---- Offsets of a layer's vectors, in floats ----
-
-struct Vectors {
-    const float *attn_norm, *i, *f, *g, *beta, *g_norm, *o, *mlp_norm, *gate, *down;
-    __device__ __forceinline__ Vectors(const float* base, u32 d) {
-        attn_norm = base;
-        i = base + d, f = base + 2 * d, g = base + 3 * d, beta = base + 4 * d, g_norm = base + 5 * d;
-        o = base + 6 * d, mlp_norm = base + 7 * d, gate = base + 8 * d, down = base + 9 * d;
-    }
-};
-
-__device__ __forceinline__ float4 load(const float* vector, u32 k) { return __ldg((const float4*)vector + k); }
-
 // ---- Weight stream ----
 
-// All tiles of a phase, row by row, in equal contiguous parts.
-__device__ __forceinline__ u32 part_begin(u32 tiles, u32 part, u32 parts) { return (u32)((u64)tiles * part / parts); }
+__device__ __forceinline__ u32 part_begin(u32 whole, u32 part, u32 parts) { return whole * part / parts; }
 
-// What a warp does in a phase; computed once, for divisions are slow.
+// What a block does in a phase. Its tiles are numbered row by row, through up to three pieces of the weights: i, f, g
+// or gate and value. Warps take equal contiguous parts.
+struct Part {
+    u32 channel, channels;  // own channels
+    u32 piece_end[2];       // tiles
+    u32 piece_at[3];        // what has to be added to the number of a tile of a piece
+    u32 piece_rows;         // row tiles of the first piece
+    u32 second_at;          // where the sums of the first own channel of the second piece are
+    u32 unit;               // tiles of a chunk; divides a row of tiles
+};
+
+// What a warp does in a phase.
 struct Work {
     u32 begin, end;         // tiles
     u32 row_tile, col_tile; // of the first
 };
 
+// Computed once, for divisions are slow.
 struct Plan {
+    Part part[PHASES];
     Work work[PHASES][WARPS];
-    u32 clear_begin[PHASES], clear_end[PHASES];  // this block's share of the accumulators, in int4
 
     __device__ __forceinline__ void make(const Args& a) {
         if (threadIdx.x < PHASES * WARPS) {
-            u32 phase = threadIdx.x / WARPS, warp = threadIdx.x % WARPS, parts = gridDim.x * WARPS;
-            u32 tiles = a.row_tiles[phase] * a.col_tiles[phase], part = blockIdx.x * WARPS + warp;
-            Work w;
-            w.begin = part_begin(tiles, part, parts);
-            w.end = part_begin(tiles, part + 1, parts);
-            w.row_tile = w.begin / a.col_tiles[phase];
-            w.col_tile = w.begin % a.col_tiles[phase];
-            work[phase][warp] = w;
-            if (warp == 0) {
-                u32 words = a.row_tiles[phase] * (TILE_ROWS / 4);
-                clear_begin[phase] = part_begin(words, blockIdx.x, gridDim.x);
-                clear_end[phase] = part_begin(words, blockIdx.x + 1, gridDim.x);
+            u32 phase = threadIdx.x / WARPS, warp = threadIdx.x % WARPS;
+            u32 outputs = phase == HEAD ? a.vocab : phase == GLU ? a.inner : a.width, col_tiles = a.col_tiles[phase];
+            u32 groups = (outputs + TILE_ROWS - 1) / TILE_ROWS;
+            u32 begin = part_begin(groups, blockIdx.x, gridDim.x);
+            u32 rows = part_begin(groups, blockIdx.x + 1, gridDim.x) - begin;
+            u32 all_rows = rows;
+            Part p;
+            p.channel = begin * TILE_ROWS;
+            p.channels = min(p.channel + rows * TILE_ROWS, outputs) - min(p.channel, outputs);
+            p.piece_rows = rows;
+            p.second_at = rows * TILE_ROWS;
+            p.unit = col_tiles % CHUNK_TILES == 0 ? CHUNK_TILES : 1;
+            p.piece_end[0] = p.piece_end[1] = rows * col_tiles;
+            p.piece_at[0] = p.piece_at[1] = p.piece_at[2] = begin * col_tiles;
+            if (phase == MIX) {
+                all_rows = 3 * rows;
+                p.piece_end[1] = 2 * rows * col_tiles;
+                for (u32 s = 1; s < 3; ++s) p.piece_at[s] += s * (a.segment_tiles - rows) * col_tiles;
+            } else if (phase == GLU && rows > 0) {
+                // The values' rows begin anywhere in a tile.
+                u32 first = (a.inner + p.channel) / TILE_ROWS, shift = a.inner % TILE_ROWS;
+                all_rows = rows + min(rows + (shift != 0), a.row_tiles[GLU] - first);
+                p.piece_end[1] = all_rows * col_tiles;
+                p.piece_at[1] = p.piece_at[2] = (first - rows) * col_tiles;
+                p.second_at += shift;
             }
+            Work w;
+            u32 units = all_rows * col_tiles / p.unit;
+            w.begin = part_begin(units, warp, WARPS) * p.unit;
+            w.end = part_begin(units, warp + 1, WARPS) * p.unit;
+            w.row_tile = w.begin / col_tiles;
+            w.col_tile = w.begin % col_tiles;
+            work[phase][warp] = w;
+            if (warp == 0) part[phase] = p;
         }
         __syncthreads();
     }
@@ -101,6 +121,7 @@ struct Stream {
     u32 layer, phase, at, end, fetch_slot;
     // Next chunk to use.
     u32 slot, parity;
+    bool owes;  // a fetch into the place of the last chunk
     uint4* ring;
     u64* full;
 
@@ -119,8 +140,9 @@ struct Stream {
     __device__ __forceinline__ void fetch(const Args& a, const Plan& plan) {
         find_work(a, plan);
         if (phase == PHASES) return;
-        u32 count = min(CHUNK_TILES, end - at);
-        u64 tile = a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles) + at;
+        const Part& p = plan.part[phase];
+        u32 piece = (at >= p.piece_end[0]) + (at >= p.piece_end[1]), count = p.unit;
+        u64 tile = a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles) + (at + p.piece_at[piece]);
         u32 barrier = shared_address(full + fetch_slot), bytes = count * TILE_BYTES;
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
         asm volatile(
@@ -135,6 +157,7 @@ struct Stream {
     __device__ __forceinline__ void begin(const Args& a, const Plan& plan, uint4* my_ring, u64* my_full) {
         ring = my_ring, full = my_full;
         layer = phase = slot = parity = fetch_slot = 0;
+        owes = false;
         const Work& w = plan.work[MIX][threadIdx.x / 32];
         at = w.begin, end = w.end;
         if (threadIdx.x % 32 == 0) {
@@ -159,35 +182,41 @@ struct Stream {
         return ring + slot * (CHUNK_BYTES / 16);
     }
 
-    // Gives the chunk back and fetches another into its place.
-    __device__ __forceinline__ void release(const Args& a, const Plan& plan) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) fetch(a, plan);
+    // Gives the chunk back; `settle` fetches another into its place.
+    __device__ __forceinline__ void release(const Args& a) {
+        owes = true;
         if (++slot == a.slots) slot = 0, parity ^= 1;
     }
+
+    __device__ __forceinline__ void settle(const Args& a, const Plan& plan) {
+        if (!owes) return;
+        owes = false;
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) fetch(a, plan);
+    }
+};
+#else
+// Older devices read weights where they need them.
+struct Stream {
+    __device__ __forceinline__ void settle(const Args&, const Plan&) {}
 };
 #endif
 
-// Adds this warp's part of a phase's product to the accumulators. `q` are the quantised inputs in shared memory, one
-// behind the other for each `segment` of row tiles, `totals` their sums.
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase phase, u32, const i8* q,
-                                        const int* totals, u32 segment, Stream& stream) {
-#else
-__device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase phase, u32 layer, const i8* q,
-                                        const int* totals, u32 segment) {
-#endif
+// Adds this warp's part of a phase's product to the block's sums, [rows of the block's tiles]. `q` are the quantised
+// inputs in shared memory, one behind the other for each `segment` of row tiles, `totals` their sums.
+__device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase phase, u32 layer, const u32* q,
+                                        const int* totals, u32 segment, int* sums, Stream& stream) {
     u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Work& work = plan.work[phase][threadIdx.x / 32];
     u32 col_tiles = a.col_tiles[phase], at = work.begin, end = work.end;
+    [[maybe_unused]] u32 unit = plan.part[phase].unit;
     if (at == end) return;
     u32 row_tile = work.row_tile, col_tile = work.col_tile;
-    int* sums = a.sums + a.sums_at[phase];
     int c[4][4] = {};
     bool first = col_tile == 0;
     // Of at most three segments.
     u32 input_of = (row_tile >= segment) + (row_tile >= 2 * segment);
-    const uint4* input = (const uint4*)(q + input_of * col_tiles * TILE_COLS) + 2 * t;
+    const uint4* input = (const uint4*)q + input_of * col_tiles * (TILE_COLS / 16) + 2 * t;
 
     auto flush = [&] {
         // All eight columns of the result are the same; field f's sums are 4^f times too large.
@@ -213,28 +242,32 @@ __device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase p
             first = true;
             ++row_tile;
             input_of = (row_tile >= segment) + (row_tile >= 2 * segment);
-            input = (const uint4*)(q + input_of * col_tiles * TILE_COLS) + 2 * t;
+            input = (const uint4*)q + input_of * col_tiles * (TILE_COLS / 16) + 2 * t;
         }
     };
 #if __CUDA_ARCH__ >= 900
-    while (at < end) {
+    for (; at < end; at += unit) {
+        stream.settle(a, plan);
         const uint4* chunk = stream.wait() + lane;
-        u32 count = min(CHUNK_TILES, end - at);
         uint4 w[CHUNK_TILES];
 #pragma unroll
         for (u32 i = 0; i < CHUNK_TILES; ++i) w[i] = chunk[i * 32];
-        stream.release(a, plan);
+        stream.release(a);
 #pragma unroll
         for (u32 i = 0; i < CHUNK_TILES; ++i)
-            if (i < count) multiply(w[i]);
-        at += count;
+            if (i < unit) multiply(w[i]);
     }
 #else
-    const uint4* tile = a.weights + (a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles)) * 32 + lane;
-    uint4 next = __ldg(tile + (size_t)at * 32);
+    const Part& p = plan.part[phase];
+    const uint4* tiles = a.weights + (a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles)) * 32 + lane;
+    auto read = [&](u32 at) {
+        u32 piece = (at >= p.piece_end[0]) + (at >= p.piece_end[1]);
+        return __ldg(tiles + (size_t)(at + p.piece_at[piece]) * 32);
+    };
+    uint4 next = read(at);
     for (; at < end; ++at) {
         uint4 w = next;
-        if (at + 1 < end) next = __ldg(tile + (size_t)(at + 1) * 32);
+        if (at + 1 < end) next = read(at + 1);
         multiply(w);
     }
 #endif
@@ -243,12 +276,15 @@ __device__ __forceinline__ void product(const Args& a, const Plan& plan, Phase p
 
 // ---- Grid ----
 
-// Everything that any thread wrote before is visible to all threads behind it.
-__device__ __forceinline__ void grid_barrier(const Args& a, u32& arrivals) {
+// Everything that any thread wrote before is visible to all threads behind it. Meanwhile, what was owed to the stream
+// is fetched, and copies to shared memory end.
+__device__ __forceinline__ void grid_barrier(const Args& a, const Plan& plan, u32& arrivals, Stream& stream) {
     __syncthreads();
     arrivals += gridDim.x;
+    if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.barrier) : "memory");
+    stream.settle(a, plan);
+    asm volatile("cp.async.wait_all;" ::: "memory");
     if (threadIdx.x == 0) {
-        asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(a.barrier) : "memory");
         u32 count;
         do {
             asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(a.barrier) : "memory");
@@ -257,16 +293,64 @@ __device__ __forceinline__ void grid_barrier(const Args& a, u32& arrivals) {
     __syncthreads();
 }
 
-// Clears this block's share of a phase's accumulators.
-__device__ __forceinline__ void clear(const Args& a, const Plan& plan, Phase phase) {
-    for (u32 k = plan.clear_begin[phase] + threadIdx.x; k < plan.clear_end[phase]; k += THREADS)
-        __stcg((int4*)(a.sums + a.sums_at[phase]) + k, make_int4(0, 0, 0, 0));
+// ---- Rows ----
+
+// Begins to copy vectors to shared memory; they are there behind the next barrier of the grid.
+__device__ __forceinline__ void copy_vectors(float* to, const float* from, u32 floats) {
+    u32 target = (u32)__cvta_generic_to_shared(to);
+#pragma unroll 1
+    for (u32 k = threadIdx.x; k < floats / 4; k += THREADS)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + 16 * k), "l"(from + 4 * k) : "memory");
 }
 
-__device__ __forceinline__ float4 sums_of(const Args& a, Phase phase, u32 column, u32 k, float factor) {
-    return dequantize(__ldcg((const int4*)(a.sums + a.sums_at[phase] + column) + k), factor);
+// As `norm_quantize`, with the norms' weights [LAYERS][n] in shared memory and q for [LAYERS][padded].
+template <u32 LAYERS>
+__device__ __forceinline__ void quantize_row(const float4* row, u32 n, u32 padded, const float4* weights, float* scalar,
+                                             u32* parts, float (&scale)[LAYERS], int* totals, u32* q) {
+    float r = inverse_rms((const float*)row, n, 1e-6f, scalar);
+    float largest[LAYERS];
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) largest[j] = 0.0f;
+#pragma unroll 1
+    for (u32 k = threadIdx.x; k < n / 4; k += THREADS) {
+        float4 y = row[k] * r;
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            float4 value = y * weights[j * (n / 4) + k];
+            largest[j] = larger(larger(larger(larger(largest[j], fabsf(value.x)), fabsf(value.y)), fabsf(value.z)),
+                                fabsf(value.w));
+        }
+    }
+    if (threadIdx.x < LAYERS) totals[threadIdx.x] = 0;
+    block_max<THREADS>(largest, parts);
+    int sum[LAYERS];
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        scale[j] = quantizer_scale(largest[j]);
+        sum[j] = 0;
+    }
+#pragma unroll 1
+    for (u32 k = threadIdx.x; k < padded / 4; k += THREADS) {
+        bool inside = k < n / 4;
+        float4 y = inside ? row[k] * r : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            float4 value = y;
+            if (inside) value = y * weights[j * (n / 4) + k] * scale[j];
+            int a = quantize(value.x), b = quantize(value.y), c = quantize(value.z), d = quantize(value.w);
+            sum[j] += a + b + c + d;
+            q[j * (padded / 4) + k] = (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)d << 24;
+        }
+    }
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        int part = __reduce_add_sync(ALL_LANES, sum[j]);
+        if (threadIdx.x % 32 == 0) atomicAdd(&totals[j], part);
+    }
+    __syncthreads();
 }
 
+// Elements 4 k ... of the token's embedding.
 __device__ __forceinline__ float4 embedding(const Args& a, u32 token, u32 k) {
     size_t at = (size_t)token * (a.width / 4) + k;
     if (a.embedding_type == 0) return __ldg((const float4*)a.embeddings + at);
@@ -284,130 +368,175 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ u64 best;
     __shared__ Plan plan;
     plan.make(a);
-    u32 d = a.width;
-    float4* x = (float4*)(memory + WARPS * a.slots * CHUNK_BYTES);
-    float4* row = x + d / 4;                        // [row_floats]
-    float* row_values = (float*)row;
-    float4* new_state = row + a.row_floats / 4;     // this block's share of h
-    u32 own_begin = part_begin(d / 4, blockIdx.x, gridDim.x), own_end = part_begin(d / 4, blockIdx.x + 1, gridDim.x);
-    u32* q = (u32*)(new_state + (d / 4 + gridDim.x - 1) / gridDim.x);
-    u32 padded = a.col_tiles[MIX] * TILE_COLS, padded_inner = a.col_tiles[DOWN] * TILE_COLS;
-    u32 q_bytes = max(3 * padded, padded_inner);
+    u32 d = a.width, padded = a.col_tiles[MIX] * TILE_COLS, padded_inner = a.col_tiles[DOWN] * TILE_COLS;
+    float4* row = (float4*)(memory + WARPS * a.slots * CHUNK_BYTES);
+    float4* weights = row + a.row_floats / 4;  // of norms
+    u32* q = (u32*)(weights + a.vector_floats / 4);
+    int* sums = (int*)((u8*)q + a.q_bytes);
+    float *shared_x = a.exchange, *shared_g = a.exchange + d, *shared_h = a.exchange + 2 * d;
+    float* shared_z = a.exchange + 3 * d;
     u32 arrivals = a.barrier_base;
-
+    Stream stream;
 #if __CUDA_ARCH__ >= 900
     u32 warp = threadIdx.x / 32;
-    u64* full = (u64*)((u8*)q + q_bytes);
-    uint4* ring = (uint4*)memory;
-    Stream stream;
-    stream.begin(a, plan, ring + warp * a.slots * (CHUNK_BYTES / 16), full + warp * a.slots);
-#define PRODUCT(phase, layer, segment) \
-    product(a, plan, phase, layer, (const i8*)q, totals, segment, stream)
-#else
-#define PRODUCT(phase, layer, segment) product(a, plan, phase, layer, (const i8*)q, totals, segment)
+    u64* full = (u64*)(sums + a.block_sums);
+    stream.begin(a, plan, (uint4*)memory + warp * a.slots * (CHUNK_BYTES / 16), full + warp * a.slots);
 #endif
 
     u32 token = a.token >= 0 ? (u32)a.token : ~(u32)__ldcg(a.best);
-    float scale_down[1];
-    auto store = [&](u32 layer, u32 k, u32 word) { q[layer * (padded / 4) + k] = word; };
+    // One thread for each own channel of the width; x stays with it.
+    bool is_owner = threadIdx.x < plan.part[OUT].channels, takes_part = plan.part[OUT].channels > 0;
+    u32 channel = plan.part[OUT].channel + threadIdx.x;
+    u32 inner_channels = plan.part[GLU].channels, inner_channel = plan.part[GLU].channel;
+    u32 layer_floats = 9 * d + a.inner;
+    float x = 0.0f;
+    if (is_owner) {
+        float4 four = embedding(a, token, channel / 4);
+        x = channel % 4 == 0 ? four.x : channel % 4 == 1 ? four.y : channel % 4 == 2 ? four.z : four.w;
+    }
+    auto clear_sums = [&] {
+#pragma unroll 1
+        for (u32 k = threadIdx.x; k < a.block_sums; k += THREADS) sums[k] = 0;
+    };
+    // The row becomes RMSNorm(row; the first of the vectors).
+    auto norm_row = [&] {
+        float r = inverse_rms((const float*)row, d, a.eps, &scalar);
+#pragma unroll 1
+        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = row[k] * r * weights[k];
+    };
 
+    copy_vectors((float*)weights, a.vectors, 4 * d);
+    asm volatile("cp.async.wait_all;" ::: "memory");
     for (u32 layer = 0; layer < a.layers; ++layer) {
-        const Vectors v(a.vectors + (size_t)layer * (9 * d + a.inner), d);
+        const float* vectors = a.vectors + (size_t)layer * layer_floats;
         const float* gammas = a.gammas + layer * 6;
-        float* state = a.state + (size_t)layer * d;
+        float gamma[6], scale[1];
+#pragma unroll
+        for (u32 k = 0; k < 6; ++k) gamma[k] = __ldg(gammas + k);
+        bool is_last = layer + 1 == a.layers;
+        u32 next_floats = is_last ? 2 * d : layer_floats;
+#pragma unroll 1
+        for (u32 k = 32 * (blockIdx.x + threadIdx.x * gridDim.x); k < next_floats; k += 32 * THREADS * gridDim.x)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(vectors + layer_floats + k));
 
-        // i, f, g
-        float down_factor = layer > 0 ? __ldg(gammas - 1) / scale_down[0] : 0.0f;
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) {
-            float4 value = layer == 0 ? embedding(a, token, k) : x[k] + sums_of(a, DOWN, 0, k, down_factor);
-            x[k] = value;
+        // i, f, g, recurrence
+        if (takes_part) {
+            float* state = a.state + (size_t)layer * d + channel;
+            float h = 0.0f, beta = 0.0f, scale_mix[3];
+            if (is_owner) h = __ldcg(state), beta = __ldg(vectors + 4 * d + channel);
+#pragma unroll 1
+            for (u32 k = threadIdx.x; k < d / 4; k += THREADS)
+                row[k] = layer == 0 ? embedding(a, token, k) : __ldcg((const float4*)shared_x + k);
+            clear_sums();
+            norm_row();
+            quantize_row<3>(row, d, padded, weights + d / 4, &scalar, parts, scale_mix, totals, q);
+            copy_vectors((float*)weights, vectors + 5 * d, 2 * d);
+            u32 rows = plan.part[MIX].piece_rows;
+            product(a, plan, MIX, layer, q, totals, rows, sums, stream);
+            __syncthreads();
+            if (is_owner) {
+                const int* own = sums + threadIdx.x;
+                float i = dequantize(own[0], gamma[0] / scale_mix[0]);
+                float f = dequantize(own[rows * TILE_ROWS], gamma[1] / scale_mix[1]);
+                float g = dequantize(own[2 * rows * TILE_ROWS], gamma[2] / scale_mix[2]);
+                float forget, input;
+                recurrence_gates(i, f, beta, forget, input);
+                h = forget * h + input;
+                *state = h;
+                __stcg(shared_g + channel, g);
+                __stcg(shared_h + channel, silu(h));
+            }
         }
-        clear(a, plan, GLU);
-        float r = inverse_rms((float*)x, d, a.eps, &scalar);
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(v.attn_norm, k);
-        float scale_mix[3];
-        const float* mix_weights[3] = {v.i, v.f, v.g};
-        norm_quantize<THREADS>(row_values, d, padded, mix_weights, &scalar, parts, scale_mix, totals, store);
-        PRODUCT(MIX, layer, a.segment_tiles);
-        grid_barrier(a, arrivals);
+        grid_barrier(a, plan, arrivals, stream);
 
-        // Recurrence, gate, o
+        // o, residual
         if (layer == 0 && blockIdx.x == 0 && threadIdx.x == 0) {
             *a.best = 0;
             if (a.history) *a.history = token;
         }
-        float i_factor = __ldg(gammas) / scale_mix[0], f_factor = __ldg(gammas + 1) / scale_mix[1];
-        float g_factor = __ldg(gammas + 2) / scale_mix[2];
-        u32 segment_columns = a.segment_tiles * TILE_ROWS;
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) {
-            float4 i = sums_of(a, MIX, 0, k, i_factor), f = sums_of(a, MIX, segment_columns, k, f_factor);
-            float4 g = sums_of(a, MIX, 2 * segment_columns, k, g_factor);
-            float4 h = __ldcg((const float4*)state + k), beta = load(v.beta, k);
-            float4 forget = beta + (1.0f - beta) * sigmoid(f);
-            h = forget * h + silu(i) * (1.0f - forget);
-            row[k] = g;
-            row[d / 4 + k] = silu(h);
-            if (own_begin <= k && k < own_end) new_state[k - own_begin] = h;
+        if (takes_part) {
+#pragma unroll 1
+            for (u32 k = threadIdx.x; k < d / 4; k += THREADS) {
+                row[k] = __ldcg((const float4*)shared_g + k);
+                row[d / 4 + k] = __ldcg((const float4*)shared_h + k);
+            }
+            clear_sums();
+            float r = inverse_rms((const float*)row, d, a.eps, &scalar);
+#pragma unroll 1
+            for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = row[k] * r * weights[k] * row[d / 4 + k];
+            quantize_row<1>(row, d, padded, weights + d / 4, &scalar, parts, scale, totals, q);
         }
-        clear(a, plan, DOWN);
-        r = inverse_rms(row_values, d, a.eps, &scalar);
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = row[k] * r * load(v.g_norm, k) * row[d / 4 + k];
-        float scale[1];
-        const float* out_weights[1] = {v.o};
-        norm_quantize<THREADS>(row_values, d, padded, out_weights, &scalar, parts, scale, totals, store);
-        PRODUCT(OUT, layer, a.row_tiles[OUT]);
-        grid_barrier(a, arrivals);
+        if (inner_channels > 0) copy_vectors((float*)weights, vectors + 7 * d, 2 * d);
+        if (takes_part) {
+            product(a, plan, OUT, layer, q, totals, ~0u / 2, sums, stream);
+            __syncthreads();
+            if (is_owner) {
+                x = x + dequantize(sums[threadIdx.x], gamma[3] / scale[0]);
+                __stcg(shared_x + channel, x);
+            }
+        }
+        grid_barrier(a, plan, arrivals, stream);
 
-        // Residual, gate_proj
-        float out_factor = __ldg(gammas + 3) / scale[0];
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) x[k] = x[k] + sums_of(a, OUT, 0, k, out_factor);
-        for (u32 k = own_begin + threadIdx.x; k < own_end; k += THREADS) ((float4*)state)[k] = new_state[k - own_begin];
-        clear(a, plan, MIX);
-        r = inverse_rms((float*)x, d, a.eps, &scalar);
-        for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(v.mlp_norm, k);
-        const float* glu_weights[1] = {v.gate};
-        norm_quantize<THREADS>(row_values, d, padded, glu_weights, &scalar, parts, scale, totals, store);
-        PRODUCT(GLU, layer, a.row_tiles[GLU]);
-        grid_barrier(a, arrivals);
+        // Gate and value, gated unit
+        if (inner_channels > 0) {
+#pragma unroll 1
+            for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = __ldcg((const float4*)shared_x + k);
+            clear_sums();
+            norm_row();
+            quantize_row<1>(row, d, padded, weights + d / 4, &scalar, parts, scale, totals, q);
+        }
+        if (takes_part) copy_vectors((float*)weights, vectors + 9 * d, a.inner);
+        if (inner_channels > 0) {
+            product(a, plan, GLU, layer, q, totals, ~0u / 2, sums, stream);
+            __syncthreads();
+            float factor = gamma[4] / scale[0];
+            u32 second = plan.part[GLU].second_at;
+#pragma unroll 1
+            for (u32 n = threadIdx.x; n < inner_channels; n += THREADS)
+                __stcg(shared_z + inner_channel + n,
+                       silu(dequantize(sums[n], factor)) * dequantize(sums[second + n], factor));
+        }
+        grid_barrier(a, plan, arrivals, stream);
 
-        // Gated unit, down_proj
-        float glu_factor = __ldg(gammas + 4) / scale[0];
-        for (u32 k = threadIdx.x; k < a.inner / 4; k += THREADS)
-            row[k] = silu(sums_of(a, GLU, 0, k, glu_factor)) * sums_of(a, GLU, a.inner, k, glu_factor);
-        clear(a, plan, OUT);
-        const float* down_weights[1] = {v.down};
-        norm_quantize<THREADS>(row_values, a.inner, padded_inner, down_weights, &scalar, parts, scale_down, totals,
-                               store);
-        PRODUCT(DOWN, layer, a.row_tiles[DOWN]);
-        grid_barrier(a, arrivals);
+        // down, residual
+        if (takes_part) {
+#pragma unroll 1
+            for (u32 k = threadIdx.x; k < a.inner / 4; k += THREADS) row[k] = __ldcg((const float4*)shared_z + k);
+            clear_sums();
+            quantize_row<1>(row, a.inner, padded_inner, weights, &scalar, parts, scale, totals, q);
+        }
+        copy_vectors((float*)weights, vectors + layer_floats, is_last ? 2 * d : 4 * d);
+        if (takes_part) {
+            product(a, plan, DOWN, layer, q, totals, ~0u / 2, sums, stream);
+            __syncthreads();
+            if (is_owner) {
+                x = x + dequantize(sums[threadIdx.x], gamma[5] / scale[0]);
+                __stcg(shared_x + channel, x);
+            }
+        }
+        grid_barrier(a, plan, arrivals, stream);
     }
 
     // Head
-    const float* last = a.vectors + (size_t)a.layers * (9 * d + a.inner);
-    const float* gammas = a.gammas + a.layers * 6;
-    float down_factor = __ldg(gammas - 1) / scale_down[0];
-    for (u32 k = threadIdx.x; k < d / 4; k += THREADS) x[k] = x[k] + sums_of(a, DOWN, 0, k, down_factor);
-    clear(a, plan, GLU);
-    float r = inverse_rms((float*)x, d, a.eps, &scalar);
-    for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = x[k] * r * load(last, k);
-    const float* head_weights[1] = {last + d};
     float scale[1];
-    norm_quantize<THREADS>(row_values, d, padded, head_weights, &scalar, parts, scale, totals, store);
+#pragma unroll 1
+    for (u32 k = threadIdx.x; k < d / 4; k += THREADS) row[k] = __ldcg((const float4*)shared_x + k);
+    clear_sums();
     if (threadIdx.x == 0) best = 0;
-    PRODUCT(HEAD, 0, a.row_tiles[HEAD]);
-    grid_barrier(a, arrivals);
-
-    clear(a, plan, DOWN);
-    float factor = __ldg(gammas) / scale[0];
+    norm_row();
+    quantize_row<1>(row, d, padded, weights + d / 4, &scalar, parts, scale, totals, q);
+    product(a, plan, HEAD, 0, q, totals, ~0u / 2, sums, stream);
+    __syncthreads();
+    float factor = __ldg(a.gammas + a.layers * 6) / scale[0];
     u64 mine = 0;
     bool finite = true;
-    for (u32 n = blockIdx.x * THREADS + threadIdx.x; n < a.vocab; n += gridDim.x * THREADS) {
-        int* at = a.sums + a.sums_at[HEAD] + n;
-        float logit = dequantize(__ldcg(at), factor);
-        __stcg(at, 0);
-        a.logits[n] = logit;
+#pragma unroll 1
+    for (u32 n = threadIdx.x; n < plan.part[HEAD].channels; n += THREADS) {
+        u32 id = plan.part[HEAD].channel + n;
+        float logit = dequantize(sums[n], factor);
+        a.logits[id] = logit;
         finite = finite && is_finite(logit);
-        u64 key = logit_key(logit, n);
+        u64 key = logit_key(logit, id);
         mine = key > mine ? key : mine;
     }
     if (mine) atomicMax(&best, mine);

@@ -7,7 +7,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
-use crate::ternary_gemm::cuda::TILE_COLS;
+use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
 
@@ -19,10 +19,10 @@ const THREADS: usize = 512;
 const WARPS: usize = THREADS / 32;
 const CHUNK_BYTES: usize = 1024;
 const PHASES: usize = 5;
-/// Grid barriers of a layer; the head has one more.
+/// Grid barriers of a layer.
 const LAYER_BARRIERS: usize = 4;
 /// Static shared memory of the kernel, and what the driver keeps for itself.
-const OTHER_SHARED_BYTES: usize = 2048;
+const OTHER_SHARED_BYTES: usize = 4096;
 /// A ring longer than this brings nothing.
 const MAX_SLOTS: usize = 16;
 
@@ -33,7 +33,7 @@ struct Args {
     gammas: u64,
     embeddings: u64,
     state: u64,
-    sums: u64,
+    exchange: u64,
     logits: u64,
     best: u64,
     not_finite: u64,
@@ -43,7 +43,6 @@ struct Args {
     layer_tiles: u64,
     row_tiles: [u32; PHASES],
     col_tiles: [u32; PHASES],
-    sums_at: [u32; PHASES],
     layers: u32,
     width: u32,
     inner: u32,
@@ -52,6 +51,9 @@ struct Args {
     embedding_type: u32,
     slots: u32,
     row_floats: u32,
+    vector_floats: u32,
+    q_bytes: u32,
+    block_sums: u32,
     barrier_base: u32,
     token: i32,
     eps: f32,
@@ -66,18 +68,56 @@ enum Token {
     Best,
 }
 
+/// How a block's shared memory is divided, as the source does it.
+#[derive(Debug)]
+struct SharedMemory {
+    /// Chunks of a warp's ring.
+    slots: usize,
+    row_floats: usize,
+    vector_floats: usize,
+    q_bytes: usize,
+    /// 32-bit sums of the rows that a block owns.
+    block_sums: usize,
+    bytes: usize,
+}
+
+impl SharedMemory {
+    /// `None` if a model's rows do not fit, or a block would own more channels of the width than it has threads.
+    fn new(device: &Device, shape: Shape, blocks: usize) -> Option<Self> {
+        let Shape { width: d, inner, vocab, .. } = shape;
+        let padded = |n: usize| n.next_multiple_of(TILE_COLS);
+        let owned = |n: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks) * TILE_ROWS;
+        let row_floats = (2 * d).max(inner);
+        let vector_floats = (4 * d).max(inner);
+        let q_bytes = (3 * padded(d)).max(padded(inner));
+        // The second half of the gate projection may begin within a tile.
+        let block_sums = (3 * owned(d)).max(2 * owned(inner) + TILE_ROWS).max(owned(vocab));
+        let fixed = 4 * (row_floats + vector_floats + block_sums) + q_bytes;
+        let available = device.shared_bytes().saturating_sub(OTHER_SHARED_BYTES);
+        let has_ring = device.capability().0 >= 9;
+        let slots = if has_ring {
+            (available.saturating_sub(fixed) / (WARPS * (CHUNK_BYTES + 8))).min(MAX_SLOTS)
+        } else {
+            0
+        };
+        if has_ring && slots < 2 || fixed > available || owned(d) > THREADS {
+            return None;
+        }
+        let bytes = fixed + WARPS * slots * (CHUNK_BYTES + 8);
+        Some(Self { slots, row_floats, vector_floats, q_bytes, block_sums, bytes })
+    }
+}
+
 /// The kernel and what it keeps between tokens.
 #[derive(Debug)]
 pub struct Decoder {
     kernel: Kernel,
     shape: Shape,
     blocks: usize,
-    slots: usize,
-    row_floats: usize,
-    shared_bytes: usize,
+    shared: SharedMemory,
     eps: f32,
-    sums: Buffer<i32>,
-    sums_at: [u32; PHASES],
+    /// What blocks tell each other.
+    exchange: Buffer<f32>,
     logits: Buffer<f32>,
     /// Key of the most likely token; whether a logit was not finite; arrivals at barriers.
     control: Buffer<u64>,
@@ -98,39 +138,14 @@ impl Decoder {
     ) -> Result<Option<Self>, CudaError> {
         let shape = weights.shape();
         let (d, blocks) = (shape.width, device.multiprocessors());
-        let row_floats = (2 * d).max(shape.inner);
-        let padded = |n: usize| n.next_multiple_of(TILE_COLS);
-        let q_bytes = (3 * padded(d)).max(padded(shape.inner));
-        let own = (d / 4).div_ceil(blocks);
-        let fixed = 4 * (d + row_floats) + 16 * own + q_bytes;
-        let available = device.shared_bytes().saturating_sub(OTHER_SHARED_BYTES);
-        let has_ring = device.capability().0 >= 9;
-        let slots = if has_ring {
-            (available.saturating_sub(fixed) / (WARPS * (CHUNK_BYTES + 8))).min(MAX_SLOTS)
-        } else {
-            0
-        };
-        if has_ring && slots < 2 || fixed > available {
-            return Ok(None);
-        }
-        let shared_bytes = fixed + WARPS * slots * (CHUNK_BYTES + 8);
-        let phases = phases(weights);
-        let mut sums_at = [0u32; PHASES];
-        let mut end = 0;
-        for (at, phase) in sums_at.iter_mut().zip(&phases) {
-            *at = end as u32;
-            end += phase.columns();
-        }
+        let Some(shared) = SharedMemory::new(device, shape, blocks) else { return Ok(None) };
         Ok(Some(Self {
-            kernel: device.kernel(SOURCE, "decode", shared_bytes)?,
+            kernel: device.kernel(SOURCE, "decode", shared.bytes)?,
             shape,
             blocks,
-            slots,
-            row_floats,
-            shared_bytes,
+            shared,
             eps,
-            sums: Buffer::zeros(device, end)?,
-            sums_at,
+            exchange: Buffer::zeros(device, 3 * d + shape.inner)?,
             logits: Buffer::zeros(device, shape.vocab)?,
             control: Buffer::zeros(device, 3)?,
             arrivals: 0,
@@ -199,7 +214,7 @@ impl Decoder {
             gammas: weights.gammas.address(0),
             embeddings: weights.embeddings.address(0),
             state: state.address(0),
-            sums: self.sums.address(0),
+            exchange: self.exchange.address(0),
             logits: self.logits.address(0),
             best: self.control.address(0),
             not_finite: self.control.address(1),
@@ -209,15 +224,17 @@ impl Decoder {
             layer_tiles: weights.layer_tiles() as u64,
             row_tiles: phases.map(|phase| phase.row_tiles as u32),
             col_tiles: phases.map(|phase| phase.col_tiles as u32),
-            sums_at: self.sums_at,
             layers: layers as u32,
             width: width as u32,
             inner: inner as u32,
             vocab: vocab as u32,
             segment_tiles: weights.mix(0).segment_tiles as u32,
             embedding_type: weights.embedding_type.code(),
-            slots: self.slots as u32,
-            row_floats: self.row_floats as u32,
+            slots: self.shared.slots as u32,
+            row_floats: self.shared.row_floats as u32,
+            vector_floats: self.shared.vector_floats as u32,
+            q_bytes: self.shared.q_bytes as u32,
+            block_sums: self.shared.block_sums as u32,
             barrier_base: self.arrivals,
             token: match token {
                 Token::Id(id) => id as i32,
@@ -228,12 +245,12 @@ impl Decoder {
         let launch = Launch {
             grid: [self.blocks, 1, 1],
             threads: THREADS,
-            shared_bytes: self.shared_bytes,
+            shared_bytes: self.shared.bytes,
             cooperative: true,
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape.
         unsafe { self.kernel.launch(launch, &args)? };
-        let barriers = layers * LAYER_BARRIERS + 1;
+        let barriers = layers * LAYER_BARRIERS;
         self.arrivals = self.arrivals.wrapping_add((barriers * self.blocks) as u32);
         Ok(())
     }
