@@ -53,11 +53,11 @@ impl EngineArgs {
         match name.as_deref().and_then(|name| name.strip_prefix("cuda")) {
             Some(device) => {
                 let ordinal = device.strip_prefix(':').map_or(Ok(0), str::parse)?;
-                Ok(FullPrecision::Cuda(CudaBackend::new(ordinal)?))
+                Ok(FullPrecision::Cuda(Box::new(CudaBackend::new(ordinal)?)))
             }
             None => {
                 let threads = self.threads.map(usize::from);
-                Ok(FullPrecision::Cpu(CpuBackend::new(threads, name.as_deref())?))
+                Ok(FullPrecision::Cpu(Box::new(CpuBackend::new(threads, name.as_deref())?)))
             }
         }
     }
@@ -65,8 +65,8 @@ impl EngineArgs {
 
 /// Backends of models with full-precision weights.
 pub enum FullPrecision {
-    Cpu(CpuBackend),
-    Cuda(CudaBackend),
+    Cpu(Box<CpuBackend>),
+    Cuda(Box<CudaBackend>),
 }
 
 /// A model that is ready to run.

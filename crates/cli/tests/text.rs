@@ -139,7 +139,7 @@ fn a_prompt_of_many_chunks_is_one_text() {
     let (file, state) = (file.to_str().unwrap(), state.to_str().unwrap());
     let run = |prompt: [&str; 2]| {
         let end = ["--greedy", "--max-tokens", "3", "--save-state", state];
-        let object = generate_json(&[&prompt[..], &end].concat());
+        let object = generate_json(&[&[TRAINED][..], &prompt, &end].concat());
         (object, std::fs::read(state).unwrap())
     };
     let (from_file, state_of_file) = run(["--prompt-file", file]);

@@ -52,10 +52,10 @@ impl Judge {
         };
         let scorer: Box<dyn Scorer> = match args.full_precision()? {
             FullPrecision::Cpu(cpu) => {
-                Box::new(FullPrecisionScorer::new(cpu, architecture, &parameters, window)?)
+                Box::new(FullPrecisionScorer::new(*cpu, architecture, &parameters, window)?)
             }
             FullPrecision::Cuda(cuda) => {
-                Box::new(FullPrecisionScorer::new(cuda, architecture, &parameters, window)?)
+                Box::new(FullPrecisionScorer::new(*cuda, architecture, &parameters, window)?)
             }
         };
         let name = directory.display().to_string();
