@@ -165,11 +165,13 @@ async function write() {
       if (event.usage) reply.usage = event.usage;
       if (event.session) reply.session = event.session;
     }
-    const seconds = (performance.now() - (first || started)) / 1000;
+    const ended = performance.now();
+    // What came all at once, as to a tab that was busy, is measured from the question.
+    const seconds = (ended - (first && first < ended ? first : started)) / 1000;
     const count = reply.usage?.completion_tokens ?? tokens;
     reply.stats = {
       tokens: count, speed: count > 1 ? (count - 1) / seconds : 0,
-      first: Math.round((first || performance.now()) - started),
+      first: Math.round((first || ended) - started),
       state: reply.session?.state_bytes ?? state.model?.state_bytes, seen: reply.session?.tokens_seen,
     };
     delete reply.usage;
@@ -245,7 +247,7 @@ function paint(reply, tokens, first) {
     const follows = isAtEnd();
     node.appendData(reply.text.slice(node.length));
     const seconds = (performance.now() - reply.progress.first) / 1000;
-    if (reply.progress.tokens > 4) status(`${Math.round((reply.progress.tokens - 1) / seconds)} tokens/s`);
+    if (reply.progress.tokens > 4 && seconds > 0) status(`${Math.round((reply.progress.tokens - 1) / seconds)} tokens/s`);
     if (follows) $("log").scrollTop = $("log").scrollHeight;
   });
 }
