@@ -38,6 +38,7 @@ impl Judge {
     }
 
     fn transformer(directory: &Path, args: &EngineArgs) -> Result<Self> {
+        let backend = args.full_precision()?;
         let tokenizer = Tokenizer::from_source(&TokenizerSource::open(directory)?)?;
         let (architecture, parameters) = weights::load(directory)?;
         let (window, bos, eos) = match &architecture {
@@ -50,7 +51,7 @@ impl Judge {
                 (usize::MAX, config.bos_token_id, config.eos_token_ids.first().copied())
             }
         };
-        let scorer: Box<dyn Scorer> = match args.full_precision()? {
+        let scorer: Box<dyn Scorer> = match backend {
             FullPrecision::Cpu(cpu) => {
                 Box::new(FullPrecisionScorer::new(*cpu, architecture, &parameters, window)?)
             }
