@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use mmfree::checkpoint::TokenizerSource;
+use mmfree::checkpoint::{FullPrecision, pack_transformer};
 use mmfree_train::architecture::Architecture;
 use mmfree_train::checkpoint::{Checkpoints, GuardState, State, Values};
 use mmfree_train::config::TrainConfig;
@@ -246,6 +247,14 @@ fn checkpoints_and_logs() {
         fs::write(path.join(name), whole).unwrap();
         fs::write(path.join("CHECKSUMS"), &sums).unwrap();
     }
+    let packed = work.path().join("model.gguf");
+    pack_transformer(&path, &packed, None, None, &mut |_, _| ()).unwrap();
+    assert_eq!(weights::load(&packed).unwrap(), (architecture, parameters));
+    hostile(7, &fs::read(&packed).unwrap(), &mut |changed| {
+        fs::write(&packed, changed).unwrap();
+        let _ = weights::load(&packed);
+        let _ = FullPrecision::is_transformer(&packed);
+    });
     let log = "{\"step\":1,\"tokens\":10,\"loss\":3.5,\"validation_loss\":4.25}\n".repeat(3);
     hostile(8, log.as_bytes(), &mut |changed| {
         fs::write(work.path().join("log.jsonl"), changed).unwrap();
