@@ -104,7 +104,7 @@ int main(int argc, char** argv) {
   std::string image_path, trace_path;
   std::vector<uint32_t> tokens;
   uint64_t latency = 20, stall = 0, rate = 256, seed = 1, generate = 0, watchdog = 100000;
-  uint64_t hang_after = UINT64_MAX, mutation = 0;
+  uint64_t hang_after = UINT64_MAX, fail_after = UINT64_MAX, mutation = 0;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     if (i + 1 >= argc) fail(name + " needs a value");
@@ -119,6 +119,7 @@ int main(int argc, char** argv) {
     else if (name == "--generate") generate = number();
     else if (name == "--watchdog") watchdog = number();
     else if (name == "--hang-after") hang_after = number();
+    else if (name == "--fail-after") fail_after = number();
     else if (name == "--mutation") mutation = number();
     else if (name == "--tokens") {
       for (const char* at = value.c_str(); *at;) {
@@ -202,6 +203,7 @@ int main(int argc, char** argv) {
     bool done = false;
     while (!done) {
       top->hang_i = clock >= hang_after;
+      top->fail_i = clock >= fail_after;
       // Outputs of the cycle that ends with this edge.
       top->clk_i = 0;
       top->eval();

@@ -268,6 +268,16 @@ fn a_program_that_the_hardware_cannot_run_raises_its_error() {
     assert_eq!((outcome.exit_code, outcome.report["status"].as_str()), (3, Some("error")));
 }
 
+#[test]
+fn a_memory_that_answers_with_an_error_raises_it() {
+    let Some((configuration, rtl)) = tiny_rtl() else { return };
+    let image = random_image(&configuration, 1);
+    for clock in [300, 600] {
+        let outcome = rtl.run(&image, &[0], &[("--fail-after", clock)], false);
+        assert_eq!((outcome.exit_code, outcome.report["status"].as_str()), (3, Some("error")));
+    }
+}
+
 fn tiny_checkpoint() -> Checkpoint {
     Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny")).unwrap()
 }
