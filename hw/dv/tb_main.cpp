@@ -21,6 +21,8 @@ namespace {
 
 constexpr size_t kHeader = 256;
 constexpr uint64_t kPage = 4096;
+constexpr uint32_t kInstructions = 256;
+constexpr uint64_t kZeroed = 1 << 29;  // bytes of data memory that are not stored
 
 struct Trace {
   std::vector<uint32_t> vectors;
@@ -141,6 +143,12 @@ int main(int argc, char** argv) {
   const uint32_t instructions = read<uint32_t>(image, 64);
   const uint64_t stored = read<uint64_t>(image, 72), data = read<uint64_t>(image, 80);
   const uint64_t stream = read<uint64_t>(image, 88);
+  const auto is_large = [&](uint64_t bytes) { return bytes > image.size(); };
+  if (instructions > kInstructions || is_large(stored) || is_large(stream) || data < stored ||
+      data - stored > kZeroed ||
+      kHeader + padded(instructions * 16) + padded(stored) + CORES * padded(stream) != image.size()) {
+    fail("the image is damaged");
+  }
   size_t at = kHeader + padded(instructions * 16);
   std::vector<uint8_t> data_memory(image.begin() + at, image.begin() + at + stored);
   data_memory.resize(data);

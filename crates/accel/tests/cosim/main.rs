@@ -278,6 +278,17 @@ fn a_memory_that_answers_with_an_error_raises_it() {
     }
 }
 
+#[test]
+fn the_bench_refuses_damaged_images() {
+    let Some((configuration, rtl)) = tiny_rtl() else { return };
+    let good = random_image(&configuration, 1).to_bytes();
+    let huge = [&good[..72], &u64::MAX.to_le_bytes(), &good[80..]].concat();
+    let foreign = [b"FOREIGN!", &good[8..]].concat();
+    for bytes in [&good[..5000], &good[..300], &good[..20], &[], &huge, &foreign] {
+        assert_eq!(rtl.run_bytes(bytes), Some(2), "{} bytes", bytes.len());
+    }
+}
+
 fn tiny_checkpoint() -> Checkpoint {
     Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny")).unwrap()
 }
