@@ -9,6 +9,7 @@ use mmfree_train::data::{TokenizerTraining, train_tokenizer};
 
 use crate::interrupt;
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Train a tokenizer
 #[derive(Debug, clap::Args)]
@@ -85,9 +86,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let progress = Progress::new("counting words");
     let trained = train_tokenizer(&options, cancel, &mut |done, total| progress.set(done, total))?;
     drop(progress);
-    println!(
+    line!(
         "{} tokens from {} bytes of text with {} different words",
-        trained.vocab_size, trained.text_bytes, trained.words
+        trained.vocab_size,
+        trained.text_bytes,
+        trained.words
     );
     if trained.vocab_size < args.vocab_size {
         eprintln!(
