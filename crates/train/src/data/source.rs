@@ -17,7 +17,7 @@ mod parquet;
 
 pub use self::documents::read_documents;
 pub(super) use self::json::json_field;
-pub(super) use self::lines::{check_utf8, read_lines, read_text};
+pub(super) use self::lines::{check_utf8, checksum_before, read_lines, read_text};
 #[cfg(feature = "parquet")]
 pub(super) use self::parquet::read_parquet;
 
