@@ -375,7 +375,7 @@ fn broken_texts_are_refused_and_a_mended_one_is_trained_on() {
         fs::remove_dir_all(&cache).unwrap();
         fs::write(&text, "{\"text\": \"\"}\n".repeat(7)).unwrap();
         let error = refused(&mut run.command(set));
-        assert!(error.contains("7 documents are empty"), "{error}");
+        assert!(error.contains("only white space: 7)"), "{error}");
         assert!(!cache.join("train/manifest.json").exists());
         assert!(!cache.join("tokenizer").exists());
         let _ = fs::remove_dir_all(&cache);

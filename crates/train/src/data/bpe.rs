@@ -217,7 +217,8 @@ pub fn train_tokenizer(
         if cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let counted = counted?;
+        let counted = counted
+            .map_err(|error| source::advised(error, "mend it and run the same command again"))?;
         for (word, count) in counted.words {
             *words.entry(word).or_insert(0) += count;
         }
@@ -229,9 +230,7 @@ pub fn train_tokenizer(
         Ok(())
     })?;
     if !has_text {
-        return Err(Error::Invalid(format!(
-            "there is no text to train a tokenizer on: {documents} documents are empty or only white space"
-        )));
+        return Err(source::no_text(sources.iter().map(|source| &*source.file), documents, 0));
     }
 
     let trainer = BpeTrainer::builder()

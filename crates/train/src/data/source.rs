@@ -170,6 +170,37 @@ pub(super) fn list(inputs: &[PathBuf], part: PartOf) -> Result<Vec<Source>> {
     Ok(share(sources, part))
 }
 
+/// The error of a corpus in which nothing is to be read.
+pub(super) fn no_text<'a>(
+    files: impl Iterator<Item = &'a str>,
+    empty_documents: u64,
+    skipped: u64,
+) -> Error {
+    const NAMED: usize = 3;
+    let mut names: Vec<_> = files.take(NAMED + 1).collect();
+    if names.len() > NAMED {
+        names[NAMED] = "…";
+    }
+    let broken = if skipped > 0 { format!("; broken ones: {skipped}") } else { String::new() };
+    Error::Malformed {
+        file: names.join(", "),
+        what: format!(
+            "there is no text (documents that are empty or only white space: {empty_documents}{broken}); name \
+             files that have some"
+        ),
+    }
+}
+
+/// Adds to the error of something broken what to do about it.
+pub(super) fn advised(error: Error, advice: &str) -> Error {
+    match error {
+        Error::Malformed { file, what } => {
+            Error::Malformed { file, what: format!("{what}; {advice}") }
+        }
+        error => error,
+    }
+}
+
 fn known_names() -> String {
     let ends: Vec<_> = EXTENSIONS.iter().map(|(end, ..)| *end).collect();
     format!("names that end in {} are read", ends.join(", "))

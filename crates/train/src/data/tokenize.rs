@@ -224,7 +224,11 @@ fn run(
                 events(Event::Skipped(error));
                 writer.skip(ends, after)?;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                let advice = "mend it and run the same command again, or leave out what is broken with \
+                              `mmfree tokenize --on-error skip`";
+                return Err(source::advised(error, advice));
+            }
         }
         events(Event::Progress { read_bytes, total_bytes, tokens: writer.tokens() });
         Ok(())

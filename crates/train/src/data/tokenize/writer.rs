@@ -8,7 +8,7 @@ use mmfree::error::{Error, Result};
 use super::journal::{Journal, Progress, replace};
 use crate::data::manifest::{Manifest, ManifestShard, ManifestSource, PartOf};
 use crate::data::shard::{ShardWriter, TokenShard};
-use crate::data::source::{Position, Source, checksum_before};
+use crate::data::source::{Position, Source, checksum_before, no_text};
 
 /// Most documents of a shard: bounds what opening one costs.
 const MAX_DOCUMENTS: u64 = 1 << 24;
@@ -240,7 +240,8 @@ impl Writer {
         let manifest = &self.progress.manifest;
         // A part of a corpus may have nothing to do.
         let is_missing = manifest.documents == 0 && manifest.part == PartOf::WHOLE;
-        let error = is_missing.then(|| no_text(manifest));
+        let files = manifest.files().map(|(file, _)| file);
+        let error = is_missing.then(|| no_text(files, manifest.empty_documents, manifest.skipped));
         if self.shard.as_ref().is_some_and(|shard| shard.documents() > 0) {
             self.finish_shard()?;
         } else if self.shard.is_some() {
@@ -254,16 +255,4 @@ impl Writer {
         self.journal.remove();
         Ok(self.progress.manifest)
     }
-}
-
-/// A corpus in which nothing is to be tokenised.
-fn no_text(manifest: &Manifest) -> Error {
-    let files: Vec<_> = manifest.files().map(|(file, _)| file).take(3).collect();
-    let more = if manifest.sources.len() > files.len() { ", …" } else { "" };
-    Error::Invalid(format!(
-        "{}{more}: there is no text: {} documents are empty or only white space, {} are broken",
-        files.join(", "),
-        manifest.empty_documents,
-        manifest.skipped
-    ))
 }
