@@ -26,8 +26,8 @@ enum Command {
 /// Make a byte-level BPE tokenizer from text
 ///
 /// Reads what `mmfree tokenize` reads and writes a directory with tokenizer.json, tokenizer_config.json and
-/// special_tokens_map.json, which `mmfree tokenize --tokenizer` and a checkpoint take. The same text gives the
-/// same tokenizer.
+/// special_tokens_map.json, which `mmfree tokenize --tokenizer` and a checkpoint take, and training.json, which
+/// says what it was trained on. The same text gives the same tokenizer.
 ///
 ///   mmfree tokenizer train books/ -o my-tokenizer --vocab-size 8192
 #[derive(Debug, clap::Args)]

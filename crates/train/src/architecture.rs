@@ -98,4 +98,19 @@ impl Architecture {
             Self::Transformer(config) => config.to_json(),
         }
     }
+
+    /// What makes this model's weights mean something else in another one: keys of `config.json`, with this one's
+    /// value and the other's. Special tokens and the longest context may differ.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        const MAY_DIFFER: [&str; 3] = ["bos_token_id", "eos_token_id", "max_position_embeddings"];
+        let (these, others) = (self.to_json(), other.to_json());
+        let shown = |key: &str| format!("{key}: {}, {}", these[key], others[key]);
+        if self.model_type() != other.model_type() {
+            return vec![shown("model_type")];
+        }
+        let keys = these.as_object().into_iter().flat_map(serde_json::Map::keys);
+        keys.filter(|key| !MAY_DIFFER.contains(&key.as_str()) && these[*key] != others[*key])
+            .map(|key| shown(key))
+            .collect()
+    }
 }
