@@ -192,6 +192,22 @@ fn corpora_and_jobs_that_were_interrupted() {
 }
 
 #[test]
+fn records_of_trained_tokenizers() {
+    let work = tempfile::tempdir().unwrap();
+    let (input, output) = (work.path().join("in.jsonl"), work.path().join("out"));
+    fs::write(&input, LINES).unwrap();
+    let training = TokenizerTraining::new(vec![input], output.clone(), 300);
+    train_tokenizer(&training, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
+    assert_eq!(training.difference_from(&output).unwrap(), None);
+    let path = output.join("training.json");
+    let whole = fs::read(&path).unwrap();
+    hostile(1, &whole, &mut |changed| {
+        fs::write(&path, changed).unwrap();
+        let _ = training.difference_from(&output);
+    });
+}
+
+#[test]
 fn configurations() {
     let whole = fs::read(root().join("configs/tiny.toml")).unwrap();
     hostile(1, &whole, &mut |changed| {

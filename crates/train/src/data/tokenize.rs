@@ -117,8 +117,8 @@ pub enum Event {
 ///
 /// # Errors
 /// Inputs that cannot be read or are broken ([`OnError`]), or have no text at all; a tokenizer with neither BOS
-/// nor EOS; an output directory that holds something else; errors of writing; [`Error::Cancelled`] once `cancel` is set. Whatever
-/// happens, a later call continues.
+/// nor EOS; an output directory that holds something else, or the same made with other options; errors of
+/// writing; [`Error::Cancelled`] once `cancel` is set. Whatever happens, a later call continues.
 pub fn tokenize(
     options: &TokenizeOptions,
     cancel: &AtomicBool,

@@ -206,6 +206,21 @@ fn parts_together_are_the_whole() {
 }
 
 #[test]
+fn parts_that_were_made_with_other_options_are_no_corpus() {
+    let bench = Bench::new();
+    let input = bench.file("a.txt", b"one\n--\ntwo\n--\nthree");
+    for (index, separator) in [(1, "--"), (2, "==")] {
+        let part = PartOf { index, count: 2 };
+        let separator = Some(separator.to_owned());
+        let options = bench.options(std::slice::from_ref(&input), "out");
+        let options = TokenizeOptions { part, separator, ..options };
+        tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    }
+    let error = Dataset::open(&[bench.0.path().join("out")]).unwrap_err().to_string();
+    assert!(error.contains("document separator: \"--\" then, \"==\" now"), "{error}");
+}
+
+#[test]
 fn an_interrupted_job_goes_on_to_the_same_bytes() {
     let bench = Bench::new();
     let texts = documents();
