@@ -138,6 +138,10 @@ fn a_transformer_is_judged_by_its_own_forward_pass() {
         }
     }
     fail(&["pack", model, "-o", packed, "--format", "tq2_0"], &["Transformer++", "f16"]);
+    let weights = directory.path().join("model.safetensors");
+    for (source, output) in [(model, weights.to_str().unwrap()), (packed, packed)] {
+        fail(&["pack", source, "-o", output], &["is a file of the model"]);
+    }
     fail(&["generate", packed, "a"], &["general.architecture", "llama", "hgrn_bit"]);
 
     // More than the model's 512 positions.

@@ -5,6 +5,7 @@
 //! `half · d/2 + j`, and are put back when they are read.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::path::Path;
 
 use mmfree_kernels::memory::Bytes;
@@ -60,12 +61,12 @@ const LAYER_NAMES: [(&str, &str); 9] = [
 
 /// Whether a file is GGUF and says that it is a Llama.
 pub(super) fn is_llama(bytes: &Bytes) -> bool {
-    let header = bytes.starts_with(&gguf::MAGIC).then(|| read::parse("", bytes));
-    header.is_some_and(|header| {
-        let header = header.ok();
-        let value = header.as_ref().and_then(|header| header.metadata.get(key::ARCHITECTURE));
-        matches!(value, Some(read::Value::Text(at)) if bytes[at.clone()] == *ARCHITECTURE.as_bytes())
-    })
+    if !bytes.starts_with(&gguf::MAGIC) {
+        return false;
+    }
+    let Ok(header) = read::parse("", bytes) else { return false };
+    let architecture = header.metadata.get(key::ARCHITECTURE);
+    matches!(architecture, Some(read::Value::Text(at)) if bytes[at.clone()] == *ARCHITECTURE.as_bytes())
 }
 
 /// Opens a file: its configuration, and its tensors under Hugging Face's names.
@@ -141,7 +142,7 @@ fn config(metadata: &Metadata<'_>) -> Result<TransformerConfig> {
 /// `progress(done, total)` is called with elements.
 ///
 /// # Errors
-/// A checkpoint that is no Transformer++ or does not fit its configuration; weights that are NaN or infinite, also
+/// A checkpoint that is no Transformer++ or does not fit its configuration; an output that belongs to it; weights that are NaN or infinite, also
 /// after rounding; errors of writing. Nothing is left under the name then, or the old file.
 pub fn pack_transformer(
     model: &Path,
@@ -151,6 +152,7 @@ pub fn pack_transformer(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<()> {
     let source = FullPrecision::open(model)?;
+    refuse_source(model, output)?;
     let (file, json) = source.config();
     let config = TransformerConfig::from_json(file, json)?;
     let tensors = config.tensors();
@@ -205,6 +207,17 @@ pub fn pack_transformer(
         progress(done, total);
     }
     file.commit()
+}
+
+/// Refuses an output that is a file of the model that is being read.
+fn refuse_source(model: &Path, output: &Path) -> Result<()> {
+    let Ok(output) = fs::canonicalize(output) else { return Ok(()) };
+    let model = fs::canonicalize(model).unwrap_or_else(|_| model.to_owned());
+    let is_beside = output.parent() == Some(&model);
+    if output == model || is_beside && output.extension().is_none_or(|end| end != "gguf") {
+        return Err(super::pack::output_is_source(&output));
+    }
+    Ok(())
 }
 
 fn put_config(header: &mut HeaderWriter, config: &TransformerConfig) {

@@ -268,10 +268,14 @@ fn refuse_source(checkpoint: &Checkpoint, output: &Path) -> Result<()> {
             .collect(),
     };
     if sources.iter().filter_map(|path| fs::canonicalize(path).ok()).any(|path| path == output) {
-        return Err(Error::Invalid(format!(
-            "the output {} is a file of the model that is being packed",
-            output.display()
-        )));
+        return Err(output_is_source(&output));
     }
     Ok(())
+}
+
+pub(super) fn output_is_source(output: &Path) -> Error {
+    Error::Invalid(format!(
+        "the output {} is a file of the model that is being packed",
+        output.display()
+    ))
 }
