@@ -153,3 +153,27 @@ impl std::fmt::Debug for Nccl {
         f.debug_struct("Nccl").field("version", &self.version()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `MMFREE_REQUIRE_NCCL` demands the library, for which no GPU is needed.
+    #[test]
+    fn the_library_has_every_function_or_its_absence_is_explained() {
+        match Nccl::get() {
+            Ok(nccl) => {
+                let version = nccl.version();
+                println!("NCCL {version:?}");
+                assert!(version >= (2, 13, 0), "{version:?}");
+                let error = nccl.check("a test", 4).unwrap_err().to_string();
+                assert!(error.starts_with("NCCL, a test: invalid argument"), "{error}");
+            }
+            Err(reason) => {
+                let reason = reason.to_string();
+                assert!(std::env::var_os("MMFREE_REQUIRE_NCCL").is_none(), "{reason}");
+                assert!(reason.contains("libnccl.so.2") && reason.contains("LD_LIBRARY_PATH"));
+            }
+        }
+    }
+}

@@ -1,9 +1,9 @@
 //! The fused operations that training is written over, forward and backward.
 //!
-//! A backend owns its memory: parameters, gradients and moments are [`Flat`](Backend::Flat) buffers in
-//! f32, activations are [`Tensor`](Backend::Tensor)s in whatever precision it computes with. Nothing but
+//! A backend owns its memory: parameters, gradients and moments are [`Flat`](Memory::Flat) buffers in
+//! f32, activations are [`Tensor`](Memory::Tensor)s in whatever precision it computes with. Nothing but
 //! [`take_loss`](Backend::take_loss), sums of squares and reads and writes of flat
-//! buffers waits for the device. [`reserve`](Backend::reserve) allocates scratch memory before the first step; on the CPU
+//! buffers waits for the device. [`reserve`](Memory::reserve) allocates scratch memory before the first step; on the CPU
 //! some of it still grows at first use, and small vectors are made in each call.
 //!
 //! Every operation is deterministic: the same inputs give the same bits on any number of threads.
