@@ -2,8 +2,9 @@
 """The study of docs/study.md: MatMul-free models beside Transformer++ of the same size and tokens, on GPUs.
 
 Makes a tokenizer and token shards of a corpus (DIR/train and DIR/validation), looks for the learning rate of
-each architecture with the smallest size, trains every size of both, judges each model (perplexity of the held-out
-text and zero-shot tasks), and fits the scaling laws. What is there already is not done again.
+each architecture with the smallest size, trains every size of both with that rate over its width (relative to the
+smallest), judges each model (perplexity of the held-out text and zero-shot tasks), and fits the scaling laws. What is
+there already is not done again.
 
     cargo build --release
     python3 benchmarks/study.py --corpus CORPUS --benchmarks TASKS --devices 0,1,2,3
@@ -23,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 TASKS = "arc-easy,arc-challenge,hellaswag,openbookqa,piqa,winogrande,lambada"
 # Hidden size and layers; a head of the Transformer++ has 64 channels. The smallest comes first.
 SIZES = {"4m": (128, 6), "11m": (256, 8), "20m": (384, 8), "49m": (512, 12), "97m": (768, 12)}
-RATES = {"matmul-free": (2e-3, 4e-3, 8e-3, 16e-3), "transformer++": (1e-3, 2e-3, 4e-3, 8e-3)}
+RATES = {"matmul-free": (2e-3, 4e-3, 8e-3, 16e-3, 32e-3), "transformer++": (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)}
+SHORT = {"matmul-free": "mmf", "transformer++": "transformer"}
 TOKENS_PER_STEP = 96 * 512
 
 
@@ -69,6 +71,7 @@ class Study:
             "data.train": self.out / "shards/train",
             "data.validation": self.out / "shards/validation",
             "model.architecture": architecture,
+            "model.use_lower_bound": str(architecture == "matmul-free").lower(),
             "model.hidden_size": hidden,
             "model.num_hidden_layers": layers,
             "model.num_attention_heads": hidden // 64 if architecture == "transformer++" else 0,
@@ -122,44 +125,54 @@ class Study:
         if failures:
             raise failures[0]
 
+    def search(self, size):
+        """The learning rate of each architecture that ends at the lowest validation loss."""
+        candidates = [(f"rate-{SHORT[a]}-{rate:g}", a, rate) for a, rates in RATES.items() for rate in rates]
+        self.on_devices([
+            lambda device, name=name, a=a, rate=rate: self.train(name, a, size, rate, device)
+            for name, a, rate in candidates
+        ])
+        return {
+            architecture: min((self.loss(name), rate) for name, a, rate in candidates if a == architecture)[1]
+            for architecture in RATES
+        }
+
     def run(self):
         self.prepare()
         sizes = self.args.sizes
         smallest = sizes[0]
-        short = {"matmul-free": "mmf", "transformer++": "transformer"}
-        candidates = [(f"rate-{short[a]}-{rate:g}", a, rate) for a, rates in RATES.items() for rate in rates]
-        self.on_devices([
-            lambda device, name=name, a=a, rate=rate: self.train(name, a, smallest, rate, device)
-            for name, a, rate in candidates
-        ])
-        rates = {
-            architecture: min((self.loss(name), rate) for name, a, rate in candidates if a == architecture)[1]
-            for architecture in RATES
-        }
+        rates = self.args.rates or self.search(smallest)
         self.say(f"learning rates: {rates}")
         with ThreadPoolExecutor(self.args.judges) as judges:
             judged = []
 
             def job(device, architecture, size):
-                name = f"{short[architecture]}-{size}"
-                if size == smallest:
-                    chosen = self.runs / f"rate-{name.split('-')[0]}-{rates[architecture]:g}"
-                    if not (self.runs / name).exists():
-                        os.symlink(chosen, self.runs / name)
-                else:
-                    self.train(name, architecture, size, rates[architecture], device)
+                name = f"{SHORT[architecture]}-{size}"
+                searched = self.runs / f"rate-{SHORT[architecture]}-{rates[architecture]:g}"
+                if size == smallest and searched.exists() and not (self.runs / name).exists():
+                    os.symlink(searched, self.runs / name)
+                # Wider layers take smaller steps, as 1 / width (Yang et al. 2022, "Tensor Programs V", for Adam).
+                rate = rates[architecture] * SIZES[smallest][0] / SIZES[size][0]
+                self.train(name, architecture, size, rate, device)
                 judged.append(judges.submit(self.judge, name))
 
             # The longest first, so that no device waits long at the end.
             self.on_devices([
                 lambda device, a=a, size=size: job(device, a, size) for size in reversed(sizes) for a in RATES
             ])
-            names = [self.runs / f"{short[a]}-{size}" for a in RATES for size in sizes]
+            names = [self.runs / f"{SHORT[a]}-{size}" for a in RATES for size in sizes]
             if not (self.out / "scaling").exists():
                 self.mmfree("scaling", *names, "-o", self.out / "scaling", log="scaling")
             self.say("fitted the scaling laws")
             for done in judged:
                 done.result()
+
+
+def rates(text):
+    found = {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
+    if set(found) != set(RATES):
+        raise argparse.ArgumentTypeError(f"expected a rate for each of {', '.join(RATES)}")
+    return found
 
 
 def main():
@@ -170,6 +183,7 @@ def main():
     parser.add_argument("--out", default=Path("study"), type=Path)
     parser.add_argument("--devices", default="0", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--sizes", default=list(SIZES), type=lambda text: text.split(","), help="the smallest first")
+    parser.add_argument("--rates", type=rates, help="matmul-free=X,transformer++=Y: of the smallest size, not searched")
     parser.add_argument("--tokens", default=150e6, type=float, help="of each run")
     parser.add_argument("--limit", default=1000, type=int, help="items of each task")
     parser.add_argument("--threads", default=16, type=int, help="of one evaluation")

@@ -1,5 +1,5 @@
-// A memory behind an AXI4 port, for simulation: latency, random stalls, limited bandwidth, a hang.
-// Contents are the C++ side's.
+// A memory behind an AXI4 port, for simulation: latency, random stalls, limited bandwidth, errors, a
+// hang. Contents are the C++ side's. It checks what it is asked for.
 module mmfree_axi_memory #(
   parameter int unsigned Port      = 0,
   parameter int unsigned DataBytes = 8,
@@ -13,26 +13,34 @@ module mmfree_axi_memory #(
   input  logic [31:0]            stall_percent_i,  // chance of a stall on each channel and cycle
   input  logic [31:0]            rate_i,           // data beats in 256 cycles, 256 for no limit
   input  logic                   hang_i,           // nothing is answered
+  input  logic                   fail_i,           // answers are errors
 
   // AXI4 read
   input  logic                   arvalid_i,
   output logic                   arready_o,
   input  logic [AddrWidth-1:0]   araddr_i,
   input  logic [7:0]             arlen_i,
+  input  logic [2:0]             arsize_i,
+  input  logic [1:0]             arburst_i,
   output logic                   rvalid_o,
   input  logic                   rready_i,
   output logic [DataBytes*8-1:0] rdata_o,
+  output logic [1:0]             rresp_o,
 
   // AXI4 write
   input  logic                   awvalid_i,
   output logic                   awready_o,
   input  logic [AddrWidth-1:0]   awaddr_i,
+  input  logic [7:0]             awlen_i,
+  input  logic [2:0]             awsize_i,
+  input  logic [1:0]             awburst_i,
   input  logic                   wvalid_i,
   output logic                   wready_o,
   input  logic [DataBytes*8-1:0] wdata_i,
   input  logic                   wlast_i,
   output logic                   bvalid_o,
-  input  logic                   bready_i
+  input  logic                   bready_i,
+  output logic [1:0]             bresp_o
 );
 
   import "DPI-C" function void dram_read(input int port, input longint address, input int bytes,
@@ -41,7 +49,9 @@ module mmfree_axi_memory #(
                                           input bit [1023:0] data);
   import "DPI-C" function int dram_chance(input int percent);
 
-  localparam int unsigned Depth = 16;
+  localparam int unsigned Depth     = 16;
+  localparam logic [2:0]  Size      = 3'($clog2(DataBytes));
+  localparam logic [1:0]  BurstIncr = 2'b01;
 
   logic [AddrWidth-1:0] addr_q [Depth];
   logic [7:0]           len_q  [Depth];
@@ -52,7 +62,11 @@ module mmfree_axi_memory #(
   logic [31:0]          credit_q;
   logic [1023:0]        read_data;
   logic [AddrWidth-1:0] write_addr_q;
+  logic [7:0]           write_left_q;  // beats after this one
   logic                 writing_q;
+
+  assign rresp_o = fail_i ? 2'b10 : 2'b00;
+  assign bresp_o = rresp_o;
 
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
@@ -68,6 +82,7 @@ module mmfree_axi_memory #(
       wready_o     <= 1'b0;
       bvalid_o     <= 1'b0;
       write_addr_q <= '0;
+      write_left_q <= '0;
       writing_q    <= 1'b0;
     end else begin
       now_q <= now_q + 1'b1;
@@ -107,11 +122,13 @@ module mmfree_axi_memory #(
       if (bvalid_o && bready_i) bvalid_o <= 1'b0;
       if (awvalid_i && awready_o) begin
         write_addr_q <= awaddr_i;
+        write_left_q <= awlen_i;
         writing_q    <= 1'b1;
       end
       if (wvalid_i && wready_o) begin
         dram_write(64'(write_addr_q), DataBytes, 1024'(wdata_i));
         write_addr_q <= write_addr_q + AddrWidth'(DataBytes);
+        write_left_q <= write_left_q - 1'b1;
         if (wlast_i) begin
           writing_q <= 1'b0;
           bvalid_o  <= 1'b1;
@@ -119,5 +136,23 @@ module mmfree_axi_memory #(
       end
     end
   end
+
+`ifdef MMFREE_ASSERTIONS
+  // Bursts count up in whole beats, begin at one, and do not cross 4096 bytes.
+  function automatic logic is_whole(logic [AddrWidth-1:0] address, logic [7:0] len);
+    return address % AddrWidth'(DataBytes) == '0 &&
+           32'(address[11:0]) + (32'(len) + 32'd1) * 32'(DataBytes) <= 32'd4096;
+  endfunction
+
+  assert property (@(posedge clk_i) disable iff (!rst_ni)
+                   arvalid_i |-> arsize_i == Size && arburst_i == BurstIncr &&
+                                 is_whole(araddr_i, arlen_i));
+  assert property (@(posedge clk_i) disable iff (!rst_ni)
+                   awvalid_i |-> awsize_i == Size && awburst_i == BurstIncr &&
+                                 is_whole(awaddr_i, awlen_i));
+  // The last beat is the one that the address said.
+  assert property (@(posedge clk_i) disable iff (!rst_ni)
+                   wvalid_i && wready_o |-> wlast_i == (write_left_q == '0));
+`endif
 
 endmodule

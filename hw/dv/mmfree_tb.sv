@@ -33,6 +33,7 @@ module mmfree_tb
   input  logic [31:0]  stall_percent_i,
   input  logic [31:0]  rate_i,
   input  logic         hang_i,
+  input  logic         fail_i,
   input  logic         trace_i,
   // Writes the state of every unit to standard error
   input  logic         dump_i
@@ -54,12 +55,16 @@ module mmfree_tb
   logic [Cores-1:0]                    w_arvalid, w_arready, w_rvalid, w_rready;
   logic [Cores-1:0][AddrWidth-1:0]     w_araddr;
   logic [Cores-1:0][7:0]               w_arlen;
+  logic [Cores-1:0][2:0]               w_arsize;
+  logic [Cores-1:0][1:0]               w_arburst, w_rresp;
   logic [Cores-1:0][WeightBytes*8-1:0] w_rdata;
   logic                                d_arvalid, d_arready, d_rvalid, d_rready;
   logic                                d_awvalid, d_awready, d_wvalid, d_wready, d_wlast;
   logic                                d_bvalid, d_bready;
   logic [AddrWidth-1:0]                d_araddr, d_awaddr;
-  logic [7:0]                          d_arlen;
+  logic [7:0]                          d_arlen, d_awlen;
+  logic [2:0]                          d_arsize, d_awsize;
+  logic [1:0]                          d_arburst, d_awburst, d_rresp, d_bresp;
   logic [DataBytes*8-1:0]              d_rdata, d_wdata;
 
   mmfree_top #(
@@ -90,22 +95,28 @@ module mmfree_tb
     .w_arready_i(w_arready),
     .w_araddr_o (w_araddr),
     .w_arlen_o  (w_arlen),
+    .w_arsize_o (w_arsize),
+    .w_arburst_o(w_arburst),
     .w_rvalid_i (w_rvalid),
     .w_rready_o (w_rready),
     .w_rdata_i  (w_rdata),
-    .w_rresp_i  ('0),
+    .w_rresp_i  (w_rresp),
     .d_arvalid_o(d_arvalid),
     .d_arready_i(d_arready),
     .d_araddr_o (d_araddr),
     .d_arlen_o  (d_arlen),
+    .d_arsize_o (d_arsize),
+    .d_arburst_o(d_arburst),
     .d_rvalid_i (d_rvalid),
     .d_rready_o (d_rready),
     .d_rdata_i  (d_rdata),
-    .d_rresp_i  ('0),
+    .d_rresp_i  (d_rresp),
     .d_awvalid_o(d_awvalid),
     .d_awready_i(d_awready),
     .d_awaddr_o (d_awaddr),
-    .d_awlen_o  (),
+    .d_awlen_o  (d_awlen),
+    .d_awsize_o (d_awsize),
+    .d_awburst_o(d_awburst),
     .d_wvalid_o (d_wvalid),
     .d_wready_i (d_wready),
     .d_wdata_o  (d_wdata),
@@ -113,7 +124,7 @@ module mmfree_tb
     .d_wlast_o  (d_wlast),
     .d_bvalid_i (d_bvalid),
     .d_bready_o (d_bready),
-    .d_bresp_i  ('0),
+    .d_bresp_i  (d_bresp),
     .retire_o,
     .retire_pc_o(pc_o)
   );
@@ -130,22 +141,30 @@ module mmfree_tb
       .stall_percent_i,
       .rate_i,
       .hang_i,
+      .fail_i,
       .arvalid_i(w_arvalid[core]),
       .arready_o(w_arready[core]),
       .araddr_i (w_araddr[core]),
       .arlen_i  (w_arlen[core]),
+      .arsize_i (w_arsize[core]),
+      .arburst_i(w_arburst[core]),
       .rvalid_o (w_rvalid[core]),
       .rready_i (w_rready[core]),
       .rdata_o  (w_rdata[core]),
+      .rresp_o  (w_rresp[core]),
       .awvalid_i(1'b0),
       .awready_o(),
       .awaddr_i ('0),
+      .awlen_i  ('0),
+      .awsize_i ('0),
+      .awburst_i('0),
       .wvalid_i (1'b0),
       .wready_o (),
       .wdata_i  ('0),
       .wlast_i  (1'b0),
       .bvalid_o (),
-      .bready_i (1'b0)
+      .bready_i (1'b0),
+      .bresp_o  ()
     );
   end
 
@@ -160,22 +179,30 @@ module mmfree_tb
     .stall_percent_i,
     .rate_i   (32'd256),
     .hang_i,
+    .fail_i,
     .arvalid_i(d_arvalid),
     .arready_o(d_arready),
     .araddr_i (d_araddr),
     .arlen_i  (d_arlen),
+    .arsize_i (d_arsize),
+    .arburst_i(d_arburst),
     .rvalid_o (d_rvalid),
     .rready_i (d_rready),
     .rdata_o  (d_rdata),
+    .rresp_o  (d_rresp),
     .awvalid_i(d_awvalid),
     .awready_o(d_awready),
     .awaddr_i (d_awaddr),
+    .awlen_i  (d_awlen),
+    .awsize_i (d_awsize),
+    .awburst_i(d_awburst),
     .wvalid_i (d_wvalid),
     .wready_o (d_wready),
     .wdata_i  (d_wdata),
     .wlast_i  (d_wlast),
     .bvalid_o (d_bvalid),
-    .bready_i (d_bready)
+    .bready_i (d_bready),
+    .bresp_o  (d_bresp)
   );
 
   // State dump: what each unit is doing and what the memories owe it.

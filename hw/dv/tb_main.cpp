@@ -21,6 +21,8 @@ namespace {
 
 constexpr size_t kHeader = 256;
 constexpr uint64_t kPage = 4096;
+constexpr uint32_t kInstructions = 256;
+constexpr uint64_t kZeroed = 1 << 29;  // bytes of data memory that are not stored
 
 struct Trace {
   std::vector<uint32_t> vectors;
@@ -104,7 +106,7 @@ int main(int argc, char** argv) {
   std::string image_path, trace_path;
   std::vector<uint32_t> tokens;
   uint64_t latency = 20, stall = 0, rate = 256, seed = 1, generate = 0, watchdog = 100000;
-  uint64_t hang_after = UINT64_MAX, mutation = 0;
+  uint64_t hang_after = UINT64_MAX, fail_after = UINT64_MAX, mutation = 0;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     if (i + 1 >= argc) fail(name + " needs a value");
@@ -119,6 +121,7 @@ int main(int argc, char** argv) {
     else if (name == "--generate") generate = number();
     else if (name == "--watchdog") watchdog = number();
     else if (name == "--hang-after") hang_after = number();
+    else if (name == "--fail-after") fail_after = number();
     else if (name == "--mutation") mutation = number();
     else if (name == "--tokens") {
       for (const char* at = value.c_str(); *at;) {
@@ -140,6 +143,12 @@ int main(int argc, char** argv) {
   const uint32_t instructions = read<uint32_t>(image, 64);
   const uint64_t stored = read<uint64_t>(image, 72), data = read<uint64_t>(image, 80);
   const uint64_t stream = read<uint64_t>(image, 88);
+  const auto is_large = [&](uint64_t bytes) { return bytes > image.size(); };
+  if (instructions > kInstructions || is_large(stored) || is_large(stream) || data < stored ||
+      data - stored > kZeroed ||
+      kHeader + padded(instructions * 16) + padded(stored) + CORES * padded(stream) != image.size()) {
+    fail("the image is damaged");
+  }
   size_t at = kHeader + padded(instructions * 16);
   std::vector<uint8_t> data_memory(image.begin() + at, image.begin() + at + stored);
   data_memory.resize(data);
@@ -202,6 +211,7 @@ int main(int argc, char** argv) {
     bool done = false;
     while (!done) {
       top->hang_i = clock >= hang_after;
+      top->fail_i = clock >= fail_after;
       // Outputs of the cycle that ends with this edge.
       top->clk_i = 0;
       top->eval();

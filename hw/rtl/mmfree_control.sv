@@ -71,7 +71,7 @@ module mmfree_control
     logic [31:0]        left;
   } loop_t;
 
-  state_e                                 state_q;
+  state_e                                 state_d, state_q;
   logic [InstructionBits-1:0]             imem [ProgramLimit];
   logic [InstructionBits-1:0]             fetched_q, instruction_q;
   logic [PcWidth-1:0]                     pc_q, next_pc_q;
@@ -129,6 +129,33 @@ module mmfree_control
   assign retire_pc_o    = pc_q;
   assign done_o         = state_q == Retire && opcode == OpHalt;
 
+  always_comb begin
+    state_d = state_q;
+    unique case (state_q)
+      Idle:   if (start_i) state_d = Fetch;
+      Fetch:  state_d = Decode;
+      Decode: state_d = Issue;
+      Issue: begin
+        unique case (opcode)
+          OpStream: if (stream_ready_i) state_d = Retire;
+          OpMatVec: if (matvec_ready_i) state_d = Wait;
+          default: begin
+            if (is_row) begin
+              if (row_ready_i) state_d = Wait;
+            end else if (is_data) begin
+              if (data_ready_i) state_d = Wait;
+            end else begin
+              state_d = Retire;
+            end
+          end
+        endcase
+      end
+      Wait:    if (row_done_i || data_done_i || matvec_done_i) state_d = Retire;
+      Retire:  state_d = opcode == OpHalt || error_o ? Idle : Fetch;
+      default: state_d = Idle;
+    endcase
+  end
+
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
       state_q       <= Idle;
@@ -143,23 +170,20 @@ module mmfree_control
       token_q       <= '0;
       error_o       <= 1'b0;
     end else begin
+      state_q <= state_d;
       unique case (state_q)
         Idle: begin
           if (start_i) begin
             token_q <= token_i;
             pc_q    <= '0;
             depth_q <= '0;
-            state_q <= Fetch;
           end
         end
-        Fetch: state_q <= Decode;
         Decode: begin
           instruction_q <= fetched_q;
           next_pc_q     <= pc_q + 1'b1;
-          state_q       <= Issue;
         end
         Issue: begin
-          state_q <= Retire;
           unique case (opcode)
             OpHalt: token_q <= best_index_i;
             OpLoop: begin
@@ -186,29 +210,20 @@ module mmfree_control
             OpSetA: addresses_q[sd[2:0]] <= imm;
             OpSetO: offset_q <= imm[15:0];
             OpAddO: offset_q <= offset_q + imm[15:0];
-            OpStream: if (!stream_ready_i) state_q <= Issue;
-            OpMatVec: state_q <= matvec_ready_i ? Wait : Issue;
-            default: begin
-              if (is_row) state_q <= row_ready_i ? Wait : Issue;
-              else if (is_data) state_q <= data_ready_i ? Wait : Issue;
-              else error_o <= 1'b1;
-            end
+            OpStream, OpMatVec: ;
+            default: if (!is_row && !is_data) error_o <= 1'b1;
           endcase
         end
         Wait: begin
-          if (row_done_i || data_done_i || matvec_done_i) begin
-            state_q <= Retire;
+          if (state_d == Retire) begin
             if (opcode inside {OpQuant, OpSetS}) scalars_q[sd] <= row_scale_i;
             if (opcode inside {OpLoad, OpStore} && sd[0]) begin
               addresses_q[sa[2:0]] <= addresses_q[sa[2:0]] + moved;
             end
           end
         end
-        Retire: begin
-          pc_q    <= next_pc_q;
-          state_q <= opcode == OpHalt || error_o ? Idle : Fetch;
-        end
-        default: state_q <= Idle;
+        Retire:  pc_q <= next_pc_q;
+        default: ;
       endcase
     end
   end

@@ -63,7 +63,7 @@ module mmfree_data_port #(
     Done
   } state_e;
 
-  state_e               state_q;
+  state_e               state_d, state_q;
   logic [AddrWidth-1:0] addr_q;
   logic [15:0]          word_q;
   logic [16:0]          request_q;  // words that no burst was asked for yet
@@ -99,6 +99,21 @@ module mmfree_data_port #(
     if (state_q == Hold) wdata_axi_o <= rdata_i;
   end
 
+  always_comb begin
+    state_d = state_q;
+    unique case (state_q)
+      Idle:         if (cmd_valid_i) state_d = cmd_is_store_i ? WriteAddress : Load;
+      Load:         if (we_o && left_q == 17'd1) state_d = Done;
+      WriteAddress: if (awready_i) state_d = Fetch;
+      Fetch:        state_d = Hold;
+      Hold:         state_d = WriteData;
+      WriteData:    if (wready_i) state_d = wlast_o ? Response : Hold;
+      Response:     if (bvalid_i) state_d = request_q == '0 ? Done : WriteAddress;
+      Done:         state_d = Idle;
+      default:      state_d = Idle;
+    endcase
+  end
+
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
       state_q   <= Idle;
@@ -108,15 +123,13 @@ module mmfree_data_port #(
       left_q    <= '0;
       beat_q    <= '0;
     end else begin
+      state_q <= state_d;
       unique case (state_q)
         Idle: begin
-          if (cmd_valid_i) begin
-            addr_q    <= cmd_addr_i;
-            word_q    <= cmd_word_i;
-            request_q <= (17'(cmd_n_i) + 17'(RowLanes - 1)) >> LaneShift;
-            left_q    <= (17'(cmd_n_i) + 17'(RowLanes - 1)) >> LaneShift;
-            state_q   <= cmd_is_store_i ? WriteAddress : Load;
-          end
+          addr_q    <= cmd_addr_i;
+          word_q    <= cmd_word_i;
+          request_q <= (17'(cmd_n_i) + 17'(RowLanes - 1)) >> LaneShift;
+          left_q    <= (17'(cmd_n_i) + 17'(RowLanes - 1)) >> LaneShift;
         end
         Load: begin
           if (arvalid_o && arready_i) begin
@@ -126,33 +139,18 @@ module mmfree_data_port #(
           if (we_o) begin
             word_q <= word_q + 1'b1;
             left_q <= left_q - 1'b1;
-            if (left_q == 17'd1) state_q <= Done;
           end
         end
         WriteAddress: begin
+          beat_q <= burst;
           if (awready_i) begin
             addr_q    <= addr_q + (AddrWidth'(burst) << ByteShift);
             request_q <= request_q - 17'(burst);
-            beat_q    <= burst;
-            state_q   <= Fetch;
           end
         end
-        Fetch: state_q <= Hold;
-        Hold: begin
-          word_q  <= word_q + 1'b1;
-          state_q <= WriteData;
-        end
-        WriteData: begin
-          if (wready_i) begin
-            beat_q  <= beat_q - 1'b1;
-            state_q <= wlast_o ? Response : Hold;
-          end
-        end
-        Response: begin
-          if (bvalid_i) state_q <= request_q == '0 ? Done : WriteAddress;
-        end
-        Done:    state_q <= Idle;
-        default: state_q <= Idle;
+        Hold:      word_q <= word_q + 1'b1;
+        WriteData: if (wready_i) beat_q <= beat_q - 1'b1;
+        default: ;
       endcase
     end
   end

@@ -32,7 +32,7 @@ module mmfree_rms_unit
     Finish
   } state_e;
 
-  state_e             state_q;
+  state_e             state_d, state_q;
   logic               is_quant_q;
   logic        [5:0]  step_q;
   logic        [63:0] value_q;     // dividend and quotient; normalised value; radicand
@@ -81,6 +81,20 @@ module mmfree_rms_unit
   assign ready_o = state_q == Idle;
   assign done_o  = state_q == Finish;
 
+  always_comb begin
+    state_d = state_q;
+    unique case (state_q)
+      Idle:      if (valid_i) state_d = is_quant_i ? Normalise : Mean;
+      Mean:      if (step_q == 6'd63) state_d = Epsilon;
+      Epsilon:   state_d = Normalise;
+      Normalise: if (step_q == 6'd4) state_d = is_quant_q ? Divide : Root;
+      Root:      if (step_q == 6'd31) state_d = Divide;
+      Divide:    if (step_q == 6'd32) state_d = Finish;
+      Finish:    state_d = Idle;
+      default:   state_d = Idle;
+    endcase
+  end
+
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
       state_q    <= Idle;
@@ -97,80 +111,58 @@ module mmfree_rms_unit
       inverse_o  <= '0;
       dequant_o  <= '0;
     end else begin
-      step_q <= step_q + 1'b1;
+      state_q <= state_d;
+      step_q  <= state_d == state_q ? step_q + 1'b1 : '0;
       unique case (state_q)
         Idle: begin
-          step_q <= '0;
-          if (valid_i) begin
-            is_quant_q <= is_quant_i;
-            factor_q   <= factor_i;
-            count_q    <= count_i;
-            epsilon_q  <= epsilon_i;
-            rest_q     <= '0;
-            root_q     <= '0;
-            quotient_q <= '0;
-            shift_q    <= '0;
-            if (is_quant_i) begin
-              value_q <= {maximum_i < QuantFloor ? QuantFloor : maximum_i, 32'b0};
-              state_q <= Normalise;
-            end else begin
-              value_q <= sum_i;
-              state_q <= Mean;
-            end
-          end
+          is_quant_q <= is_quant_i;
+          factor_q   <= factor_i;
+          count_q    <= count_i;
+          epsilon_q  <= epsilon_i;
+          rest_q     <= '0;
+          root_q     <= '0;
+          quotient_q <= '0;
+          shift_q    <= '0;
+          value_q    <= is_quant_i ?
+                        {maximum_i < QuantFloor ? QuantFloor : maximum_i, 32'b0} : sum_i;
         end
         Mean: begin
           rest_q  <= mean_bit ? 34'(mean_rest - {1'b0, count_q}) : 34'(mean_rest);
           value_q <= {value_q[62:0], mean_bit};
-          if (step_q == 6'd63) state_q <= Epsilon;
         end
         Epsilon: begin
           value_q <= mean_sum[64] ? '1 : mean_sum[63:0];
           rest_q  <= '0;
-          step_q  <= '0;
-          state_q <= Normalise;
         end
         Normalise: begin
           if (top == '0) begin
             value_q <= value_q << amount;
             shift_q <= shift_q + 7'(amount);
           end
-          if (step_q == 6'd4) begin
-            step_q <= '0;
-            if (is_quant_q) begin
-              root_q  <= top == '0 ? {value_q[62:32], 1'b0} : value_q[63:32];
-              rest_q  <= 34'd127 << 23;
-              state_q <= Divide;
-            end else begin
-              state_q <= Root;
-            end
+          if (state_d == Divide) begin
+            root_q <= top == '0 ? {value_q[62:32], 1'b0} : value_q[63:32];
+            rest_q <= 34'd127 << 23;
           end
         end
         Root: begin
           rest_q  <= 34'(root_bit ? root_rest - root_trial : root_rest);
           value_q <= {value_q[61:0], 2'b0};
           root_q  <= {root_q[30:0], root_bit};
-          if (step_q == 6'd31) begin
-            step_q  <= '0;
-            rest_q  <= 34'd1 << 30;
-            state_q <= Divide;
-          end
+          if (state_d == Divide) rest_q <= 34'd1 << 30;
         end
         Divide: begin
           rest_q     <= divide_bit ? 34'(divide_rest - {1'b0, root_q}) : 34'(divide_rest);
           quotient_q <= {quotient_q[30:0], divide_bit};
-          if (step_q == 6'd32) begin
+          if (state_d == Finish) begin
             // One step too many was taken: the quotient of 32 bits is what was there before it.
             inverse_o.mantissa <= quotient_q[31] ? '1 : quotient_q[30:0];
             inverse_o.exponent <= is_quant_q ? 6'(7'd55 - shift_q) : 6'(7'd48 - (shift_q >> 1));
             dequant_o.mantissa <= product;
             dequant_o.exponent <= dequant_exponent < 0  ? '0 :
                                   dequant_exponent > 63 ? '1 : dequant_exponent[5:0];
-            state_q <= Finish;
           end
         end
-        Finish:  state_q <= Idle;
-        default: state_q <= Idle;
+        default: ;
       endcase
     end
   end

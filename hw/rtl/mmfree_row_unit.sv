@@ -58,7 +58,7 @@ module mmfree_row_unit
     Done
   } state_e;
 
-  state_e               state_q;
+  state_e               state_d, state_q;
   opcode_e              opcode_q;
   logic [15:0]          vd_q, va_q, vb_q, vc_q, n_q;
   logic [31:0]          imm_q;
@@ -171,6 +171,37 @@ module mmfree_row_unit
   assign last_lane = lane_q == LaneWidth'(RowLanes - 1);
   assign pass_done = valid_q[Latency-1] && finished_q + 1'b1 == words;
 
+  always_comb begin
+    state_d = state_q;
+    unique case (state_q)
+      Idle: begin
+        if (cmd_valid_i) begin
+          unique case (cmd_opcode_i)
+            OpSetS:     state_d = SetMantissa;
+            OpClearMax: state_d = Done;
+            default:    state_d = Pass;
+          endcase
+        end
+      end
+      Pass: begin
+        if (pass_done) begin
+          unique case (pass_q)
+            PassSquare, PassMax, PassBest: state_d = Reduce;
+            PassGate: ;  // the recurrence's pass follows
+            default:  state_d = Done;
+          endcase
+        end
+      end
+      Reduce:      if (last_lane) state_d = pass_q == PassBest ? Done : Scalar;
+      Scalar:      if (rms_done) state_d = Pass;
+      SetMantissa: state_d = SetExponent;
+      SetExponent: state_d = SetLast;
+      SetLast:     state_d = Done;
+      Done:        state_d = Idle;
+      default:     state_d = Idle;
+    endcase
+  end
+
   always_ff @(posedge clk_i or negedge rst_ni) begin
     if (!rst_ni) begin
       state_q        <= Idle;
@@ -203,6 +234,7 @@ module mmfree_row_unit
       if (issue) issued_q <= issued_q + 1'b1;
       if (valid_q[Latency-1]) finished_q <= finished_q + 1'b1;
 
+      state_q <= state_d;
       unique case (state_q)
         Idle: begin
           if (cmd_valid_i) begin
@@ -219,7 +251,6 @@ module mmfree_row_unit
             lane_q     <= '0;
             sum_q      <= '0;
             max_q      <= '0;
-            state_q    <= Pass;
             unique case (cmd_opcode_i)
               OpRmsNorm: pass_q <= PassSquare;
               OpQuant:   pass_q <= PassMax;
@@ -229,12 +260,10 @@ module mmfree_row_unit
               OpSilu:    pass_q <= PassSilu;
               OpSwiGlu:  pass_q <= PassSwiGlu;
               OpMlgru:   pass_q <= PassGate;
-              OpSetS:    state_q <= SetMantissa;
               OpClearMax: begin
                 best_value_q <= 32'sh8000_0000;
                 best_index_q <= '0;
                 next_index_q <= '0;
-                state_q      <= Done;
               end
               default:   pass_q <= PassAdd;
             endcase
@@ -244,11 +273,7 @@ module mmfree_row_unit
           if (pass_done) begin
             issued_q   <= '0;
             finished_q <= '0;
-            unique case (pass_q)
-              PassSquare, PassMax, PassBest: state_q <= Reduce;
-              PassGate: pass_q  <= PassRecur;
-              default:  state_q <= Done;
-            endcase
+            if (pass_q == PassGate) pass_q <= PassRecur;
           end
         end
         Reduce: begin
@@ -263,35 +288,19 @@ module mmfree_row_unit
             best_value_q <= signed'(lane_best_value[lane_q]);
             best_index_q <= lane_best_index[lane_q];
           end
-          if (last_lane) begin
-            if (pass_q == PassBest) begin
-              next_index_q <= next_index_q + 32'(n_q);
-              state_q      <= Done;
-            end else begin
-              rms_valid_q <= 1'b1;
-              state_q     <= Scalar;
-            end
-          end
+          if (state_d == Done) next_index_q <= next_index_q + 32'(n_q);
+          if (state_d == Scalar) rms_valid_q <= 1'b1;
         end
         Scalar: begin
           if (rms_done) begin
             scale_q <= rms_inverse;
             scale_o <= rms_dequant;
             pass_q  <= opcode_q == OpQuant ? PassQuant : PassNorm;
-            state_q <= Pass;
           end
         end
-        SetMantissa: begin
-          scale_o.mantissa <= rdata_i[0][mantissa_lane][30:0];
-          state_q          <= SetExponent;
-        end
-        SetExponent: begin
-          scale_o.exponent <= rdata_i[0][exponent_lane][5:0];
-          state_q          <= SetLast;
-        end
-        SetLast: state_q <= Done;
-        Done:    state_q <= Idle;
-        default: state_q <= Idle;
+        SetMantissa: scale_o.mantissa <= rdata_i[0][mantissa_lane][30:0];
+        SetExponent: scale_o.exponent <= rdata_i[0][exponent_lane][5:0];
+        default: ;
       endcase
     end
   end

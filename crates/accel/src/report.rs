@@ -5,8 +5,8 @@ use serde::Serialize;
 
 use crate::compiler::Plan;
 use crate::config::{Configuration, Packing};
-use crate::energy::{self, Energy, FPGA_DDR4, Technology};
-use crate::error::Result;
+use crate::energy::{self, Energy, FPGA_DDR3, FPGA_DDR4, Technology};
+use crate::error::{Error, Result};
 use crate::timing::{self, Cost, Memory};
 
 /// A board: its memory and clock.
@@ -18,12 +18,19 @@ pub struct Board {
     pub basis: &'static str,
     /// Hertz.
     pub clock_hz: f64,
+    /// Why this clock.
+    pub clock_basis: &'static str,
     /// Bytes a second, all channels together.
     pub memory_bandwidth: f64,
     /// The share of it that streaming reads reach, after refresh and turnarounds.
     pub memory_efficiency: f64,
     /// Seconds from a read address to its data.
     pub memory_latency: f64,
+    /// Bytes of DRAM, all channels together.
+    pub memory_bytes: u64,
+    /// Energies of its chips.
+    #[serde(skip)]
+    pub technology: Technology,
     /// The preset of the hardware that fills it.
     pub configuration: &'static str,
     /// Published speed and power of the authors' accelerator on this board with a 1.3B model.
@@ -43,23 +50,29 @@ pub struct Published {
 pub const BOARDS: [Board; 2] = [
     Board {
         name: "d5005",
-        basis: "four DDR4-2400 channels of 64 bits, one a core; the clock of 250 MHz is an assumption; streaming \
-                reads at 92 % of the channels' rate (refresh takes 4 to 5 %), 200 ns of latency",
+        basis: "four DDR4-2400 channels of 64 bits, one a core; streaming reads at 92 % of the \
+                channels' rate (refresh takes 4 to 5 %), 200 ns of latency; 32 GiB",
         clock_hz: 250e6,
+        clock_basis: "an assumption: nothing was placed for this FPGA",
         memory_bandwidth: 76.8e9,
         memory_efficiency: 0.92,
         memory_latency: 200e-9,
+        memory_bytes: 32 << 30,
+        technology: FPGA_DDR4,
         configuration: "d5005",
         published: Some(Published { tokens_per_s: 23.8, watts: 13.0 }),
     },
     Board {
         name: "ecp5",
-        basis: "one DDR3-800 channel of 16 bits; a clock of 38 MHz, as place and route reports; streaming \
-                reads at 85 % of the channel's rate, 200 ns of latency",
+        basis: "one DDR3-800 channel of 16 bits; streaming reads at 85 % of the channel's rate, \
+                200 ns of latency; 512 MiB",
         clock_hz: 38e6,
+        clock_basis: "as place and route reports",
         memory_bandwidth: 1.6e9,
         memory_efficiency: 0.85,
         memory_latency: 200e-9,
+        memory_bytes: 512 << 20,
+        technology: FPGA_DDR3,
         configuration: "ecp5",
         published: None,
     },
@@ -107,7 +120,7 @@ pub struct Report {
 /// Reports on a model of these sizes.
 ///
 /// # Errors
-/// A model that does not fit.
+/// A model that fits neither the configuration nor the board's memory.
 pub fn report(
     name: &str,
     model: &ModelConfig,
@@ -116,6 +129,7 @@ pub fn report(
     packing: Packing,
 ) -> Result<Report> {
     let plan = Plan::new(model, configuration, packing)?;
+    check_memory(&plan, board)?;
     let beat = f64::from(configuration.weight_bytes);
     let channel = board.memory_bandwidth * board.memory_efficiency
         / board.clock_hz
@@ -135,7 +149,7 @@ pub fn report(
     let cost = timing::estimate(&plan.program, configuration, memory);
     let seconds = cost.cycles / board.clock_hz;
     let moved = (cost.weight_bytes + cost.data_bytes) as f64;
-    let energy = energy::estimate(&cost, &FPGA_DDR4, seconds);
+    let energy = energy::estimate(&cost, &board.technology, seconds);
     let memory_limit_tokens_per_s = board.memory_bandwidth / cost.weight_bytes as f64;
     let tokens_per_s = 1.0 / seconds;
     let products = cost.matvec_cycles - cost.starved_cycles;
@@ -162,11 +176,31 @@ pub fn report(
         limited_by,
         cost,
         energy,
-        technology: FPGA_DDR4,
+        technology: board.technology,
         speed_ratio: published.map(|published| tokens_per_s / published.tokens_per_s),
         energy_ratio: published.map(|published| {
             let theirs = published.watts / published.tokens_per_s;
             [energy.joules.low, energy.joules.likely, energy.joules.high].map(|ours| ours / theirs)
         }),
+    })
+}
+
+/// The first channel holds what the data port moves beside a core's weights.
+fn check_memory(plan: &Plan, board: &Board) -> Result<()> {
+    let cores = plan.configuration.cores;
+    let (needed, channel) =
+        (plan.stream_bytes + plan.data_bytes(), board.memory_bytes / u64::from(cores));
+    if needed <= channel {
+        return Ok(());
+    }
+    Err(Error::DoesNotFit {
+        configuration: plan.configuration.name.clone(),
+        what: format!(
+            "its first memory channel takes {needed} bytes ({} of weights, {} of data), a channel of the board {} has \
+             {channel}; choose another board, or t5 weights",
+            plan.stream_bytes,
+            plan.data_bytes(),
+            board.name
+        ),
     })
 }

@@ -43,3 +43,43 @@ fn five_trits_a_byte_are_faster_than_four() {
     let [t5, t2] = [Packing::T5, Packing::T2].map(|packing| on_d5005("1.3b", packing).tokens_per_s);
     assert!(t5 / t2 > 1.15 && t5 / t2 < 1.3, "{t5} {t2}");
 }
+
+/// The published figure is 0.55 J a token.
+#[test]
+fn watts_and_joules_are_likely_values_within_their_range() {
+    for board in &BOARDS {
+        let configuration = Configuration {
+            activation_bytes: 4096,
+            vector_words: 65_536,
+            ..Configuration::preset(board.configuration).unwrap()
+        };
+        let model = ModelConfig::preset("370m").unwrap();
+        let found = report("370m", &model, board, &configuration, Packing::T5).unwrap();
+        let range = found.energy.joules;
+        assert!(range.low < range.likely && range.likely < range.high, "{range:?}");
+        assert_eq!(
+            (found.watts, found.joules_per_token),
+            (found.energy.watts.likely, range.likely)
+        );
+        assert_eq!(found.technology, board.technology);
+    }
+    let found = on_d5005("1.3b", Packing::T5);
+    let [_, likely, _] = found.energy_ratio.unwrap();
+    assert!((found.joules_per_token / (13.0 / 23.8) / likely - 1.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_model_that_the_board_s_memory_does_not_hold_is_refused() {
+    let small = &BOARDS[1];
+    let configuration = Configuration {
+        activation_bytes: 16_384,
+        vector_words: 65_536,
+        ..Configuration::preset(small.configuration).unwrap()
+    };
+    let on_small = |size: &str| {
+        report(size, &ModelConfig::preset(size).unwrap(), small, &configuration, Packing::T5)
+    };
+    on_small("370m").unwrap();
+    let error = on_small("2.7b").unwrap_err().to_string();
+    assert!(error.contains("first memory channel takes") && error.contains("536870912"), "{error}");
+}

@@ -13,6 +13,7 @@ use mmfree::model::Model;
 
 use crate::model_arg::{self, EngineArgs};
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Measure prefill and decode speed
 ///
@@ -89,14 +90,14 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })?;
     drop(progress);
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        line!("{}", serde_json::to_string(&report)?);
     } else {
-        print_table(&report);
+        print_table(&report)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_table(report: &Report) {
+fn print_table(report: &Report) -> anyhow::Result<()> {
     let spread = |spread: &Spread, unit: f64| {
         format!(
             "{:>10.1}  ({:.1} to {:.1})",
@@ -107,43 +108,43 @@ fn print_table(report: &Report) {
     };
     let processor = report.processor.as_deref().unwrap_or("unknown processor");
     match &report.device {
-        Some(device) => println!("{}: {} on {device}", report.model, report.backend),
-        None => println!(
-            "{}: {}, {} threads on {processor}",
-            report.model, report.backend, report.threads
-        ),
+        Some(device) => line!("{}: {} on {device}", report.model, report.backend),
+        None => {
+            line!("{}: {}, {} threads on {processor}", report.model, report.backend, report.threads)
+        }
     }
-    println!("medians of {} runs, smallest and largest in brackets", report.repetitions);
-    println!(
+    line!("medians of {} runs, smallest and largest in brackets", report.repetitions);
+    line!(
         "prefill, {:>5} tokens  {}  tokens/s",
         report.prompt_tokens,
         spread(&report.prefill, 1.0)
     );
-    println!(
+    line!(
         "decode,  {:>5} tokens  {}  tokens/s",
         report.decode_tokens * report.batch,
         spread(&report.decode, 1.0)
     );
-    println!("weights streamed       {:>10.1}  MB a token", report.bytes_per_token as f64 / 1e6);
-    println!("read bandwidth         {}  GB/s", spread(&report.read_bandwidth, 1e9));
-    println!("share of it            {:>10.1}  %", report.share_of_read_bandwidth * 100.0);
+    line!("weights streamed       {:>10.1}  MB a token", report.bytes_per_token as f64 / 1e6);
+    line!("read bandwidth         {}  GB/s", spread(&report.read_bandwidth, 1e9));
+    line!("share of it            {:>10.1}  %", report.share_of_read_bandwidth * 100.0);
     match report.peak_rss_bytes {
-        Some(bytes) => println!("peak resident memory   {:>10.1}  MiB", bytes as f64 / 1_048_576.0),
-        None => println!("peak resident memory      unknown on this system"),
+        Some(bytes) => line!("peak resident memory   {:>10.1}  MiB", bytes as f64 / 1_048_576.0),
+        None => line!("peak resident memory      unknown on this system"),
     }
     if let Some(bytes) = report.peak_device_bytes {
-        println!("peak GPU memory        {:>10.1}  MiB", bytes as f64 / 1_048_576.0);
+        line!("peak GPU memory        {:>10.1}  MiB", bytes as f64 / 1_048_576.0);
     }
-    println!("state of a sequence    {:>10.1}  KiB", report.state_bytes as f64 / 1024.0);
+    line!("state of a sequence    {:>10.1}  KiB", report.state_bytes as f64 / 1024.0);
     match report.joules_per_token {
         Some(joules) => {
             let of = if report.device.is_some() { "GPU" } else { "processor package" };
-            println!("energy of decoding     {joules:>10.3}  J a token, {of}")
+            line!("energy of decoding     {joules:>10.3}  J a token, {of}")
         }
         None => {
-            println!(
+            line!(
                 "energy of decoding        unknown: no readable counter (RAPL, NVML), or too short a run"
             )
         }
     }
+    Ok(())
 }

@@ -12,6 +12,7 @@ use mmfree_train::model::{Batch, Model, ModelOptions};
 use mmfree_train::weights;
 
 use crate::interrupt;
+use crate::streamed_text::line;
 use crate::token_ids;
 
 /// Write the gradients of the mean next-token cross-entropy to a safetensors file
@@ -117,6 +118,6 @@ fn write<B: Backend + 'static>(args: &Args, backend: &mut B) -> Result<ExitCode>
         mmfree::error::Error::Write { file: args.output.display().to_string(), reason }
     })?;
     file.commit()?;
-    println!("loss {}", loss[0]);
+    line!("loss {}", loss[0]);
     Ok(ExitCode::SUCCESS)
 }

@@ -48,23 +48,23 @@ impl EngineArgs {
     ///
     /// # Errors
     /// A backend that cannot.
-    pub fn full_precision(&self) -> Result<FullPrecision> {
+    pub fn full_precision(&self) -> Result<FullPrecisionBackend> {
         let name = self.options()?.backend.filter(|name| name != "auto" && name != "cpu");
         match name.as_deref().and_then(|name| name.strip_prefix("cuda")) {
             Some(device) => {
                 let ordinal = device.strip_prefix(':').map_or(Ok(0), str::parse)?;
-                Ok(FullPrecision::Cuda(Box::new(CudaBackend::new(ordinal)?)))
+                Ok(FullPrecisionBackend::Cuda(Box::new(CudaBackend::new(ordinal)?)))
             }
             None => {
                 let threads = self.threads.map(usize::from);
-                Ok(FullPrecision::Cpu(Box::new(CpuBackend::new(threads, name.as_deref())?)))
+                Ok(FullPrecisionBackend::Cpu(Box::new(CpuBackend::new(threads, name.as_deref())?)))
             }
         }
     }
 }
 
 /// Backends of models with full-precision weights.
-pub enum FullPrecision {
+pub enum FullPrecisionBackend {
     Cpu(Box<CpuBackend>),
     Cuda(Box<CudaBackend>),
 }

@@ -3,9 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::ValueEnum;
-use mmfree::checkpoint::{Checkpoint, EmbeddingStorage, FloatType, PackOptions, pack};
+use mmfree::checkpoint::{
+    Checkpoint, EmbeddingStorage, FloatType, FullPrecision, PackOptions, pack, pack_transformer,
+};
 use mmfree_kernels::ternary::tq::TqFormat;
 
 use crate::progress::Progress;
@@ -14,7 +16,7 @@ use crate::progress::Progress;
 ///
 /// Reads a Hugging Face directory (or a packed file, to change its format), quantises the weights to
 /// -1, 0 and 1, and writes one GGUF file with configuration and tokenizer inside. It computes bit for
-/// bit what its source computes.
+/// bit what its source computes. A Transformer++ (model_type llama) keeps weights in floating point.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Hugging Face directory, GGUF file, or Hugging Face repository id
@@ -22,9 +24,9 @@ pub struct Args {
     /// File to write; with `--format safetensors` the directory to write
     #[arg(short, long, value_name = "PATH")]
     output: PathBuf,
-    /// How ternary weights are stored
-    #[arg(long, value_enum, default_value_t = Format::Tq2_0)]
-    format: Format,
+    /// How weights are stored [default: tq2_0; of a Transformer++ as in the source]
+    #[arg(long, value_enum)]
+    format: Option<Format>,
     /// How embeddings are stored; anything but `source` changes what the model computes
     #[arg(long, value_enum, default_value_t = Embeddings::Source)]
     embeddings: Embeddings,
@@ -43,6 +45,12 @@ enum Format {
     Tq1_0,
     /// The Hugging Face directory itself, unchanged
     Safetensors,
+    /// IEEE single, of a Transformer++
+    F32,
+    /// IEEE half, of a Transformer++
+    F16,
+    /// The upper half of an IEEE single, of a Transformer++
+    Bf16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -59,8 +67,16 @@ enum Embeddings {
 
 /// Packs.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    if FullPrecision::is_transformer(&args.model) && args.format != Some(Format::Safetensors) {
+        return transformer(args);
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
-    let format = match args.format {
+    let format = match args.format.unwrap_or(Format::Tq2_0) {
+        Format::F32 | Format::F16 | Format::Bf16 => bail!(
+            "--format f32, f16 and bf16 are for a Transformer++ (model_type llama): {} is a MatMul-free model, \
+             whose weights are packed as tq2_0 or tq1_0",
+            args.model.display()
+        ),
         Format::Tq1_0 => TqFormat::Tq1_0,
         Format::Tq2_0 => TqFormat::Tq2_0,
         Format::Safetensors => {
@@ -82,5 +98,26 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let options = PackOptions { format, embeddings, name: args.name.clone() };
     let progress = Progress::new("packing");
     pack(&checkpoint, &args.output, &options, &mut |done, total| progress.set(done, total))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn transformer(args: &Args) -> Result<ExitCode> {
+    let float = match args.format {
+        None => None,
+        Some(Format::F32) => Some(FloatType::F32),
+        Some(Format::F16) => Some(FloatType::F16),
+        Some(Format::Bf16) => Some(FloatType::Bf16),
+        Some(Format::Tq2_0 | Format::Tq1_0 | Format::Safetensors) => bail!(
+            "{} is a Transformer++, whose weights are not ternary: --format f32, f16 or bf16",
+            args.model.display()
+        ),
+    };
+    ensure!(
+        args.embeddings == Embeddings::Source,
+        "--embeddings is for MatMul-free models; --format holds for all matrices of a Transformer++"
+    );
+    let progress = Progress::new("packing");
+    let mut report = |done, total| progress.set(done, total);
+    pack_transformer(&args.model, &args.output, float, args.name.as_deref(), &mut report)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -1,4 +1,4 @@
-//! Text on standard output while it is made.
+//! Text on standard output: at once, and an error, not a panic, if the reader has gone.
 
 use std::io::{Write, stdout};
 
@@ -12,3 +12,11 @@ pub fn print(text: &str) -> Result<()> {
         .and_then(|()| stdout.flush())
         .map_err(|reason| Error::Write { file: "standard output".into(), reason })
 }
+
+/// A line on standard output, as [`print`] writes it; returns from the function that uses it on an error.
+macro_rules! line {
+    ($($argument:tt)*) => {
+        $crate::streamed_text::print(&format!("{}\n", format_args!($($argument)*)))?
+    };
+}
+pub(crate) use line;

@@ -15,6 +15,7 @@ use mmfree_train::data::{Dataset, PartOf};
 
 use crate::interrupt;
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Broken documents that are reported one by one; the rest are counted.
 const REPORTED: u64 = 20;
@@ -147,9 +148,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         done => done?,
     };
     if args.json {
-        println!("{}", String::from_utf8_lossy(&manifest.to_json()).trim_end());
+        line!("{}", String::from_utf8_lossy(&manifest.to_json()).trim_end());
     } else {
-        println!(
+        line!(
             "{} tokens of {} documents ({} bytes of text) in {} shards{}{}",
             manifest.tokens,
             manifest.documents,
@@ -182,9 +183,9 @@ fn verify(directories: &[PathBuf], as_json: bool) -> Result<ExitCode> {
     drop(progress);
     let (tokens, documents) = (dataset.tokens(), dataset.documents());
     if as_json {
-        println!("{}", serde_json::json!({"tokens": tokens, "documents": documents}));
+        line!("{}", serde_json::json!({"tokens": tokens, "documents": documents}));
     } else {
-        println!("{tokens} tokens of {documents} documents, all as they were written");
+        line!("{tokens} tokens of {documents} documents, all as they were written");
     }
     Ok(ExitCode::SUCCESS)
 }

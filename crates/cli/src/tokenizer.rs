@@ -9,6 +9,7 @@ use mmfree_train::data::{TokenizerTraining, train_tokenizer};
 
 use crate::interrupt;
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Train a tokenizer
 #[derive(Debug, clap::Args)]
@@ -25,8 +26,8 @@ enum Command {
 /// Make a byte-level BPE tokenizer from text
 ///
 /// Reads what `mmfree tokenize` reads and writes a directory with tokenizer.json, tokenizer_config.json and
-/// special_tokens_map.json, which `mmfree tokenize --tokenizer` and a checkpoint take. The same text gives the
-/// same tokenizer.
+/// special_tokens_map.json, which `mmfree tokenize --tokenizer` and a checkpoint take, and training.json, which
+/// says what it was trained on. The same text gives the same tokenizer.
 ///
 ///   mmfree tokenizer train books/ -o my-tokenizer --vocab-size 8192
 #[derive(Debug, clap::Args)]
@@ -85,9 +86,11 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let progress = Progress::new("counting words");
     let trained = train_tokenizer(&options, cancel, &mut |done, total| progress.set(done, total))?;
     drop(progress);
-    println!(
+    line!(
         "{} tokens from {} bytes of text with {} different words",
-        trained.vocab_size, trained.text_bytes, trained.words
+        trained.vocab_size,
+        trained.text_bytes,
+        trained.words
     );
     if trained.vocab_size < args.vocab_size {
         eprintln!(

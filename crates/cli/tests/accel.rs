@@ -1,7 +1,7 @@
 //! `mmfree accel` as a user runs it: text, images, assembly, reports, and everything that is refused.
 
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
 
 use assert_cmd::Command;
 use serde_json::Value;
@@ -82,8 +82,9 @@ fn a_compiled_image_runs_and_its_program_reads_as_assembly() {
     std::fs::write(&source, &listing).unwrap();
     stdout(&["asm", text(&source), "--config", "tiny", "-o", text(&again)]);
     assert_eq!(stdout(&["disasm", text(&again)]), listing);
-    // Another model has no use for this image.
-    refused(&["run", "--image", text(&image), "Once"], &["model.mma", "compiled from"]);
+    // Another model has no use for this image, and none for a program without weights.
+    refused(&["run", "--image", text(&image), "Once"], &["model.mma", "the built-in model"]);
+    refused(&["run", "--image", text(&again), "Once"], &["again.mma", "holds no model"]);
 }
 
 #[test]
@@ -174,11 +175,48 @@ fn the_report_gives_speed_energy_and_what_limits() {
         assert!(found["energy"]["watts"][range].as_f64().unwrap() > 0.0);
     }
     let readable = stdout(&["report", "--size", "1.3b", "--board", "d5005"]);
-    for words in
-        ["basis:", "tokens/s", "memory alone allows", "limited by", "estimated", "published"]
-    {
+    for words in [
+        "basis:",
+        "clock: 250 MHz, an assumption",
+        "tokens/s",
+        "memory alone allows",
+        "limited by           memory",
+        "J, estimated",
+        "basis of the energy: ",
+        "published",
+        "0.55 J a token",
+    ] {
         assert!(readable.contains(words), "no {words:?} in {readable}");
     }
+    let slower = stdout(&["report", "--size", "1.3b", "--clock-mhz", "100"]);
+    assert!(slower.contains("clock: 100 MHz, as asked for"), "{slower}");
     // The built-in model on the small board.
     assert!(json(&["report", "--board", "ecp5"])["tokens_per_s"].as_f64().unwrap() > 1.0);
+}
+
+#[test]
+fn a_model_larger_than_the_board_s_memory_is_refused() {
+    let large = ["--activation-bytes", "16384", "--vector-words", "65536"];
+    refused(
+        &[&["report", "--size", "2.7b", "--board", "ecp5"][..], &large].concat(),
+        &["first memory channel takes", "ecp5"],
+    );
+}
+
+/// `mmfree accel report | head -0`
+#[test]
+fn a_reader_that_has_gone_is_no_error() {
+    for arguments in [&["report", "--size", "370m"][..], &["compile", TINY, "--config", "tiny"]] {
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_mmfree"))
+            .arg("accel")
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!((output.status.code(), &*stderr), (Some(0), ""), "{arguments:?}");
+    }
 }

@@ -177,6 +177,12 @@ fn errors_have_exit_code_2() {
     failed(&mmfree(&["tokenize", &path("x.jsonl"), "-o", &out]), "x.jsonl:2: not a JSON object");
     failed(&mmfree(&["tokenize", &path("x.jsonl"), "-o", "/dev/null/x"]), "cannot write");
     failed(&mmfree(&["tokenize", &path("x.jsonl"), "-o", &out, "--shard", "3/2"]), "I/N");
+    fs::write(path("empty.jsonl"), "{\"text\": \"\"}\n{\"text\": \" \"}\n").expect("written");
+    let empty = path("empty.jsonl");
+    failed(&mmfree(&["tokenize", &empty, "-o", &path("none")]), "only white space: 2)");
+    let train = ["tokenizer", "train", &empty, "-o", &path("none-2"), "--vocab-size", "300"];
+    failed(&mmfree(&train), "only white space: 2)");
+    assert!(!Path::new(&path("none-2")).exists());
     let skipped = mmfree(&["tokenize", &path("x.jsonl"), "-o", &out, "--on-error", "skip"]);
     assert!(succeeded(&skipped).contains("1 broken one left out"));
     assert!(String::from_utf8_lossy(&skipped.stderr).contains("skipped: "));

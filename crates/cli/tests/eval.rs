@@ -119,6 +119,27 @@ fn a_transformer_is_judged_by_its_own_forward_pass() {
     assert!((ll(0) - ll(1) - ll(2)).abs() < 1e-5, "{scores:?}");
     assert_eq!(scores[3]["tokens"], 4);
 
+    // Packed it is the same model; in half precision nearly.
+    let packed = directory.path().join("packed.gguf");
+    let packed = packed.to_str().unwrap();
+    for (format, budget) in
+        [(None, 0.0), (Some("f32"), 0.0), (Some("f16"), 5e-3), (Some("bf16"), 5e-2)]
+    {
+        let options = format.map(|format| ["--format", format]);
+        let pack = [&["pack", model, "-o", packed][..], options.as_ref().map_or(&[], |o| &o[..])];
+        succeed(&pack.concat());
+        let found = succeed(&["eval", packed, "--requests", requests.to_str().unwrap()]);
+        for (found, expected) in found.lines().zip(&scores) {
+            let found: Value = serde_json::from_str(found).unwrap();
+            let difference = found["log_likelihood"].as_f64().unwrap()
+                - expected["log_likelihood"].as_f64().unwrap();
+            assert!(difference.abs() <= budget, "{format:?}: {found}, expected {expected}");
+            assert_eq!(found["tokens"], expected["tokens"]);
+        }
+    }
+    fail(&["pack", model, "-o", packed, "--format", "tq2_0"], &["Transformer++", "f16"]);
+    fail(&["generate", packed, "a"], &["general.architecture", "llama", "hgrn_bit"]);
+
     // More than the model's 512 positions.
     let long = serde_json::json!({"context_ids": [5], "continuation_ids": vec![6; 513]});
     fs::write(&requests, format!("{}\n{long}\n", r#"{"context": "a", "continuation": "b"}"#))

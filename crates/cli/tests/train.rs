@@ -342,6 +342,104 @@ fn a_run_is_not_resumed_over_other_tokens_of_the_same_number() {
     succeed(run.command(&set).arg("--resume"));
 }
 
+/// Each names the place and what is wrong, nothing is half made, and once it is mended the same command trains.
+#[test]
+fn broken_texts_are_refused_and_a_mended_one_is_trained_on() {
+    let run = Run::new();
+    let text = run.directory.path().join("text.jsonl");
+    let page = fs::read_to_string(root().join("docs/training.md")).unwrap();
+    let good: String =
+        page.lines().map(|line| serde_json::json!({ "text": line }).to_string() + "\n").collect();
+    let line = good.lines().count() + 1;
+    let cache = run.directory.path().join("data");
+    let data = format!("data.train={}", text.display());
+    let tokenizer = "data.tokenizer=tests/fixtures/tokenizers/byte-level.json";
+    let set = [data.as_str(), "run.steps=2", "schedule.warmup_steps=1", "evaluation.every=0"];
+    let named = [&set[..], &[tokenizer]].concat();
+    let broken: [(&[u8], &str); 3] = [
+        (b"{\"text\": \"open", "not a JSON object"),
+        (b"{\"text\": \"\xff\"}", "not UTF-8"),
+        (b"{\"title\": \"x\"}", "no field \"text\" (--field, data.text_field); it has \"title\""),
+    ];
+    for set in [&set[..], &named] {
+        for (bytes, expected) in broken {
+            fs::write(&text, [good.as_bytes(), bytes, b"\n", good.as_bytes()].concat()).unwrap();
+            let error = refused(&mut run.command(set));
+            assert!(error.contains(expected), "{error}");
+            assert!(error.contains(&format!("text.jsonl:{line}")), "{error}");
+            assert!(!run.path().join("checkpoints").exists());
+        }
+        fs::write(&text, good.repeat(2)).unwrap();
+        succeed(&mut run.command(set));
+        fs::remove_dir_all(run.path()).unwrap();
+        fs::remove_dir_all(&cache).unwrap();
+        fs::write(&text, "{\"text\": \"\"}\n".repeat(7)).unwrap();
+        let error = refused(&mut run.command(set));
+        assert!(error.contains("only white space: 7)"), "{error}");
+        assert!(!cache.join("train/manifest.json").exists());
+        assert!(!cache.join("tokenizer").exists());
+        let _ = fs::remove_dir_all(&cache);
+    }
+}
+
+/// The model of a checkpoint must be the one that the configuration describes, down to what no shape shows.
+#[test]
+fn a_run_does_not_begin_with_weights_of_another_model() {
+    let run = Run::new();
+    let few = ["run.steps=2", "schedule.warmup_steps=1", "evaluation.every=0"];
+    succeed(&mut run.command(&few));
+    let initial = format!("model.initial_checkpoint={}", run.path().join("model").display());
+    let other = run.beside("other");
+    let command = |set: &[&str]| other.command(&[&few[..], &[initial.as_str()], set].concat());
+    let error = refused(&mut command(&["model.hidden_size=64", "model.rms_norm_eps=1e-5"]));
+    for expected in ["model.initial_checkpoint", "hidden_size: 32, 64", "rms_norm_eps: "] {
+        assert!(error.contains(expected), "{expected} is not in {error}");
+    }
+    let transformer = ["model.architecture=transformer++", "model.num_attention_heads=4"];
+    let error =
+        refused(&mut command(&[&transformer[..], &["model.use_lower_bound=false"]].concat()));
+    assert!(error.contains("model_type: \"hgrn_bit\", \"llama\""), "{error}");
+    assert!(checkpoints(&other.path()).is_empty());
+    succeed(&mut command(&[]));
+}
+
+/// A tokenizer and tokens of other options are not taken for those that are asked for.
+#[test]
+fn a_cache_that_was_made_otherwise_is_refused() {
+    let run = Run::new();
+    let text = run.directory.path().join("text.txt");
+    let page = fs::read_to_string(root().join("docs/training.md")).unwrap();
+    fs::write(&text, page.replace("\n\n", "\n--\n")).unwrap();
+    let data = format!("data.train={}", text.display());
+    let few = ["run.steps=2", "schedule.warmup_steps=1", "evaluation.every=0"];
+    let tokenizer = "data.tokenizer=tests/fixtures/tokenizers/byte-level.json";
+    let cache = format!("data.cache={}", run.directory.path().join("named").display());
+    let named = [tokenizer, cache.as_str()];
+    for extra in [&[][..], &named[..]] {
+        let set = [&few[..], &[data.as_str()], extra].concat();
+        let (first, other) = match extra {
+            [] => ("trained", "trained-2"),
+            _ => ("named-1", "named-2"),
+        };
+        succeed(&mut run.beside(first).command(&set));
+        let mut changes = vec![
+            ("data.separator=--", "document separator: none then, \"--\" now"),
+            ("data.text_field=body", "field of the text: text then, body now"),
+        ];
+        if extra.is_empty() {
+            changes.push((
+                "data.tokenizer_vocab_size=290",
+                "size of the vocabulary: 300 then, 290 now",
+            ));
+        }
+        for (change, expected) in changes {
+            let error = refused(&mut run.beside(other).command(&[&set[..], &[change]].concat()));
+            assert!(error.contains(expected) && error.contains("data.cache"), "{error}");
+        }
+        succeed(&mut run.beside(other).command(&set));
+    }
+}
+
 #[test]
 fn a_run_that_diverges_stops_and_keeps_its_checkpoint() {
     let run = Run::new();

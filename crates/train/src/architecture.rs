@@ -76,7 +76,18 @@ impl Architecture {
                     (tensor.name, tensor.shape, kind)
                 }))
             }
-            Self::Transformer(config) => ParameterLayout::new(transformer_tensors(config)),
+            // Projections of one input follow each other, so that q, k, v and gate, up are each one matrix in the
+            // flat buffer.
+            Self::Transformer(config) => ParameterLayout::new(
+                config.tensors().into_iter().enumerate().map(|(index, (name, shape))| {
+                    let kind = match (index, shape.len()) {
+                        (0, _) => ParameterKind::Embedding,
+                        (_, 1) => ParameterKind::Norm,
+                        _ => ParameterKind::Matrix,
+                    };
+                    (name, shape, kind)
+                }),
+            ),
         }
     }
 
@@ -87,30 +98,19 @@ impl Architecture {
             Self::Transformer(config) => config.to_json(),
         }
     }
-}
 
-/// The tensors of a Llama checkpoint. Projections of one input follow each other, so that q, k, v and
-/// gate, up are each one matrix in the flat buffer.
-fn transformer_tensors(config: &TransformerConfig) -> Vec<(String, Vec<usize>, ParameterKind)> {
-    use ParameterKind::{Embedding, Matrix, Norm};
-    let (d, f, v) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![v, d], Embedding)];
-    for layer in 0..config.num_hidden_layers {
-        for (name, shape, kind) in [
-            ("input_layernorm", vec![d], Norm),
-            ("self_attn.q_proj", vec![d, d], Matrix),
-            ("self_attn.k_proj", vec![d, d], Matrix),
-            ("self_attn.v_proj", vec![d, d], Matrix),
-            ("self_attn.o_proj", vec![d, d], Matrix),
-            ("post_attention_layernorm", vec![d], Norm),
-            ("mlp.gate_proj", vec![f, d], Matrix),
-            ("mlp.up_proj", vec![f, d], Matrix),
-            ("mlp.down_proj", vec![d, f], Matrix),
-        ] {
-            tensors.push((format!("model.layers.{layer}.{name}.weight"), shape, kind));
+    /// What makes this model's weights mean something else in another one: keys of `config.json`, with this one's
+    /// value and the other's. Special tokens and the longest context may differ.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        const MAY_DIFFER: [&str; 3] = ["bos_token_id", "eos_token_id", "max_position_embeddings"];
+        let (these, others) = (self.to_json(), other.to_json());
+        let shown = |key: &str| format!("{key}: {}, {}", these[key], others[key]);
+        if self.model_type() != other.model_type() {
+            return vec![shown("model_type")];
         }
+        let keys = these.as_object().into_iter().flat_map(serde_json::Map::keys);
+        keys.filter(|key| !MAY_DIFFER.contains(&key.as_str()) && these[*key] != others[*key])
+            .map(|key| shown(key))
+            .collect()
     }
-    tensors.push(("model.norm.weight".to_owned(), vec![d], Norm));
-    tensors.push(("lm_head.weight".to_owned(), vec![v, d], Matrix));
-    tensors
 }

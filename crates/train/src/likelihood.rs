@@ -1,20 +1,17 @@
 //! Log-likelihoods of continuations by the Transformer++, with the forward pass of training, in full precision.
 
-use mmfree::engine::TokenScore;
 use mmfree::error::Result;
 use mmfree::eval::request::Request;
 use mmfree::eval::scorer::{Score, Scorer, Tick};
 
 use crate::architecture::Architecture;
-use crate::backend::{Backend, BatchShape};
-use crate::model::{Model, ModelOptions};
+use crate::backend::{Backend, BatchShape, IGNORED};
+use crate::model::{Batch, Model, ModelOptions};
 
 /// Tokens of a batch, about.
 const BATCH_TOKENS: usize = 2048;
 /// Sequences are padded to a multiple of this.
 const LENGTH_STEP: usize = 16;
-/// Most logits that exist at a time.
-const MAX_LOGITS: usize = 1 << 25;
 
 /// Scores with a model of full-precision weights that reads whole sequences.
 pub struct FullPrecisionScorer<B: Backend> {
@@ -73,13 +70,11 @@ impl<B: Backend + 'static> Scorer for FullPrecisionScorer<B> {
         let length = |&(group, request): &(usize, usize)| groups[group][request].tokens.len() - 1;
         // The longest first: a lack of memory shows at once.
         order.sort_by_key(|at| std::cmp::Reverse(length(at)));
-        let vocabulary = self.vocab_size();
         let (mut first, mut model) = (0, None::<Model<B>>);
         while first < order.len() {
             tick(first)?;
             let padded = length(&order[first]).next_multiple_of(LENGTH_STEP);
-            let tokens = BATCH_TOKENS.min(MAX_LOGITS / vocabulary.max(1));
-            let sequences = (tokens / padded).clamp(1, order.len());
+            let sequences = (BATCH_TOKENS / padded).clamp(1, order.len());
             let shape = BatchShape { sequences, length: padded };
             // The memory of one shape goes before that of the next comes.
             drop(model.take_if(|model| model.shape() != shape));
@@ -88,18 +83,23 @@ impl<B: Backend + 'static> Scorer for FullPrecisionScorer<B> {
                 none => none.insert(self.model(shape)?),
             };
             let part = &order[first..order.len().min(first + sequences)];
-            let mut ids = vec![0; shape.tokens()];
-            for (row, &(group, request)) in ids.chunks_exact_mut(padded).zip(part) {
-                let tokens = &groups[group][request].tokens;
-                row[..tokens.len() - 1].copy_from_slice(&tokens[..tokens.len() - 1]);
-            }
-            let logits = model.logits(&mut self.backend, &self.parameters, &ids)?;
-            for (logits, &(group, request)) in logits.chunks_exact(padded * vocabulary).zip(part) {
+            let (mut ids, mut targets) = (vec![0; shape.tokens()], vec![IGNORED; shape.tokens()]);
+            let rows = ids.chunks_exact_mut(padded).zip(targets.chunks_exact_mut(padded));
+            for ((ids, targets), &(group, request)) in rows.zip(part) {
                 let Request { tokens, context } = &groups[group][request];
-                let rows = logits.chunks_exact(vocabulary).zip(&tokens[1..]).skip(context - 1);
-                for (logits, &target) in rows {
-                    scores[group][request].add(TokenScore::of(logits, target));
-                }
+                let last = tokens.len() - 1;
+                ids[..last].copy_from_slice(&tokens[..last]);
+                targets[context - 1..last].copy_from_slice(&tokens[*context..]);
+            }
+            let batch = Batch { ids: &ids, targets: &targets };
+            let found = model.token_scores(&mut self.backend, &self.parameters, batch)?;
+            let mut found = found.into_iter();
+            for &(group, request) in part {
+                let Request { tokens, context } = &groups[group][request];
+                found
+                    .by_ref()
+                    .take(tokens.len() - context)
+                    .for_each(|token| scores[group][request].add(token));
             }
             first += part.len();
         }

@@ -297,6 +297,48 @@ fn losses<B: Fill>(backend: &mut B, setting: &Setting, chunk: usize) -> Results 
     ]
 }
 
+/// Log-likelihoods of every token of a vocabulary at one place: that many equal rows, each with another target, and
+/// one row without a target.
+fn scores_of_a_vocabulary<B: Fill>(backend: &mut B, setting: &Setting) -> Vec<f32> {
+    let Setting { inputs, ref projections, ref flat, .. } = *setting;
+    let vocabulary = projections[0].outputs;
+    let rows = vocabulary + 1;
+    let head = Head { chunk: 8, ..setting.head() };
+    let mut weights = backend.weights(projections).unwrap();
+    let flat = backend.flat_from(flat).unwrap();
+    let shape = BatchShape { sequences: 1, length: rows };
+    backend.reserve(projections, shape, &head, None).unwrap();
+    backend.prepare(projections, &flat, &mut weights).unwrap();
+    let parameters = Parameters { flat: &flat, weights: &weights };
+    let x = backend.filled(&Random(5).values(inputs, 1.0).repeat(rows), Precision::Activation);
+    let mut ids: Vec<u32> = (0..vocabulary as u32).collect();
+    ids.insert(3, IGNORED);
+    let mut targets = backend.tokens(rows).unwrap();
+    backend.write_tokens(&mut targets, &ids).unwrap();
+    let scores = backend.token_scores(parameters, &head, &x, &targets).unwrap();
+    assert_eq!(scores.len(), vocabulary);
+    let sum: f64 = scores.iter().map(|score| score.log_likelihood.exp()).sum();
+    assert!((sum - 1.0).abs() < 1e-5, "{sum}");
+    let best = scores.iter().map(|score| score.log_likelihood).fold(f64::NEG_INFINITY, f64::max);
+    for score in &scores {
+        assert_eq!(score.is_greedy, score.log_likelihood == best, "{score:?}, best {best}");
+    }
+    assert_eq!(backend.take_loss().unwrap(), 0.0, "scores are no loss");
+    scores.iter().map(|score| score.log_likelihood as f32).collect()
+}
+
+#[test]
+fn scores_of_tokens_are_a_distribution_and_agree_with_the_cpu() {
+    let mut gpu = gpu();
+    for ternary in [true, false] {
+        let setting = Setting::new(&mut Random(9), 1, 48, &[37], ternary);
+        let expected = scores_of_a_vocabulary(&mut cpu(), &setting);
+        let Some(gpu) = &mut gpu else { continue };
+        let error = relative_error(&scores_of_a_vocabulary(gpu, &setting), &expected);
+        assert!(error < QUANTISED, "ternary {ternary}: {error}");
+    }
+}
+
 #[test]
 fn cross_entropy_agrees_with_the_cpu() {
     let Some(mut gpu) = gpu() else { return };

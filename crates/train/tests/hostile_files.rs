@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
 use mmfree::checkpoint::TokenizerSource;
+use mmfree::checkpoint::{FullPrecision, pack_transformer};
 use mmfree_train::architecture::Architecture;
 use mmfree_train::checkpoint::{Checkpoints, GuardState, State, Values};
 use mmfree_train::config::TrainConfig;
@@ -191,6 +192,22 @@ fn corpora_and_jobs_that_were_interrupted() {
 }
 
 #[test]
+fn records_of_trained_tokenizers() {
+    let work = tempfile::tempdir().unwrap();
+    let (input, output) = (work.path().join("in.jsonl"), work.path().join("out"));
+    fs::write(&input, LINES).unwrap();
+    let training = TokenizerTraining::new(vec![input], output.clone(), 300);
+    train_tokenizer(&training, &AtomicBool::new(false), &mut |_, _| {}).unwrap();
+    assert_eq!(training.difference_from(&output).unwrap(), None);
+    let path = output.join("training.json");
+    let whole = fs::read(&path).unwrap();
+    hostile(1, &whole, &mut |changed| {
+        fs::write(&path, changed).unwrap();
+        let _ = training.difference_from(&output);
+    });
+}
+
+#[test]
 fn configurations() {
     let whole = fs::read(root().join("configs/tiny.toml")).unwrap();
     hostile(1, &whole, &mut |changed| {
@@ -246,6 +263,14 @@ fn checkpoints_and_logs() {
         fs::write(path.join(name), whole).unwrap();
         fs::write(path.join("CHECKSUMS"), &sums).unwrap();
     }
+    let packed = work.path().join("model.gguf");
+    pack_transformer(&path, &packed, None, None, &mut |_, _| ()).unwrap();
+    assert_eq!(weights::load(&packed).unwrap(), (architecture, parameters));
+    hostile(7, &fs::read(&packed).unwrap(), &mut |changed| {
+        fs::write(&packed, changed).unwrap();
+        let _ = weights::load(&packed);
+        let _ = FullPrecision::is_transformer(&packed);
+    });
     let log = "{\"step\":1,\"tokens\":10,\"loss\":3.5,\"validation_loss\":4.25}\n".repeat(3);
     hostile(8, log.as_bytes(), &mut |changed| {
         fs::write(work.path().join("log.jsonl"), changed).unwrap();

@@ -268,6 +268,27 @@ fn a_program_that_the_hardware_cannot_run_raises_its_error() {
     assert_eq!((outcome.exit_code, outcome.report["status"].as_str()), (3, Some("error")));
 }
 
+#[test]
+fn a_memory_that_answers_with_an_error_raises_it() {
+    let Some((configuration, rtl)) = tiny_rtl() else { return };
+    let image = random_image(&configuration, 1);
+    for clock in [300, 600] {
+        let outcome = rtl.run(&image, &[0], &[("--fail-after", clock)], false);
+        assert_eq!((outcome.exit_code, outcome.report["status"].as_str()), (3, Some("error")));
+    }
+}
+
+#[test]
+fn the_bench_refuses_damaged_images() {
+    let Some((configuration, rtl)) = tiny_rtl() else { return };
+    let good = random_image(&configuration, 1).to_bytes();
+    let huge = [&good[..72], &u64::MAX.to_le_bytes(), &good[80..]].concat();
+    let foreign = [b"FOREIGN!", &good[8..]].concat();
+    for bytes in [&good[..5000], &good[..300], &good[..20], &[], &huge, &foreign] {
+        assert_eq!(rtl.run_bytes(bytes), Some(2), "{} bytes", bytes.len());
+    }
+}
+
 fn tiny_checkpoint() -> Checkpoint {
     Checkpoint::open(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny")).unwrap()
 }
@@ -429,35 +450,47 @@ fn faults_are_found_by_whole_programs() {
     }
 }
 
-/// Greedy tokens of the float engine on the CPU, and how far the accelerator's logits are from its own after each
-/// (root mean square over their standard deviation), with the text that both read.
-fn engine_beside(
-    checkpoint: &Checkpoint,
-    image: &Image,
-    start: u32,
-    count: usize,
-) -> (Vec<u32>, f64) {
+/// The float engine on the CPU beside the simulator, both reading the same tokens.
+struct Beside {
+    /// What the engine finds most likely after each token.
+    best: Vec<u32>,
+    /// How far the logits are apart (root mean square), at most.
+    furthest: f64,
+    /// By how much the engine's best logit exceeds that of the simulator's choice, at most.
+    passed_over: f64,
+}
+
+/// Lets the engine read `start` and then `chosen`, the simulator's choices. Distances of logits are in standard deviations
+/// of the engine's.
+fn engine_beside(checkpoint: &Checkpoint, image: &Image, start: u32, chosen: &[u32]) -> Beside {
     let model = Arc::new(Model::load(checkpoint).unwrap());
     let mut state = State::new(&model);
     let mut engine = Engine::new(model, &EngineOptions::default()).unwrap();
     let mut machine = Machine::new(image.clone());
-    let (mut tokens, mut token, mut furthest) = (Vec::new(), start, 0.0f64);
-    for _ in 0..count {
+    let mut beside = Beside { best: Vec::new(), furthest: 0.0, passed_over: 0.0 };
+    let mut token = start;
+    for &next in chosen {
         let theirs = engine.decode(&mut state, token).unwrap().to_vec();
         machine.run(token).unwrap();
         let ours = generate::logits(&machine);
         let mean = theirs.iter().sum::<f32>() / theirs.len() as f32;
         let variance: f32 = theirs.iter().map(|x| (x - mean).powi(2)).sum();
         let squares: f32 = theirs.iter().zip(&ours).map(|(a, b)| (a - b).powi(2)).sum();
-        furthest = furthest.max(f64::from((squares / variance).sqrt()));
+        beside.furthest = beside.furthest.max(f64::from((squares / variance).sqrt()));
         let best = theirs.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0)));
-        token = best.unwrap().0 as u32;
-        tokens.push(token);
+        let (best, &largest) = best.unwrap();
+        let deviation = (variance / theirs.len() as f32).sqrt();
+        let passed_over = f64::from((largest - theirs[next as usize]) / deviation);
+        beside.passed_over = beside.passed_over.max(passed_over);
+        beside.best.push(best as u32);
+        token = next;
     }
-    (tokens, furthest)
+    beside
 }
 
-/// The simulator, the RTL and the CPU engine with the same weights and the same first token.
+/// The simulator, the RTL and the CPU engine with the same weights and the same first token: simulator and RTL write the
+/// same, and the timing model knows the RTL's cycles; where the engine would have chosen another token, the two are nearly
+/// as likely to it.
 fn side_by_side(rtl: &Rtl, checkpoint: &Checkpoint, image: &Image, start: u32, count: usize) {
     let mut machine = Machine::new(image.clone());
     let mut simulated = Vec::new();
@@ -467,23 +500,40 @@ fn side_by_side(rtl: &Rtl, checkpoint: &Checkpoint, image: &Image, start: u32, c
         simulated.push(token);
     }
     let options = [("--generate", count as u64), ("--latency", 60)];
+    let began = std::time::Instant::now();
     let outcome = rtl.run(image, &[start], &options, false);
-    let (engine, furthest) = engine_beside(checkpoint, image, start, count);
+    let seconds = began.elapsed().as_secs_f64();
+    let memory = Memory { latency: 60.0, weight_rate: 1.0, data_rate: 1.0, stall: 0.0 };
+    let expected = timing::estimate(&image.program, &image.configuration, memory).cycles;
+    let found = outcome.report["cycles"][0].as_f64().unwrap();
+    let beside = engine_beside(checkpoint, image, start, &simulated);
+    let same = beside.best.iter().zip(&simulated).filter(|(a, b)| a == b).count();
     println!("simulator  {simulated:?}\nRTL        {}", outcome.report["results"]);
-    println!("CPU engine {engine:?}, logits differ by {:.2} % at most", furthest * 100.0);
-    println!("RTL cycles {}", outcome.report["cycles"]);
+    println!(
+        "CPU engine {:?}\n{same} of {count} the same; logits differ by {:.2} %, tokens passed over exceed the \
+         simulator's by {:.2} % of the logits' spread, at most",
+        beside.best,
+        beside.furthest * 100.0,
+        beside.passed_over * 100.0
+    );
+    println!(
+        "RTL: {found} cycles for a token, model {expected:.0}; {count} tokens in {seconds:.1} s"
+    );
     assert_eq!(outcome.report["results"], serde_json::json!(simulated));
-    assert_eq!(engine, simulated, "the CPU engine writes other tokens");
-    assert!(furthest < 0.05, "logits differ by {furthest}");
+    assert!((expected / found - 1.0).abs() < 0.005, "the timing model says {expected}");
+    assert!(beside.furthest < 0.05, "logits differ by {}", beside.furthest);
+    assert!(beside.passed_over < 0.1, "the CPU engine prefers {:?}", beside.best);
 }
 
 #[test]
 fn simulator_rtl_and_cpu_engine_write_the_same_tokens() {
     let Some((_, rtl)) = tiny_rtl() else { return };
-    side_by_side(&rtl, &tiny_checkpoint(), &small_model(Packing::T5), 5, 16);
+    for packing in [Packing::T5, Packing::T2] {
+        side_by_side(&rtl, &tiny_checkpoint(), &small_model(packing), 5, 16);
+    }
 }
 
-/// The built-in model, as many greedy tokens as MMFREE_RTL_TOKENS says: minutes, so only on demand.
+/// The built-in model, as many greedy tokens as MMFREE_RTL_TOKENS says: a build and seconds a token, so only on demand.
 #[test]
 fn the_builtin_model_writes_the_same_tokens_in_rtl() {
     let Ok(count) = std::env::var("MMFREE_RTL_TOKENS") else {

@@ -153,6 +153,16 @@ impl Rtl {
         Self { mutation, ..self.clone() }
     }
 
+    /// Runs what may be no image at all; the exit code.
+    pub fn run_bytes(&self, image: &[u8]) -> Option<i32> {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("image.mma");
+        std::fs::write(&file, image).unwrap();
+        let mut command = Command::new(&self.program);
+        command.arg("--image").arg(&file).args(["--tokens", "0"]);
+        command.output().unwrap().status.code()
+    }
+
     /// Runs an image for these tokens.
     pub fn run(
         &self,

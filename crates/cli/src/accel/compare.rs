@@ -11,6 +11,7 @@ use mmfree_accel::machine::Machine;
 use super::HardwareArgs;
 use crate::model_arg::{self, EngineArgs};
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Measure what the accelerator's arithmetic costs in quality
 ///
@@ -45,7 +46,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut tokens = tokenizer.encode(&text, true)?;
     tokens.truncate(args.max_tokens);
     ensure!(tokens.len() > 1, "{} has no two tokens", args.text_file.display());
-    let mut machine = Machine::new(super::image(None, &checkpoint, &args.hardware)?);
+    let name = super::model_name(args.model.as_deref(), &checkpoint);
+    let mut machine = Machine::new(super::image(None, name, &checkpoint, &args.hardware)?);
     let progress = Progress::new("comparing");
     let mut state = State::new(&loaded.engine.model().clone());
     let found =
@@ -54,7 +56,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         })?;
     drop(progress);
     if args.json {
-        println!("{}", serde_json::to_string(&found)?);
+        line!("{}", serde_json::to_string(&found)?);
     } else {
         let Comparison {
             tokens,
@@ -64,14 +66,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             same_best_token,
             rms_share,
         } = found;
-        println!("{tokens} tokens predicted");
-        println!("cross-entropy, float engine  {engine_loss:.5} nats");
-        println!(
+        line!("{tokens} tokens predicted");
+        line!("cross-entropy, float engine  {engine_loss:.5} nats");
+        line!(
             "cross-entropy, accelerator   {accelerator_loss:.5} nats ({:+.3} %)",
             (loss_ratio - 1.0) * 100.0
         );
-        println!("same most likely token       {:.2} %", same_best_token * 100.0);
-        println!("difference of the logits     {:.2} % of their spread (RMS)", rms_share * 100.0);
+        line!("same most likely token       {:.2} %", same_best_token * 100.0);
+        line!("difference of the logits     {:.2} % of their spread (RMS)", rms_share * 100.0);
     }
     Ok(ExitCode::SUCCESS)
 }

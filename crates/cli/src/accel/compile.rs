@@ -10,6 +10,7 @@ use serde_json::json;
 use super::HardwareArgs;
 use crate::model_arg;
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Compile a model to a program image
 ///
@@ -61,40 +62,40 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             "data_map": plan.data_map,
             "weight_map": weights,
         });
-        println!("{object}");
+        line!("{object}");
         return Ok(ExitCode::SUCCESS);
     }
-    println!(
-        "configuration {}: {} cores of {} weight bytes, {} row lanes; packing {}",
+    line!(
+        "configuration {}: {} of {} weight bytes, {} row lanes; packing {}",
         c.name,
-        c.cores,
+        super::cores(c),
         c.weight_bytes,
         c.row_lanes,
         plan.packing.name()
     );
-    println!("instructions      {:>14}", plan.program.len());
-    println!(
-        "vector memory     {:>14} words of {} are used",
-        plan.vector_words_used, c.vector_words
-    );
-    println!(
+    line!("instructions      {:>14}", plan.program.len());
+    line!("vector memory     {:>14} words of {} are used", plan.vector_words_used, c.vector_words);
+    line!(
         "weights a token   {streamed:>14} bytes, {:.3} bits a weight",
         streamed as f64 * 8.0 / parameters.ternary as f64
     );
-    println!(
+    line!(
         "cycles a token    {:>14} with a beat of weights a cycle and {} cycles of latency",
-        cost.cycles, memory.latency
+        cost.cycles,
+        memory.latency
     );
-    println!(
+    line!(
         "                  {:>14} products, {} row-wise, {} loads and stores",
-        cost.matvec_cycles, cost.row_cycles, cost.data_cycles
+        cost.matvec_cycles,
+        cost.row_cycles,
+        cost.data_cycles
     );
-    println!("memory map, bytes        address          size");
+    line!("memory map, bytes        address          size");
     for entry in &plan.data_map {
-        println!("  data            {:>14} {:>13}  {}", entry.address, entry.bytes, entry.name);
+        line!("  data            {:>14} {:>13}  {}", entry.address, entry.bytes, entry.name);
     }
     for core in 0..c.cores {
-        println!("  core {core:<10} {:>14} {:>13}  weights", 0, plan.stream_bytes);
+        line!("  core {core:<10} {:>14} {:>13}  weights", 0, plan.stream_bytes);
     }
     Ok(ExitCode::SUCCESS)
 }

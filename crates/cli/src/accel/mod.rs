@@ -3,13 +3,13 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Subcommand, ValueEnum};
 use mmfree::checkpoint::Checkpoint;
 use mmfree::config::ModelConfig;
 use mmfree_accel::compiler::Plan;
 use mmfree_accel::config::{Configuration, Packing};
-use mmfree_accel::image::Image;
+use mmfree_accel::image::{Image, Shape};
 
 use crate::progress::Progress;
 
@@ -141,25 +141,48 @@ impl HardwareArgs {
     }
 }
 
-/// A checkpoint's image: read from a file, or compiled.
-fn image(file: Option<&Path>, checkpoint: &Checkpoint, hardware: &HardwareArgs) -> Result<Image> {
+/// What messages call a model.
+fn model_name<'a>(model: Option<&Path>, checkpoint: &'a Checkpoint) -> &'a str {
+    match model {
+        None => "the built-in model",
+        Some(_) => checkpoint.label(),
+    }
+}
+
+/// `1 core`, `4 cores`.
+fn cores(configuration: &Configuration) -> String {
+    match configuration.cores {
+        1 => "1 core".to_owned(),
+        cores => format!("{cores} cores"),
+    }
+}
+
+/// A checkpoint's image: read from a file, or compiled. `name` is what messages call the model.
+fn image(
+    file: Option<&Path>,
+    name: &str,
+    checkpoint: &Checkpoint,
+    hardware: &HardwareArgs,
+) -> Result<Image> {
     let Some(file) = file else {
         let plan = hardware.plan(checkpoint.config())?;
         let progress = Progress::new("compiling");
         return Ok(plan.image(checkpoint, &mut |done, total| progress.set(done, total))?);
     };
     let image = Image::read(file)?;
+    if image.shape == Shape::default() {
+        bail!("{} holds no model: it was assembled from text, not compiled", file.display());
+    }
     let (found, model) = (image.shape, checkpoint.config());
     let expected =
         [model.vocab_size, model.hidden_size, model.intermediate_size, model.num_hidden_layers];
     let found =
         [found.vocab_size, found.hidden_size, found.intermediate_size, found.num_hidden_layers];
     if found.map(|size| size as usize) != expected {
-        anyhow::bail!(
-            "{} is of a model with V, D, F, L = {found:?}, but {} has {expected:?}; name the model that it was \
+        bail!(
+            "{} is of a model with V, D, F, L = {found:?}, but {name} has {expected:?}; name the model that it was \
              compiled from",
             file.display(),
-            checkpoint.label()
         );
     }
     Ok(image)

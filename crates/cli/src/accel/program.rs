@@ -11,6 +11,7 @@ use mmfree_accel::image::{Image, PAGE, Region, Shape};
 use mmfree_accel::package;
 
 use super::HardwareArgs;
+use crate::streamed_text::print;
 
 /// Assemble a program
 ///
@@ -89,7 +90,7 @@ pub struct DisasmArgs {
 /// Disassembles.
 pub fn disassemble(args: &DisasmArgs) -> Result<ExitCode> {
     let image = Image::read(&args.image)?;
-    print!("{}", asm::listing(&image.program));
+    print(&asm::listing(&image.program))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -105,7 +106,7 @@ pub struct PackageArgs {
 pub fn package(args: &PackageArgs) -> Result<ExitCode> {
     let text = package::system_verilog();
     match &args.output {
-        None => print!("{text}"),
+        None => print(&text)?,
         Some(path) => {
             let mut file = OutputFile::create(path)?;
             file.put(text.as_bytes())?;

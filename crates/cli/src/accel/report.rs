@@ -10,6 +10,7 @@ use mmfree_accel::report::{self, BOARDS, Report};
 
 use super::HardwareArgs;
 use crate::model_arg;
+use crate::streamed_text::line;
 
 /// Estimate speed and energy of a model on a board
 ///
@@ -45,6 +46,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     })?;
     if let Some(mhz) = args.clock_mhz {
         board.clock_hz = f64::from(mhz) * 1e6;
+        board.clock_basis = "as asked for";
     }
     let (name, model) = match &args.size {
         Some(size) => {
@@ -56,64 +58,81 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         None => {
             let checkpoint = model_arg::open(args.model.as_deref())?;
-            (checkpoint.label().to_owned(), checkpoint.config().clone())
+            let name = super::model_name(args.model.as_deref(), &checkpoint);
+            (name.to_owned(), checkpoint.config().clone())
         }
     };
     let configuration = args.hardware.configuration_or(board.configuration)?;
     let found = report::report(&name, &model, &board, &configuration, args.hardware.packing())?;
     if args.json {
-        println!("{}", serde_json::to_string(&found)?);
+        line!("{}", serde_json::to_string(&found)?);
     } else {
-        print(&found);
+        print(&found)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(report: &Report) {
+fn print(report: &Report) -> Result<()> {
     let Report { board, configuration: c, cost, energy, .. } = report;
-    let range = |r: &Range| format!("{:>8.3}  ({:.3} to {:.3})", r.likely, r.low, r.high);
-    println!(
-        "{} on {}: {} cores of {} bytes, {} row lanes, {:.0} MHz, packing {}",
+    let range = |r: &Range, digits: usize| {
+        format!("{:>8.digits$}  ({:.digits$} to {:.digits$})", r.likely, r.low, r.high)
+    };
+    line!(
+        "{} on {}: {} of {} bytes, {} row lanes, packing {}",
         report.model,
         board.name,
-        c.cores,
+        super::cores(c),
         c.weight_bytes,
         c.row_lanes,
-        board.clock_hz / 1e6,
         report.packing.name()
     );
-    println!("basis: {}", board.basis);
-    println!("speed                {:>8.1}  tokens/s", report.tokens_per_s);
-    println!(
+    line!("basis: {}", board.basis);
+    line!("clock: {:.0} MHz, {}", board.clock_hz / 1e6, board.clock_basis);
+    line!("speed                {:>8.1}  tokens/s", report.tokens_per_s);
+    line!(
         "memory alone allows  {:>8.1}  tokens/s at {:.1} GB/s; reached: {:.1} %",
         report.memory_limit_tokens_per_s,
         board.memory_bandwidth / 1e9,
         report.share_of_memory_limit * 100.0
     );
-    println!("memory bandwidth     {:>8.1}  % used", report.share_of_memory_bandwidth * 100.0);
-    println!("limited by           {:>8}", report.limited_by);
-    println!("weights a token      {:>8.1}  MB", report.weight_bytes_per_token as f64 / 1e6);
-    println!(
+    line!("memory bandwidth     {:>8.1}  % used", report.share_of_memory_bandwidth * 100.0);
+    line!("limited by           {}", report.limited_by);
+    line!("weights a token      {:>8.1}  MB", report.weight_bytes_per_token as f64 / 1e6);
+    line!(
         "cycles a token       {:>8.0}  ({:.1} % products, {:.1} % row-wise, {:.1} % loads and stores)",
         cost.cycles,
         cost.matvec_cycles / cost.cycles * 100.0,
         cost.row_cycles / cost.cycles * 100.0,
         cost.data_cycles / cost.cycles * 100.0
     );
-    println!("energy a token       {}  J, estimated", range(&energy.joules));
-    println!("  DRAM               {}", range(&energy.dram_joules));
-    println!("  ternary additions  {}", range(&energy.ternary_joules));
-    println!("  row-wise unit      {}", range(&energy.row_joules));
-    println!("  on-chip memories   {}", range(&energy.sram_joules));
-    println!("  standing power     {}", range(&energy.static_joules));
-    println!("power                {}  W, estimated", range(&energy.watts));
+    line!("energy a token       {}  J, estimated", range(&energy.joules, 4));
+    line!("  DRAM               {}", range(&energy.dram_joules, 5));
+    line!("  ternary additions  {}", range(&energy.ternary_joules, 5));
+    line!("  row-wise unit      {}", range(&energy.row_joules, 5));
+    line!("  on-chip memories   {}", range(&energy.sram_joules, 5));
+    line!("  standing power     {}", range(&energy.static_joules, 5));
+    line!("power                {}  W, estimated", range(&energy.watts, 2));
+    let (dram, standing) = (&report.technology.dram_bit_pj, &report.technology.static_watts);
+    line!(
+        "basis of the energy: {}; {} pJ ({} to {}) a bit of DRAM, {} W ({} to {}) standing",
+        report.technology.basis,
+        dram.likely,
+        dram.low,
+        dram.high,
+        standing.likely,
+        standing.low,
+        standing.high
+    );
     if let (Some(speed), Some([low, likely, high]), Some(published)) =
         (report.speed_ratio, report.energy_ratio, board.published)
     {
-        println!(
-            "published for this board and size: {} tokens/s at {} W; speed {speed:.1} times that, energy a token \
-             {likely:.2} of it ({low:.2} to {high:.2})",
-            published.tokens_per_s, published.watts
+        line!(
+            "published for this board and size: {} tokens/s at {} W, {:.2} J a token; speed {speed:.1} times that, \
+             energy a token {likely:.2} of it ({low:.2} to {high:.2})",
+            published.tokens_per_s,
+            published.watts,
+            published.watts / published.tokens_per_s
         );
     }
+    Ok(())
 }

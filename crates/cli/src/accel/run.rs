@@ -81,7 +81,8 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let mut sampler = (sampling.temperature > 0.0 || sampling.repetition_penalty != 1.0)
         .then(|| Sampler::new(sampling))
         .transpose()?;
-    let image = super::image(args.image.as_deref(), &checkpoint, &args.hardware)?;
+    let name = super::model_name(model.as_deref(), &checkpoint);
+    let image = super::image(args.image.as_deref(), name, &checkpoint, &args.hardware)?;
     let shape = image.shape;
     let mut machine = Machine::new(image);
 

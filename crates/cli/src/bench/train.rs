@@ -8,6 +8,7 @@ use mmfree_train::communicator::Launch;
 
 use crate::processes;
 use crate::progress::Progress;
+use crate::streamed_text::line;
 
 /// Measure how fast a model trains
 ///
@@ -107,16 +108,16 @@ pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        line!("{}", serde_json::to_string(&report)?);
     } else {
-        print_table(&report);
+        print_table(&report)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn print_table(report: &Report) {
+fn print_table(report: &Report) -> anyhow::Result<()> {
     let gib = |bytes: f64| bytes / (1u64 << 30) as f64;
-    println!(
+    line!(
         "{} {}, {:.1} million parameters: {}",
         report.architecture,
         report.size,
@@ -126,7 +127,7 @@ fn print_table(report: &Report) {
             count => format!("{count} processes, each {}", report.backend),
         }
     );
-    println!(
+    line!(
         "{} sequences of {} tokens a step, {} at once{}; medians of {} steps, smallest and largest in brackets",
         report.batch,
         report.sequence_length,
@@ -139,33 +140,36 @@ fn print_table(report: &Report) {
         report.repetitions
     );
     let speed = &report.tokens_per_second;
-    println!(
+    line!(
         "speed                  {:>10.0}  ({:.0} to {:.0})  tokens/s",
-        speed.median, speed.min, speed.max
+        speed.median,
+        speed.min,
+        speed.max
     );
     let time = &report.step_seconds;
-    println!(
+    line!(
         "step                   {:>10.1}  ({:.1} to {:.1})  ms",
         1e3 * time.median,
         1e3 * time.min,
         1e3 * time.max
     );
-    println!("products               {:>10.3}  GFLOP a token", report.flops_per_token / 1e9);
+    line!("products               {:>10.3}  GFLOP a token", report.flops_per_token / 1e9);
     if let Some(share) = report.share_of_peak {
-        println!("share of {:.0} TFLOP/s   {:>10.1}  %", PEAK_FLOPS / 1e12, 100.0 * share);
+        line!("share of {:.0} TFLOP/s   {:>10.1}  %", PEAK_FLOPS / 1e12, 100.0 * share);
     }
     if let Some(bytes) = report.peak_device_bytes {
-        println!("peak GPU memory        {:>10.2}  GiB", gib(bytes as f64));
+        line!("peak GPU memory        {:>10.2}  GiB", gib(bytes as f64));
     }
     if let Some(bytes) = report.peak_rss_bytes {
-        println!("peak resident memory   {:>10.2}  GiB", gib(bytes as f64));
+        line!("peak resident memory   {:>10.2}  GiB", gib(bytes as f64));
     }
-    println!("loss                   {:>10.4}  then {:.4}", report.losses[0], report.losses[1]);
+    line!("loss                   {:>10.4}  then {:.4}", report.losses[0], report.losses[1]);
     if !report.breakdown.is_empty() {
-        println!("where the time of a step goes");
+        line!("where the time of a step goes");
         for part in &report.breakdown {
             let (time, share) = (1e3 * part.seconds, 100.0 * part.share);
-            println!("  {:<30} {time:>9.2} ms {share:>6.1} %", part.kind);
+            line!("  {:<30} {time:>9.2} ms {share:>6.1} %", part.kind);
         }
     }
+    Ok(())
 }

@@ -3,14 +3,14 @@
 use std::path::Path;
 
 use anyhow::Result;
-use mmfree::checkpoint::TokenizerSource;
+use mmfree::checkpoint::{FullPrecision, TokenizerSource};
 use mmfree::eval::scorer::{EngineScorer, Scorer};
 use mmfree::tokenizer::Tokenizer;
 use mmfree_train::architecture::Architecture;
 use mmfree_train::likelihood::FullPrecisionScorer;
 use mmfree_train::weights;
 
-use crate::model_arg::{self, EngineArgs, FullPrecision};
+use crate::model_arg::{self, EngineArgs, FullPrecisionBackend};
 
 /// A model that is ready to judge texts, and its tokenizer.
 pub struct Judge {
@@ -25,8 +25,8 @@ pub struct Judge {
 impl Judge {
     /// Loads a MatMul-free model or a Transformer++.
     pub fn load(model: Option<&Path>, args: &EngineArgs) -> Result<Self> {
-        if let Some(directory) = model.filter(|model| is_transformer(model)) {
-            return Self::transformer(directory, args);
+        if let Some(model) = model.filter(|model| FullPrecision::is_transformer(model)) {
+            return Self::transformer(model, args);
         }
         let checkpoint = model_arg::open(model)?;
         let name = model.map_or("built-in model".into(), |model| model.display().to_string());
@@ -37,10 +37,10 @@ impl Judge {
         Ok(Self { name, scorer, tokenizer: loaded.tokenizer, bos, eos })
     }
 
-    fn transformer(directory: &Path, args: &EngineArgs) -> Result<Self> {
+    fn transformer(model: &Path, args: &EngineArgs) -> Result<Self> {
         let backend = args.full_precision()?;
-        let tokenizer = Tokenizer::from_source(&TokenizerSource::open(directory)?)?;
-        let (architecture, parameters) = weights::load(directory)?;
+        let tokenizer = Tokenizer::from_source(&TokenizerSource::open(model)?)?;
+        let (architecture, parameters) = weights::load(model)?;
         let (window, bos, eos) = match &architecture {
             Architecture::Transformer(config) => (
                 config.max_position_embeddings,
@@ -52,21 +52,14 @@ impl Judge {
             }
         };
         let scorer: Box<dyn Scorer> = match backend {
-            FullPrecision::Cpu(cpu) => {
+            FullPrecisionBackend::Cpu(cpu) => {
                 Box::new(FullPrecisionScorer::new(*cpu, architecture, &parameters, window)?)
             }
-            FullPrecision::Cuda(cuda) => {
+            FullPrecisionBackend::Cuda(cuda) => {
                 Box::new(FullPrecisionScorer::new(*cuda, architecture, &parameters, window)?)
             }
         };
-        let name = directory.display().to_string();
+        let name = model.display().to_string();
         Ok(Self { name, scorer, tokenizer: Some(tokenizer), bos, eos })
     }
-}
-
-/// Whether a directory's configuration says `llama`. Whatever else is wrong with it is told where it is loaded.
-fn is_transformer(model: &Path) -> bool {
-    let config = std::fs::read(model.join("config.json")).ok();
-    let config = config.and_then(|bytes| serde_json::from_slice::<serde_json::Value>(&bytes).ok());
-    config.is_some_and(|config| config["model_type"] == "llama")
 }

@@ -9,6 +9,7 @@ struct LossArgs {
     const u32* targets;    // [M]
     u16* gradient;         // [M][V], or null
     double* losses;        // [M]
+    u32* greedy;           // [M]: whether no token is more likely than the target; or null
     u32 vocabulary;
     float scale;
 };
@@ -46,6 +47,14 @@ extern "C" __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_rows(co
         float z = logits[target] * factor;
         // A NaN among the logits must reach the loss: fmaxf passes over it, the sum does not.
         a.losses[m] = (double)logf(sum) + (double)top - (double)z;
+    }
+    if (a.greedy) {
+        // Of equals, the lowest id counts as the most likely.
+        float z = logits[target];
+        bool beaten = false;
+        for (u32 k = threadIdx.x; k < n; k += LOSS_THREADS) beaten |= k < target ? logits[k] >= z : logits[k] > z;
+        bool any = __syncthreads_or(beaten);
+        if (threadIdx.x == 0) a.greedy[m] = !any;
     }
     if (!gradient) return;
     float each = a.scale / sum;

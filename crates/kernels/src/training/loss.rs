@@ -12,6 +12,7 @@ struct LossArgs {
     targets: u64,
     gradient: u64,
     losses: u64,
+    greedy: u64,
     vocabulary: u32,
     scale: f32,
 }
@@ -52,6 +53,7 @@ impl Training {
             targets: targets.address(),
             gradient: gradient.as_ref().map_or(0, ViewMut::address),
             losses: losses.address(),
+            greedy: 0,
             vocabulary: vocabulary as u32,
             scale,
         };
@@ -68,5 +70,38 @@ impl Training {
             self.launch(LOSS, "cross_entropy_rows", launch, &args)?;
             self.launch(LOSS, "add_losses", Launch::new([1, 1, 1], LOSS_THREADS, 0), &sum)
         }
+    }
+
+    /// Writes `−ln softmax(logits[m])[targets[m]]` and whether no token is more likely than the target (1; of equals
+    /// the lowest id counts as the most likely) or one is (0). Targets must be below V or
+    /// [`IGNORED`](crate::cross_entropy::IGNORED), whose loss is 0 and whose `greedy` stays as it is.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the driver's.
+    pub fn token_losses(
+        &mut self,
+        logits: View<'_, f32>,
+        factors: Option<View<'_, f32>>,
+        targets: View<'_, u32>,
+        losses: ViewMut<'_, f64>,
+        greedy: ViewMut<'_, u32>,
+    ) -> Result<(), CudaError> {
+        let rows = targets.len;
+        let vocabulary = quotient(logits.len, rows)?;
+        require(factors.is_none_or(|f| f.len >= rows), "factors")?;
+        require(losses.len >= rows && greedy.len >= rows, "losses")?;
+        let args = LossArgs {
+            logits: logits.address(),
+            factors: address_or_null(factors),
+            targets: targets.address(),
+            gradient: 0,
+            losses: losses.address(),
+            greedy: greedy.address(),
+            vocabulary: vocabulary as u32,
+            scale: 1.0,
+        };
+        let launch = Launch::new([rows, 1, 1], LOSS_THREADS, 0);
+        // SAFETY: the views lie in live buffers of the sizes that were checked, and targets are below V.
+        unsafe { self.launch(LOSS, "cross_entropy_rows", launch, &args) }
     }
 }

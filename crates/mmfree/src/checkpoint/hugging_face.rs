@@ -10,11 +10,10 @@ use serde_json::Value;
 use super::layout::expected_tensors;
 use super::packed::{Demand, check_tensors};
 use super::safetensors::TensorData;
-use super::tensors::not_finite;
 use super::tokenizer::TokenizerFiles;
 use super::{Checkpoint, Container, Encoding, FileSlice, FloatType, StoredTensor, safetensors};
 use crate::config::ModelConfig;
-use crate::error::{Error, Result, TensorProblem};
+use crate::error::{Error, Result};
 use crate::json;
 use crate::output::OutputDirectory;
 
@@ -197,74 +196,14 @@ fn tensors_of(file: &FileSlice) -> Result<impl Iterator<Item = (String, StoredTe
     }))
 }
 
-/// The full-precision tensors of a Hugging Face directory, whatever its architecture.
-#[derive(Debug)]
-pub struct FullPrecision {
-    label: String,
-    config: FileSlice,
-    tensors: BTreeMap<String, StoredTensor>,
-}
-
-impl FullPrecision {
-    /// Opens a directory: `config.json` and safetensors in one file or in shards.
-    ///
-    /// # Errors
-    /// Errors of reading, files that are missing, malformed or truncated.
-    pub fn open(directory: &Path) -> Result<Self> {
-        let label = directory.display().to_string();
-        if !directory.is_dir() {
-            let reason = "expected a Hugging Face directory with config.json and model.safetensors";
-            return Err(Error::NoModel { model: label, reason: reason.to_owned() });
-        }
-        let lookup = in_directory(directory);
-        let mut files = Files { label: &label, lookup: &lookup, found: Vec::new() };
-        let (config, tensors) = (files.config()?, files.tensors()?);
-        Ok(Self { config, tensors, label })
-    }
-
-    /// Name and bytes of `config.json`.
-    pub fn config(&self) -> (&str, &[u8]) {
-        (&self.config.file, self.config.get())
-    }
-
-    /// Compares the tensors with those that an architecture demands, by name and shape.
-    ///
-    /// # Errors
-    /// [`Error::Tensors`] with everything that is missing, misshapen or too much.
-    pub fn check(&self, expected: impl Iterator<Item = (String, Vec<usize>)>) -> Result<()> {
-        let demands = expected.map(|(name, shape)| (name, shape, Demand::Float));
-        check_tensors(&self.label, demands, &self.tensors)
-    }
-
-    /// Reads a tensor, widened to f32, row-major.
-    ///
-    /// # Errors
-    /// A tensor that is not there or has another number of elements; a value that is NaN or infinite.
-    pub fn read(&self, name: &str, values: &mut [f32]) -> Result<()> {
-        let tensor = self.tensors.get(name).ok_or_else(|| Error::Tensors {
-            file: self.label.clone(),
-            problems: vec![TensorProblem::Missing { tensor: name.to_owned() }],
-        })?;
-        let elements: usize = tensor.shape.iter().product();
-        match tensor.encoding {
-            Encoding::Float(float) if elements == values.len() => {
-                float.decode(tensor.data.get(), values);
-            }
-            _ => {
-                let problem = TensorProblem::Shape {
-                    tensor: name.to_owned(),
-                    expected: vec![values.len()],
-                    found: tensor.shape.clone(),
-                };
-                return Err(Error::Tensors { file: self.label.clone(), problems: vec![problem] });
-            }
-        }
-        tensor.data.release();
-        match values.iter().position(|value| !value.is_finite()) {
-            None => Ok(()),
-            Some(index) => Err(not_finite(tensor, name, index, values[index])),
-        }
-    }
+/// `config.json` and the tensors of a directory, whatever its architecture.
+pub(super) fn open_full_precision(
+    label: &str,
+    directory: &Path,
+) -> Result<(FileSlice, BTreeMap<String, StoredTensor>)> {
+    let lookup = in_directory(directory);
+    let mut files = Files { label, lookup: &lookup, found: Vec::new() };
+    Ok((files.config()?, files.tensors()?))
 }
 
 /// Writes a Hugging Face directory: `config.json`, `model.safetensors` with the tensors in the type

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `hugging_face`, `safetensors` | directories with `config.json` and safetensors, full precision |
 //! | `packed`, `gguf` | single files with ternary weights, metadata and tokenizer |
+//! | `full_precision`, `llama` | tensors of any architecture for training and judging; the Transformer++ in GGUF |
 //! | `layout` | names and shapes of a model's tensors |
 //! | [`pack()`], [`info`] | writing a packed file, describing a checkpoint |
 //!
@@ -23,12 +24,14 @@ use crate::error::{Error, Result};
 
 mod embeddings;
 mod float;
+mod full_precision;
 mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 mod hugging_face;
 pub mod info;
 pub mod layout;
+mod llama;
 mod pack;
 mod packed;
 pub mod safetensors;
@@ -37,7 +40,9 @@ mod tokenizer;
 
 pub use embeddings::EmbeddingTable;
 pub use float::FloatType;
-pub use hugging_face::{FullPrecision, write_full_precision};
+pub use full_precision::FullPrecision;
+pub use hugging_face::write_full_precision;
+pub use llama::pack_transformer;
 pub use pack::{EmbeddingStorage, PackOptions, pack};
 pub use tokenizer::{TokenizerKind, TokenizerSource};
 

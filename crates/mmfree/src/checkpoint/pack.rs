@@ -11,7 +11,6 @@ use super::gguf::write::{HeaderWriter, NewTensor};
 use super::layout::{TensorKind, TensorSpec, expected_tensors};
 use super::packed::{ARCHITECTURE, key, put_config, scale_name, stored_shape};
 use super::tensors::{RowReader, not_finite};
-use super::tokenizer::text;
 use super::{Checkpoint, Container, Encoding, FloatType};
 use crate::error::{Error, Result};
 use crate::output::OutputFile;
@@ -170,18 +169,7 @@ fn header(checkpoint: &Checkpoint, options: &PackOptions) -> Result<HeaderWriter
     );
     header.u32(key::QUANTIZATION_VERSION, QUANTIZATION_VERSION);
     put_config(&mut header, checkpoint.config());
-    let files = &checkpoint.tokenizer;
-    match (&files.hugging_face, &files.sentence_piece) {
-        (Some(json), _) => header.text(key::TOKENIZER_JSON, text(json)?),
-        (None, Some(model)) => header.u8_array(key::SENTENCE_PIECE, model.get()),
-        (None, None) => return Ok(header),
-    }
-    if let Some(config) = &files.config {
-        header.text(key::TOKENIZER_CONFIG, text(config)?);
-    }
-    if let Some(template) = checkpoint.tokenizer()?.and_then(|source| source.chat_template) {
-        header.text(key::CHAT_TEMPLATE, &template);
-    }
+    checkpoint.tokenizer.put(&mut header)?;
     Ok(header)
 }
 

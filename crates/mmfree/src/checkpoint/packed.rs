@@ -45,12 +45,7 @@ pub(super) fn open(label: &str, bytes: Bytes, path: Option<PathBuf>) -> Result<C
     let slice = FileSlice::whole(label, bytes.clone());
     let metadata = Metadata { header: &header, file: &slice };
     let config = metadata.config()?;
-    let tokenizer = TokenizerFiles {
-        hugging_face: metadata.text(key::TOKENIZER_JSON)?,
-        sentence_piece: metadata.byte_array(key::SENTENCE_PIECE)?,
-        config: metadata.text(key::TOKENIZER_CONFIG)?,
-        chat_template: metadata.text(key::CHAT_TEMPLATE)?,
-    };
+    let tokenizer = metadata.tokenizer()?;
     let tensors = header
         .tensors
         .into_iter()
@@ -62,6 +57,13 @@ pub(super) fn open(label: &str, bytes: Bytes, path: Option<PathBuf>) -> Result<C
     check_tensors(label, demands(&config), &tensors)?;
     let container = Container::Gguf { bytes, path };
     Ok(Checkpoint { label: label.to_owned(), config, container, tensors, tokenizer })
+}
+
+/// The tokenizer of a file of any architecture.
+pub(super) fn tokenizer(label: &str, bytes: Bytes) -> Result<TokenizerFiles> {
+    let header = read::parse(label, &bytes)?;
+    let slice = FileSlice::whole(label, bytes);
+    Metadata { header: &header, file: &slice }.tokenizer()
 }
 
 /// Types that a tensor may be stored in.
@@ -159,32 +161,21 @@ pub(super) fn check_tensors(
 }
 
 /// Typed access to metadata.
-struct Metadata<'a> {
-    header: &'a Header,
-    file: &'a FileSlice,
+pub(super) struct Metadata<'a> {
+    pub header: &'a Header,
+    pub file: &'a FileSlice,
 }
 
 impl Metadata<'_> {
     fn config(&self) -> Result<ModelConfig> {
         let mut problems = Vec::new();
-        let architecture = self.text(key::ARCHITECTURE)?;
-        let name = architecture.as_ref().map_or(&b""[..], FileSlice::get);
-        if name != ARCHITECTURE.as_bytes() {
-            problems.push(format!(
-                "{} is {:?}, expected {ARCHITECTURE:?}",
-                key::ARCHITECTURE,
-                String::from_utf8_lossy(&name[..name.len().min(60)])
-            ));
-        }
+        self.expect_architecture(ARCHITECTURE, &mut problems)?;
         let config = ModelConfig {
             vocab_size: self.size(key::VOCAB_SIZE, &mut problems),
             hidden_size: self.size(key::HIDDEN_SIZE, &mut problems),
             intermediate_size: self.size(key::INTERMEDIATE_SIZE, &mut problems),
             num_hidden_layers: self.size(key::LAYERS, &mut problems),
-            rms_norm_eps: match self.header.metadata.get(key::RMS_NORM_EPS) {
-                Some(&Value::Float(eps)) => eps,
-                other => problem(key::RMS_NORM_EPS, "a float", other, &mut problems).unwrap_or(1.0),
-            },
+            rms_norm_eps: self.float(key::RMS_NORM_EPS, None, &mut problems),
             use_lower_bound: match self.header.metadata.get(key::USE_LOWER_BOUND) {
                 Some(&Value::Bool(on)) => on,
                 other => problem(key::USE_LOWER_BOUND, "a bool", other, &mut problems)
@@ -203,14 +194,44 @@ impl Metadata<'_> {
         }
     }
 
-    fn size(&self, key: &str, problems: &mut Vec<String>) -> usize {
+    fn tokenizer(&self) -> Result<TokenizerFiles> {
+        Ok(TokenizerFiles {
+            hugging_face: self.text(key::TOKENIZER_JSON)?,
+            sentence_piece: self.byte_array(key::SENTENCE_PIECE)?,
+            config: self.text(key::TOKENIZER_CONFIG)?,
+            chat_template: self.text(key::CHAT_TEMPLATE)?,
+        })
+    }
+
+    pub fn expect_architecture(&self, expected: &str, problems: &mut Vec<String>) -> Result<()> {
+        let architecture = self.text(key::ARCHITECTURE)?;
+        let name = architecture.as_ref().map_or(&b""[..], FileSlice::get);
+        if name != expected.as_bytes() {
+            problems.push(format!(
+                "{} is {:?}, expected {expected:?}",
+                key::ARCHITECTURE,
+                String::from_utf8_lossy(&name[..name.len().min(60)])
+            ));
+        }
+        Ok(())
+    }
+
+    pub fn float(&self, key: &str, default: Option<f32>, problems: &mut Vec<String>) -> f32 {
+        match (self.header.metadata.get(key), default) {
+            (Some(&Value::Float(value)), _) => value,
+            (None, Some(default)) => default,
+            (other, _) => problem(key, "a float", other, problems).unwrap_or(1.0),
+        }
+    }
+
+    pub fn size(&self, key: &str, problems: &mut Vec<String>) -> usize {
         match self.header.metadata.get(key) {
             Some(&Value::Unsigned(size)) => usize::try_from(size).unwrap_or(usize::MAX),
             other => problem(key, "an unsigned integer", other, problems).unwrap_or_default(),
         }
     }
 
-    fn token_id(&self, key: &str, problems: &mut Vec<String>) -> Option<u32> {
+    pub fn token_id(&self, key: &str, problems: &mut Vec<String>) -> Option<u32> {
         match self.header.metadata.get(key) {
             None => None,
             Some(&Value::Unsigned(id)) if id <= u32::MAX.into() => Some(id as u32),
@@ -219,7 +240,7 @@ impl Metadata<'_> {
     }
 
     /// The list where there is one, else the single id.
-    fn eos_token_ids(&self, problems: &mut Vec<String>) -> Vec<u32> {
+    pub fn eos_token_ids(&self, problems: &mut Vec<String>) -> Vec<u32> {
         let single = self.token_id(key::EOS, problems);
         match self.header.metadata.get(key::EOS_IDS) {
             None => single.into_iter().collect(),
@@ -231,7 +252,7 @@ impl Metadata<'_> {
         }
     }
 
-    fn text(&self, key: &str) -> Result<Option<FileSlice>> {
+    pub fn text(&self, key: &str) -> Result<Option<FileSlice>> {
         match self.header.metadata.get(key) {
             None => Ok(None),
             Some(Value::Text(range)) => {
@@ -276,13 +297,18 @@ pub(super) fn put_config(header: &mut HeaderWriter, config: &ModelConfig) {
     header.u32(key::LAYERS, config.num_hidden_layers as u32);
     header.f32(key::RMS_NORM_EPS, config.rms_norm_eps);
     header.bool(key::USE_LOWER_BOUND, config.use_lower_bound);
-    if let Some(id) = config.bos_token_id {
+    put_token_ids(header, config.bos_token_id, &config.eos_token_ids);
+}
+
+/// Writes the tokens that begin and end a text.
+pub(super) fn put_token_ids(header: &mut HeaderWriter, bos: Option<u32>, eos: &[u32]) {
+    if let Some(id) = bos {
         header.u32(key::BOS, id);
     }
-    if let Some(&first) = config.eos_token_ids.first() {
+    if let Some(&first) = eos.first() {
         header.u32(key::EOS, first);
     }
-    if config.eos_token_ids.len() > 1 {
-        header.u32_array(key::EOS_IDS, &config.eos_token_ids);
+    if eos.len() > 1 {
+        header.u32_array(key::EOS_IDS, eos);
     }
 }

@@ -5,8 +5,10 @@ use std::path::Path;
 use mmfree_kernels::memory::Bytes;
 use serde_json::Value;
 
+use super::gguf::write::HeaderWriter;
 use super::hugging_face::{self, CHAT_TEMPLATE, TOKENIZER_CONFIG, TOKENIZER_JSON, TOKENIZER_MODEL};
-use super::{Checkpoint, FileSlice, gguf};
+use super::packed::{self, key};
+use super::{FileSlice, gguf};
 use crate::error::{Error, Result};
 
 /// Everything that a checkpoint says about turning text into tokens and back.
@@ -28,17 +30,48 @@ impl TokenizerSource {
     /// # Errors
     /// Nothing of the kind, or files that are malformed.
     pub fn open(path: &Path) -> Result<Self> {
+        TokenizerFiles::open(path)?.read()?.ok_or_else(|| {
+            let missing = if path.is_dir() {
+                "there is neither tokenizer.json nor tokenizer.model"
+            } else {
+                "this model has no tokenizer"
+            };
+            Error::Tokenizer(format!("{}: {missing}", path.display()))
+        })
+    }
+}
+
+/// A serialised tokenizer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerKind {
+    /// `tokenizer.json` of the `tokenizers` library.
+    HuggingFace(Vec<u8>),
+    /// `tokenizer.model` of SentencePiece.
+    SentencePiece(Vec<u8>),
+}
+
+/// Where the parts of a tokenizer lie.
+#[derive(Clone, Debug, Default)]
+pub(super) struct TokenizerFiles {
+    pub hugging_face: Option<FileSlice>,
+    pub sentence_piece: Option<FileSlice>,
+    pub config: Option<FileSlice>,
+    /// A template of its own, which wins over one inside `config`.
+    pub chat_template: Option<FileSlice>,
+}
+
+impl TokenizerFiles {
+    /// Finds the files that [`TokenizerSource::open`] reads. None of them may be there.
+    pub(super) fn open(path: &Path) -> Result<Self> {
         let label = path.display().to_string();
-        let no_tokenizer = |reason: &str| Error::Tokenizer(format!("{label}: {reason}"));
         let bytes = if path.is_dir() {
             None
         } else {
             let read = Bytes::map(path);
             Some(read.map_err(|reason| Error::Read { file: label.clone(), reason })?)
         };
-        if bytes.as_ref().is_some_and(|bytes| bytes.starts_with(&gguf::MAGIC)) {
-            let source = Checkpoint::open(path)?.tokenizer()?;
-            return source.ok_or_else(|| no_tokenizer("this model has no tokenizer"));
+        if let Some(bytes) = bytes.as_ref().filter(|bytes| bytes.starts_with(&gguf::MAGIC)) {
+            return packed::tokenizer(&label, bytes.clone());
         }
         let directory = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
         let file = |name: &str| -> Result<Option<FileSlice>> {
@@ -63,31 +96,25 @@ impl TokenizerSource {
                     slice;
             }
         }
-        let missing = "there is neither tokenizer.json nor tokenizer.model";
-        files.read()?.ok_or_else(|| no_tokenizer(missing))
+        Ok(files)
     }
-}
 
-/// A serialised tokenizer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TokenizerKind {
-    /// `tokenizer.json` of the `tokenizers` library.
-    HuggingFace(Vec<u8>),
-    /// `tokenizer.model` of SentencePiece.
-    SentencePiece(Vec<u8>),
-}
+    /// Writes the tokenizer into a packed file.
+    pub(super) fn put(&self, header: &mut HeaderWriter) -> Result<()> {
+        match (&self.hugging_face, &self.sentence_piece) {
+            (Some(json), _) => header.text(key::TOKENIZER_JSON, text(json)?),
+            (None, Some(model)) => header.u8_array(key::SENTENCE_PIECE, model.get()),
+            (None, None) => return Ok(()),
+        }
+        if let Some(config) = &self.config {
+            header.text(key::TOKENIZER_CONFIG, text(config)?);
+        }
+        if let Some(template) = self.read()?.and_then(|source| source.chat_template) {
+            header.text(key::CHAT_TEMPLATE, &template);
+        }
+        Ok(())
+    }
 
-/// Where the parts of a tokenizer lie.
-#[derive(Clone, Debug, Default)]
-pub(super) struct TokenizerFiles {
-    pub hugging_face: Option<FileSlice>,
-    pub sentence_piece: Option<FileSlice>,
-    pub config: Option<FileSlice>,
-    /// A template of its own, which wins over one inside `config`.
-    pub chat_template: Option<FileSlice>,
-}
-
-impl TokenizerFiles {
     pub(super) fn read(&self) -> Result<Option<TokenizerSource>> {
         let kind = match (&self.hugging_face, &self.sentence_piece) {
             (Some(json), _) => TokenizerKind::HuggingFace(json.get().to_vec()),

@@ -106,6 +106,31 @@ impl TransformerConfig {
         problems
     }
 
+    /// Names and shapes of the tensors, as Hugging Face's Llama has them, in the order of a forward pass. Projections
+    /// of one input follow each other.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (d, f, v) = (self.hidden_size, self.intermediate_size, self.vocab_size);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![v, d])];
+        for layer in 0..self.num_hidden_layers {
+            for (name, shape) in [
+                ("input_layernorm", vec![d]),
+                ("self_attn.q_proj", vec![d, d]),
+                ("self_attn.k_proj", vec![d, d]),
+                ("self_attn.v_proj", vec![d, d]),
+                ("self_attn.o_proj", vec![d, d]),
+                ("post_attention_layernorm", vec![d]),
+                ("mlp.gate_proj", vec![f, d]),
+                ("mlp.up_proj", vec![f, d]),
+                ("mlp.down_proj", vec![d, f]),
+            ] {
+                tensors.push((format!("model.layers.{layer}.{name}.weight"), shape));
+            }
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![d]));
+        tensors.push(("lm_head.weight".to_owned(), vec![v, d]));
+        tensors
+    }
+
     /// The `config.json` that Hugging Face's Llama reads.
     pub fn to_json(&self) -> Value {
         json!({

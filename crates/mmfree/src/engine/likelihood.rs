@@ -23,7 +23,7 @@ pub struct WantedRow {
 }
 
 /// What a model thinks of a token at its place.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct TokenScore {
     /// `z[target] − ln Σ_v exp(z[v])`, in nats.
     pub log_likelihood: f64,

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::ops::Range;
 
-use mmfree::engine::BACKEND_VARIABLE;
+use mmfree::engine::{BACKEND_VARIABLE, TokenScore};
 use mmfree::error::{Error, Result};
 use mmfree_kernels::activations::QuantizedRows;
 use mmfree_kernels::attention::{self, AttentionScratch};
@@ -19,7 +19,7 @@ use mmfree_kernels::tier::Backend as Tier;
 use mmfree_kernels::{adamw, cross_entropy, embedding, mlgru, norm_gate, rms_norm, swiglu};
 
 use super::{
-    AdamW, AttentionShape, Backend, BatchShape, Head, Memory, Norm, Parameters, Precision,
+    AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision,
     Projection,
 };
 
@@ -201,13 +201,8 @@ impl CpuBackend {
             let targets = &targets[first..targets.len().min(first + head.chunk)];
             let part = first * width..(first + targets.len()) * width;
             let x = &x[part.clone()];
-            // Taken out, so that the methods below may borrow the rest.
-            let mut input = std::mem::take(&mut self.head_input);
-            let mut logits = std::mem::take(&mut self.logits);
-            let u = grow(&mut input, x.len());
-            rms_norm::forward(self.tier, &self.pool, x, norm, head.norm.eps, u);
-            let z = grow(&mut logits, targets.len() * vocabulary);
-            self.multiply(parameters, u, &[&head.projection], &mut [z]);
+            let (input, mut logits) = self.chunk_logits(parameters, head, x);
+            let (u, z) = (&input[..x.len()], &mut logits[..targets.len() * vocabulary]);
             self.losses.resize(targets.len(), 0.0);
             let gradient_scale = gradients.is_some().then_some(scale);
             cross_entropy::forward_backward(
@@ -239,6 +234,24 @@ impl CpuBackend {
             }
             (self.head_input, self.logits) = (input, logits);
         }
+    }
+
+    /// What the head reads of some tokens, and their logits: at the beginnings of buffers that are to be given back.
+    fn chunk_logits(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &[f32],
+    ) -> (Vec<f32>, Vec<f32>) {
+        let Projection { inputs: width, outputs: vocabulary, .. } = head.projection;
+        let norm = &parameters.flat[head.norm.weight.clone()];
+        let mut input = std::mem::take(&mut self.head_input);
+        let mut logits = std::mem::take(&mut self.logits);
+        let u = grow(&mut input, x.len());
+        rms_norm::forward(self.tier, &self.pool, x, norm, head.norm.eps, u);
+        let z = grow(&mut logits, x.len() / width * vocabulary);
+        self.multiply(parameters, u, &[&head.projection], &mut [z]);
+        (input, logits)
     }
 }
 
@@ -522,6 +535,30 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         self.head(parameters, head, x, targets, scale, Some((dx, gradients)));
         Ok(())
+    }
+
+    fn token_scores(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &Vec<f32>,
+        targets: &Vec<u32>,
+    ) -> Result<Vec<TokenScore>> {
+        let Projection { inputs: width, outputs: vocabulary, .. } = head.projection;
+        let mut scores = Vec::new();
+        for (x, targets) in x.chunks(head.chunk * width).zip(targets.chunks(head.chunk)) {
+            let (input, logits) = self.chunk_logits(parameters, head, x);
+            let rows = targets.iter().zip(logits.chunks_exact(vocabulary));
+            let wanted: Vec<_> = rows.filter(|(target, _)| **target != IGNORED).collect();
+            let first = scores.len();
+            scores.resize(first + wanted.len(), TokenScore::default());
+            self.pool.for_each_chunk(&mut scores[first..], 1, &|_, row, score| {
+                let (&target, logits) = wanted[row];
+                score[0] = TokenScore::of(logits, target);
+            });
+            (self.head_input, self.logits) = (input, logits);
+        }
+        Ok(scores)
     }
 
     fn take_loss(&mut self) -> Result<f64> {

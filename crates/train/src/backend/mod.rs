@@ -15,6 +15,7 @@
 
 use std::ops::Range;
 
+use mmfree::engine::TokenScore;
 use mmfree::error::Result;
 pub use mmfree_kernels::adamw::AdamW;
 pub use mmfree_kernels::cross_entropy::IGNORED;
@@ -336,6 +337,16 @@ pub trait Backend: Memory {
         dx: &mut Self::Tensor,
         gradients: &mut Self::Flat,
     ) -> Result<()>;
+
+    /// `ln softmax(logits[m])[targets[m]]`, with logits as in [`cross_entropy`](Self::cross_entropy), and whether no
+    /// token is more likely, of each token whose target is not [`IGNORED`], in order. Waits for the device.
+    fn token_scores(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &Self::Tensor,
+        targets: &Self::Tokens,
+    ) -> Result<Vec<TokenScore>>;
 
     /// The loss that has been added up since the last call. Waits for the device.
     fn take_loss(&mut self) -> Result<f64>;

@@ -43,15 +43,15 @@ pub trait Communicator<F> {
     /// What it is, for the header of a run.
     fn describe(&self) -> String;
 
-    /// Whether [`reduce_scatter`](Self::reduce_scatter) only begins an exchange, which goes on beside what the device
-    /// computes: then it pays to call it part by part, as parts become final.
+    /// Whether exchanges go on beside what the device computes, and it pays to call
+    /// [`reduce_scatter`](Self::reduce_scatter) part by part, as parts become final.
     fn overlaps(&self) -> bool {
         false
     }
 
     /// Adds up a buffer over all processes; process r then has the sum in `shards[r]`. Elsewhere in the shards its
-    /// buffer is undefined, and outside of them it is as before. Where exchanges [overlap](Self::overlaps), nothing
-    /// may touch the shards before [`wait`](Self::wait).
+    /// buffer is undefined, and outside of them it is as before. On a device this may only have begun: nothing may
+    /// touch the shards before [`wait`](Self::wait).
     ///
     /// # Errors
     /// A process is gone.

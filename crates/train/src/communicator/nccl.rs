@@ -18,6 +18,10 @@ use crate::error::{Error, Result};
 const TICK: Duration = Duration::from_micros(20);
 const LOOK: Duration = Duration::from_secs(1);
 
+/// Most processes whose exchanges go part by part. A part lies in few shards, so that few processes receive it, from all
+/// others: that takes (P - 1) times what it does to exchange everything at once at the end.
+const MAX_OVERLAPPING: usize = 8;
+
 /// GPUs joined by NCCL, one of each process.
 pub struct Nccl {
     /// Dropped first: the others notice before this process leaves the group.
@@ -75,7 +79,7 @@ impl Communicator<Buffer<f32>> for Nccl {
     }
 
     fn overlaps(&self) -> bool {
-        true
+        self.host.world_size() <= MAX_OVERLAPPING
     }
 
     fn reduce_scatter(&mut self, buffer: &mut Buffer<f32>, shards: &[Range<usize>]) -> Result<()> {

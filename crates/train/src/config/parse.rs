@@ -104,9 +104,10 @@ pub(super) struct Parsed {
 impl Parsed {
     /// Whether the value of a key may be another one than what was meant, since something was not understood.
     pub(super) fn is_uncertain(&self, key: &str) -> bool {
+        let is_given = self.places.contains_key(key);
         self.uncertain.iter().any(|unknown| {
             let is_section = unknown.is_empty() || unknown.ends_with('.');
-            key == unknown || is_section && key.starts_with(unknown)
+            key == unknown || is_section && !is_given && key.starts_with(unknown)
         })
     }
 

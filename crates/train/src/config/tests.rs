@@ -88,6 +88,9 @@ beta2 = 1.0
         assert!(error.contains(expected), "{expected:?} is not in:\n{error}");
     }
     assert!(!error.contains("belongs to") && !error.contains("data.train"), "{error}");
+    // A section that is not one puts no doubt on what another one says.
+    let text = "[optimiser]\nbeta1 = 0.9\n[optimizer]\nbeta2 = 1.5\n";
+    assert!(errors(text, &[]).contains("line 4: optimizer.beta2 is 1.5"));
     let text =
         "[data]\ntrain = \"a\"\n[model]\narchitecture = \"transformer++\"\nhidden_size = 64\n";
     assert!(errors(text, &[]).contains("model.num_attention_heads is 0"));

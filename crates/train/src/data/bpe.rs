@@ -1,8 +1,8 @@
 //! Files of text to a byte-level BPE tokenizer.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
+use std::{fs, thread};
 
 use ahash::AHashMap;
 use compact_str::CompactString;
@@ -10,14 +10,16 @@ use mmfree::checkpoint::{TokenizerKind, TokenizerSource};
 use mmfree::error::{Error, Result};
 use mmfree::output::OutputDirectory;
 use mmfree::tokenizer::Tokenizer;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer};
 
+use super::differences::Differences;
 use super::manifest::PartOf;
 use super::pipeline::Corpus;
-use super::source::{self, Content, Item, Position, json_field};
+use super::source::{self, Content, Item, Position, Source, json_field};
 
 /// Tokens of single bytes.
 const BYTES: usize = 256;
@@ -25,6 +27,9 @@ const BYTES: usize = 256;
 const MAX_WORDS: usize = 16 << 20;
 /// Longest word that is counted, in bytes: what is longer is no word, and no token should be made of it.
 const MAX_WORD_BYTES: usize = 256;
+
+/// File beside a tokenizer that says what it was trained on.
+const RECORD: &str = "training.json";
 
 /// How to train a tokenizer.
 #[derive(Clone, Debug)]
@@ -71,10 +76,75 @@ impl TokenizerTraining {
         }
     }
 
+    /// How the tokenizer in a directory was trained otherwise than this says, in a line; `None` if it was trained
+    /// so, or if nothing is known of that.
+    ///
+    /// # Errors
+    /// A record that cannot be read; inputs that are not there.
+    pub fn difference_from(&self, directory: &Path) -> Result<Option<String>> {
+        let path = directory.join(RECORD);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let file = path.display().to_string();
+        let read = |reason| Error::Read { file: file.clone(), reason };
+        let malformed = |error: serde_json::Error| Error::Malformed {
+            file: file.clone(),
+            what: format!("this is no record of a tokenizer's training: {error}"),
+        };
+        let then: Record =
+            serde_json::from_slice(&fs::read(&path).map_err(read)?).map_err(malformed)?;
+        let now = Record::new(self, &source::list(&self.inputs, PartOf::WHOLE)?);
+        let mut differences = Differences::default();
+        differences.value("size of the vocabulary", then.vocab_size, now.vocab_size);
+        differences.value("least frequency of a pair", then.min_frequency, now.min_frequency);
+        differences.value("field of the text", &then.field, &now.field);
+        differences.option("document separator", then.separator.as_ref(), now.separator.as_ref());
+        differences.files(then.files(), now.files());
+        Ok(differences.list())
+    }
+
     /// All special tokens in the order of their ids.
     fn all_special(&self) -> Vec<String> {
         let first = [&self.unk_token, &self.bos_token, &self.eos_token];
         first.into_iter().chain(&self.special_tokens).cloned().collect()
+    }
+}
+
+/// What a tokenizer was trained on, and how.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Record {
+    vocab_size: usize,
+    min_frequency: u64,
+    field: String,
+    separator: Option<String>,
+    sources: Vec<RecordedFile>,
+}
+
+/// A file of text.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RecordedFile {
+    file: String,
+    bytes: u64,
+}
+
+impl Record {
+    fn new(options: &TokenizerTraining, sources: &[Source]) -> Self {
+        let file =
+            |source: &Source| RecordedFile { file: source.file.clone(), bytes: source.bytes };
+        Self {
+            vocab_size: options.vocab_size,
+            min_frequency: options.min_frequency,
+            field: options.field.clone(),
+            separator: options.separator.clone(),
+            sources: sources.iter().map(file).collect(),
+        }
+    }
+
+    fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.sources.iter().map(|source| (source.file.as_str(), source.bytes))
     }
 }
 
@@ -92,7 +162,8 @@ pub struct TrainedTokenizer {
 }
 
 /// Trains a byte-level BPE tokenizer and writes `tokenizer.json`, `tokenizer_config.json` and
-/// `special_tokens_map.json`, which is what a checkpoint needs.
+/// `special_tokens_map.json`, which is what a checkpoint needs, and `training.json`, which says what it was
+/// trained on ([`TokenizerTraining::difference_from`]).
 ///
 /// Texts are split into words as GPT-2 does, words into bytes; then the pair of neighbours that is most frequent
 /// becomes a token, again and again (Sennrich, Haddow, Birch 2016). Memory grows with the number of different
@@ -140,23 +211,26 @@ pub fn train_tokenizer(
     let total = corpus.total_bytes();
     let splitter = byte_level();
     let mut words: AHashMap<CompactString, u64> = AHashMap::new();
-    let (mut text_bytes, mut forgot_words) = (0, false);
+    let (mut text_bytes, mut documents, mut has_text, mut forgot_words) = (0, 0_u64, false, false);
     let count = |item: Item| count_words(&splitter, item, &sources, &options.field);
     corpus.process(Position::default(), options.threads, &count, &mut |counted, read| {
         if cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let (counts, bytes) = counted?;
-        for (word, count) in counts {
+        let counted = counted
+            .map_err(|error| source::advised(error, "mend it and run the same command again"))?;
+        for (word, count) in counted.words {
             *words.entry(word).or_insert(0) += count;
         }
-        text_bytes += bytes;
+        text_bytes += counted.text_bytes;
+        documents += counted.documents;
+        has_text |= counted.has_text;
         forgot_words |= forget_rarest(&mut words, MAX_WORDS);
         progress(read, total);
         Ok(())
     })?;
-    if words.is_empty() {
-        return Err(Error::Invalid("there is no text to train on".to_owned()));
+    if !has_text {
+        return Err(source::no_text(sources.iter().map(|source| &*source.file), documents, 0));
     }
 
     let trainer = BpeTrainer::builder()
@@ -184,18 +258,28 @@ pub fn train_tokenizer(
         "additional_special_tokens": options.special_tokens,
     });
     output.write_file("special_tokens_map.json", &pretty(&map))?;
+    let record = serde_json::to_value(Record::new(options, &sources)).expect("plain data");
+    output.write_file(RECORD, &pretty(&record))?;
     output.commit()?;
     Ok(TrainedTokenizer { vocab_size, text_bytes, words: words.len(), forgot_words })
 }
 
-/// Words of an item with their counts, and the bytes of its text.
-type Counted = (AHashMap<CompactString, u64>, u64);
+/// What an item has.
+struct Counted {
+    /// Words and how often they occur.
+    words: AHashMap<CompactString, u64>,
+    text_bytes: u64,
+    /// Documents that end in it.
+    documents: u64,
+    /// Whether there is more than white space.
+    has_text: bool,
+}
 
 /// Splits an item's text into words, spelled in byte-level characters, and counts them.
 fn count_words(
     splitter: &ByteLevel,
     item: Item,
-    sources: &[source::Source],
+    sources: &[Source],
     field: &str,
 ) -> Result<Counted> {
     let failed = |error| Error::Tokenizer(format!("cannot split a text: {error}"));
@@ -207,7 +291,7 @@ fn count_words(
             format!("{}:{}", sources[item.after.source].file, item.after.line)
         })?,
     };
-    let bytes = text.len() as u64;
+    let (text_bytes, has_text) = (text.len() as u64, !text.trim().is_empty());
     let mut counts = AHashMap::new();
     let mut pieces = PreTokenizedString::from(text);
     splitter.pre_tokenize(&mut pieces).map_err(failed)?;
@@ -216,7 +300,7 @@ fn count_words(
             *counts.entry(CompactString::from(word)).or_insert(0) += 1;
         }
     }
-    Ok((counts, bytes))
+    Ok(Counted { words: counts, text_bytes, documents: u64::from(item.ends), has_text })
 }
 
 /// If there are more than `most` words: forgets those that occurred once, then twice and so on, until at most half

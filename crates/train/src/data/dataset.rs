@@ -88,7 +88,14 @@ impl Dataset {
             );
             return Err(malformed(what));
         }
-        for manifest in &manifests {
+        for (manifest, path) in manifests.iter().zip(&paths) {
+            if let Some(list) = first.compare_options(manifest).list() {
+                return Err(malformed(format!(
+                    "{} was made otherwise than {} ({list}); make all parts with the same options",
+                    path.display(),
+                    paths[0].display()
+                )));
+            }
             self.add_manifest(directory, manifest)?;
         }
         Ok(())
@@ -103,7 +110,8 @@ impl Dataset {
             return Err(Error::Malformed {
                 file: directory.display().to_string(),
                 what: format!(
-                    "shards of another tokenizer: {} and {} tokens; those of {} have {} and {} tokens",
+                    "shards of another tokenizer: {} and {} tokens; those of {} have {} and {} tokens; \
+                     tokenise both texts with the same one",
                     manifest.tokenizer.sha256,
                     manifest.tokenizer.vocab_size,
                     self.label,
@@ -179,12 +187,17 @@ impl Dataset {
         self.tokenizer_sha256
     }
 
+    /// Where the tokenizer lies, beside the shards.
+    pub fn tokenizer_path(&self) -> PathBuf {
+        self.directory.join(&self.tokenizer.file)
+    }
+
     /// The tokenizer that lies beside the shards: what a checkpoint trained on them needs.
     ///
     /// # Errors
     /// A file that cannot be read, or is not the one that made the shards.
     pub fn tokenizer_source(&self) -> Result<TokenizerSource> {
-        let path = self.directory.join(&self.tokenizer.file);
+        let path = self.tokenizer_path();
         let source = TokenizerSource::open(&path)?;
         self.require_tokenizer(&path.display().to_string(), &source)?;
         Ok(source)

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use mmfree::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
+use super::differences::Differences;
 use super::shard::ShardHeader;
 
 /// Value of `format` in a manifest.
@@ -29,6 +30,9 @@ pub struct Manifest {
     pub tokenizer: ManifestTokenizer,
     /// JSON field or parquet column that held the text.
     pub field: String,
+    /// Line that stood between two documents of a `.txt` file; none if a file was one document.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub separator: Option<String>,
     /// Documents in all shards.
     pub documents: u64,
     /// Token ids in all shards.
@@ -142,13 +146,19 @@ impl ManifestShard {
 
 impl Manifest {
     /// A manifest without sources and shards yet.
-    pub fn new(part: PartOf, tokenizer: ManifestTokenizer, field: String) -> Self {
+    pub fn new(
+        part: PartOf,
+        tokenizer: ManifestTokenizer,
+        field: String,
+        separator: Option<String>,
+    ) -> Self {
         Self {
             format: FORMAT.to_owned(),
             version: VERSION,
             part,
             tokenizer,
             field,
+            separator,
             documents: 0,
             tokens: 0,
             text_bytes: 0,
@@ -222,6 +232,24 @@ impl Manifest {
         sums.into_iter()
             .find(|&(_, total, sum)| sum != u128::from(total))
             .map(|(what, total, sum)| format!("{total} {what} in all, but the shards have {sum}"))
+    }
+
+    /// What decides how a text becomes tokens and was decided otherwise in another manifest.
+    pub(super) fn compare_options(&self, now: &Self) -> Differences {
+        let mut differences = Differences::default();
+        let (was, is) = (&self.tokenizer, &now.tokenizer);
+        differences.value("tokenizer", &was.sha256, &is.sha256);
+        differences.option("token before a document", was.bos, is.bos);
+        differences.option("token after a document", was.eos, is.eos);
+        differences.value("field of the text", &self.field, &now.field);
+        let separators = (self.separator.as_ref(), now.separator.as_ref());
+        differences.option("document separator", separators.0, separators.1);
+        differences
+    }
+
+    /// Files and their sizes.
+    pub(super) fn files(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.sources.iter().map(|source| (source.file.as_str(), source.bytes))
     }
 
     /// The tokenizer's hash as bytes.

@@ -14,6 +14,7 @@
 
 mod bpe;
 mod dataset;
+mod differences;
 mod held_out;
 mod loader;
 mod manifest;

@@ -17,7 +17,7 @@ mod parquet;
 
 pub use self::documents::read_documents;
 pub(super) use self::json::json_field;
-pub(super) use self::lines::{check_utf8, read_lines, read_text};
+pub(super) use self::lines::{check_utf8, checksum_before, read_lines, read_text};
 #[cfg(feature = "parquet")]
 pub(super) use self::parquet::read_parquet;
 
@@ -168,6 +168,37 @@ pub(super) fn list(inputs: &[PathBuf], part: PartOf) -> Result<Vec<Source>> {
         return Err(Error::Invalid("no file of text was named".to_owned()));
     }
     Ok(share(sources, part))
+}
+
+/// The error of a corpus in which nothing is to be read.
+pub(super) fn no_text<'a>(
+    files: impl Iterator<Item = &'a str>,
+    empty_documents: u64,
+    skipped: u64,
+) -> Error {
+    const NAMED: usize = 3;
+    let mut names: Vec<_> = files.take(NAMED + 1).collect();
+    if names.len() > NAMED {
+        names[NAMED] = "…";
+    }
+    let broken = if skipped > 0 { format!("; broken ones: {skipped}") } else { String::new() };
+    Error::Malformed {
+        file: names.join(", "),
+        what: format!(
+            "there is no text (documents that are empty or only white space: {empty_documents}{broken}); name \
+             files that have some"
+        ),
+    }
+}
+
+/// Adds to the error of something broken what to do about it.
+pub(super) fn advised(error: Error, advice: &str) -> Error {
+    match error {
+        Error::Malformed { file, what } => {
+            Error::Malformed { file, what: format!("{what}; {advice}") }
+        }
+        error => error,
+    }
 }
 
 fn known_names() -> String {

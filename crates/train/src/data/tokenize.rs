@@ -116,9 +116,9 @@ pub enum Event {
 /// `lock-of-` or end in `.partial`.
 ///
 /// # Errors
-/// Inputs that cannot be read or are broken ([`OnError`]); a tokenizer with neither BOS nor EOS; an output
-/// directory that holds something else; errors of writing; [`Error::Cancelled`] once `cancel` is set. Whatever
-/// happens, a later call continues.
+/// Inputs that cannot be read or are broken ([`OnError`]), or have no text at all; a tokenizer with neither BOS
+/// nor EOS; an output directory that holds something else, or the same made with other options; errors of
+/// writing; [`Error::Cancelled`] once `cancel` is set. Whatever happens, a later call continues.
 pub fn tokenize(
     options: &TokenizeOptions,
     cancel: &AtomicBool,
@@ -138,7 +138,8 @@ pub fn tokenize(
         bos: prefix.first().copied(),
         eos: suffix.last().copied(),
     };
-    let mut manifest = Manifest::new(options.part, description, options.field.clone());
+    let (field, separator) = (options.field.clone(), options.separator.clone());
+    let mut manifest = Manifest::new(options.part, description, field, separator);
     let source_entry = |source: &Source| ManifestSource {
         file: source.file.clone(),
         bytes: source.bytes,
@@ -146,13 +147,7 @@ pub fn tokenize(
     };
     manifest.sources = sources.iter().map(source_entry).collect();
     let files: Vec<_> = sources.iter().map(|source| source.file.clone()).collect();
-    let job = Job {
-        sources,
-        prefix,
-        suffix,
-        separator: options.separator.clone(),
-        shard_tokens: options.shard_tokens,
-    };
+    let job = Job { sources, prefix, suffix, shard_tokens: options.shard_tokens };
 
     let manifest_path = output.join(options.part.manifest_name());
     let mut already_done = || {
@@ -173,7 +168,8 @@ pub fn tokenize(
         return already_done();
     }
     let recorded = match journal.read()? {
-        Some(recorded) => {
+        Some(mut recorded) => {
+            recorded.accept_mended(&job.sources);
             check_recorded(output, &recorded, &job, &manifest)?;
             events(Event::Resumed(recorded.manifest.documents));
             recorded
@@ -184,6 +180,7 @@ pub fn tokenize(
             shard_tokens: 0,
             shard_documents: 0,
             position: Position::default(),
+            read: None,
         },
     };
     let encoder = Encoder {
@@ -227,7 +224,11 @@ fn run(
                 events(Event::Skipped(error));
                 writer.skip(ends, after)?;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                let advice = "mend it and run the same command again, or leave out what is broken with \
+                              `mmfree tokenize --on-error skip`";
+                return Err(source::advised(error, advice));
+            }
         }
         events(Event::Progress { read_bytes, total_bytes, tokens: writer.tokens() });
         Ok(())
@@ -235,7 +236,8 @@ fn run(
     match outcome {
         // The disk is full, for example: what was recorded before stays.
         Err(error @ Error::Write { .. }) => Err(error),
-        outcome => writer.record().and(outcome),
+        Ok(()) | Err(Error::Cancelled) => writer.record().and(outcome),
+        Err(error) => writer.record_broken().and(Err(error)),
     }
 }
 
@@ -300,22 +302,18 @@ fn write_tokenizer(output: &Path, source: &TokenizerSource) -> Result<String> {
 
 /// Whether a complete manifest is what this job would write.
 fn check_done(path: &Path, done: &Manifest, expected: &Manifest) -> Result<()> {
-    let inputs = |manifest: &Manifest| -> Vec<_> {
-        manifest.sources.iter().map(|source| (source.file.clone(), source.bytes)).collect()
-    };
-    let same = done.tokenizer == expected.tokenizer
-        && done.field == expected.field
-        && inputs(done) == inputs(expected);
-    if same {
-        return Ok(());
+    let mut differences = done.compare_options(expected);
+    differences.files(done.files(), expected.files());
+    match differences.list() {
+        None => Ok(()),
+        Some(list) => Err(Error::Malformed {
+            file: path.display().to_string(),
+            what: format!(
+                "the directory holds a complete corpus that was made otherwise ({list}); choose another \
+                 directory, or remove this one to make it anew"
+            ),
+        }),
     }
-    Err(Error::Malformed {
-        file: path.display().to_string(),
-        what:
-            "the directory holds a complete corpus of other files or of another tokenizer; choose \
-               another directory"
-                .to_owned(),
-    })
 }
 
 /// Whether a file was changed after another one, as far as that can be known.
@@ -331,27 +329,19 @@ fn check_recorded(
     job: &Job,
     manifest: &Manifest,
 ) -> Result<()> {
-    let differences = [
-        ("the input files", recorded.job.sources == job.sources),
-        ("the tokenizer", recorded.manifest.tokenizer == manifest.tokenizer),
-        ("--field", recorded.manifest.field == manifest.field),
-        ("--document-separator", recorded.job.separator == job.separator),
-        ("--eos-token", recorded.job.suffix == job.suffix && recorded.job.prefix == job.prefix),
-        ("--shard-tokens", recorded.job.shard_tokens == job.shard_tokens),
-    ];
-    let changed: Vec<_> =
-        differences.iter().filter(|(_, same)| !same).map(|(what, _)| *what).collect();
-    if changed.is_empty() {
-        return Ok(());
+    let mut differences = recorded.manifest.compare_options(manifest);
+    differences.files(recorded.manifest.files(), manifest.files());
+    differences.value("--shard-tokens", recorded.job.shard_tokens, job.shard_tokens);
+    match differences.list() {
+        None => Ok(()),
+        Some(list) => Err(Error::Malformed {
+            file: output.display().to_string(),
+            what: format!(
+                "the directory holds an interrupted job that began otherwise ({list}); run it with the \
+                 same options to go on, choose another directory, or remove this one"
+            ),
+        }),
     }
-    Err(Error::Malformed {
-        file: output.display().to_string(),
-        what: format!(
-            "the directory holds an interrupted job that differs in {}; run it with the same options to \
-             go on, or choose another directory",
-            changed.join(", ")
-        ),
-    })
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod transformer;
 
 use std::ops::Range;
 
+use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 
 use crate::architecture::Architecture;
@@ -246,29 +247,24 @@ impl<B: Backend + 'static> Model<B> {
         backend.cross_entropy(parameters, &self.head, last, &self.targets, scale)
     }
 
-    /// The logits [B, T, V] of a batch of ids [B, T], on the host. Waits for the device.
+    /// What the model thinks of each target of a batch that is not [`IGNORED`](crate::backend::IGNORED), in order.
+    /// Waits for the device.
     ///
     /// # Errors
-    /// A batch of another shape, ids outside the vocabulary, logits that are not finite.
-    pub fn logits(
+    /// As [`accumulate`](Self::accumulate); logits that are not finite.
+    pub fn token_scores(
         &mut self,
         backend: &mut B,
         parameters: &B::Flat,
-        ids: &[u32],
-    ) -> Result<Vec<f32>> {
-        // Any target will do: none is judged.
-        self.load(backend, Batch { ids, targets: ids }, 1.0)?;
+        batch: Batch<'_>,
+    ) -> Result<Vec<TokenScore>> {
+        self.load(backend, batch, 1.0)?;
         self.forward(backend, parameters)?;
         let parameters = Parameters { flat: parameters, weights: &self.weights };
         let last = &self.residual[self.residual.len() - 1];
-        let len = ids.len() * self.vocab_size;
-        let mut logits = backend.tensor(len, Precision::Full)?;
-        let Head { norm, projection, .. } = &self.head;
-        backend.project(parameters, norm, last, &[projection], &mut [&mut logits])?;
-        let mut values = vec![0.0; len];
-        backend.read(&logits, &mut values)?;
-        if values.iter().all(|value| value.is_finite()) {
-            return Ok(values);
+        let scores = backend.token_scores(parameters, &self.head, last, &self.targets)?;
+        if scores.iter().all(|score| score.log_likelihood.is_finite()) {
+            return Ok(scores);
         }
         Err(Error::Invalid(
             "the model produced logits that are not finite; its weights are damaged or diverged"

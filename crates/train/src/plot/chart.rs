@@ -26,11 +26,18 @@ const MARGIN: f64 = 0.05;
 /// A loss at the start that is far above the rest would flatten the curves: the vertical axis ends at this share
 /// of the way through the sorted losses, and what is above is cut.
 const SHOWN_SHARE: f64 = 0.985;
+/// More runs than this have their names beside the chart and not in its corner, and no raw losses: there would be
+/// no place for them.
+const CORNER_RUNS: usize = 3;
+/// Pixels beside the chart for the names of runs: their lines, and a character of a name.
+const SAMPLE_WIDTH: i32 = 28;
+const CHARACTER_WIDTH: u32 = 9;
+const NAME_HEIGHT: i32 = 24;
 /// Most points of a line: more would only make a larger file.
 const MAX_POINTS: usize = 2000;
 
 /// Draws curves as an SVG document: the smoothed training loss as a line over the raw one in a pale colour, the
-/// validation loss as a dashed line with a mark at each evaluation.
+/// validation loss as a dashed line with a mark at each evaluation. With many runs the names stand beside the chart.
 ///
 /// # Errors
 /// A size too small or too large; no points.
@@ -76,7 +83,13 @@ fn chart(
     y: Range<f64>,
 ) -> DrawingResult {
     root.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(root)
+    let many = curves.len() > CORNER_RUNS;
+    let (width, _) = options.size;
+    let longest = curves.iter().map(|curve| curve.name.chars().count()).max().unwrap_or(0);
+    // Names never take more than half of the width.
+    let side = ((longest as u32 + 6) * CHARACTER_WIDTH).max(200).min(width / 2);
+    let (area, names) = root.split_horizontally(if many { width - side } else { width });
+    let mut chart = ChartBuilder::on(&area)
         .caption(&options.title, (FONT, 24))
         .margin(16)
         .x_label_area_size(48)
@@ -100,11 +113,9 @@ fn chart(
         .y_label_formatter(&|&value| decimals(value, &y))
         .draw()?;
     for (number, curve) in curves.iter().enumerate() {
+        let line = line_of(number);
         let colour = COLOURS[number % COLOURS.len()];
-        // The eighth run has the colour of the first, but a thinner line.
-        let width = if number < COLOURS.len() { 2 } else { 1 };
-        let line = colour.stroke_width(width);
-        if options.smoothing > 0.0 {
+        if options.smoothing > 0.0 && !many {
             let raw = thinned(&curve.training);
             chart.draw_series(LineSeries::new(raw, colour.mix(0.22).stroke_width(1)))?;
         }
@@ -129,9 +140,40 @@ fn chart(
             chart.draw_series(points.map(|point| Circle::new(point, 4, colour.filled())))?;
         }
     }
-    legend(&mut chart)?;
+    if many {
+        list(&names, curves)?;
+    } else {
+        legend(&mut chart)?;
+    }
     root.present()?;
     Ok(())
+}
+
+/// The line of a run. The eighth has the colour of the first, but a thinner line.
+fn line_of(number: usize) -> ShapeStyle {
+    let width = if number < COLOURS.len() { 2 } else { 1 };
+    COLOURS[number % COLOURS.len()].stroke_width(width)
+}
+
+/// Draws a line and the name of each run into an area of its own.
+fn list(area: &DrawingArea<SVGBackend, Shift>, curves: &[Curve]) -> DrawingResult {
+    let mut y = 2 * NAME_HEIGHT;
+    let mut write = |text: &str, line: Option<ShapeStyle>| -> DrawingResult {
+        let indent = if let Some(line) = line {
+            area.draw(&PathElement::new([(0, y + 8), (SAMPLE_WIDTH, y + 8)], line))?;
+            SAMPLE_WIDTH + 8
+        } else {
+            0
+        };
+        area.draw(&Text::new(text.to_owned(), (indent, y), (FONT, 15)))?;
+        y += NAME_HEIGHT;
+        Ok(())
+    };
+    for (number, curve) in curves.iter().enumerate() {
+        write(&curve.name, Some(line_of(number)))?;
+    }
+    write("lines: training, smoothed", None)?;
+    write("dashes and marks: validation", None)
 }
 
 /// Draws the labels of a chart's series into its upper right corner.

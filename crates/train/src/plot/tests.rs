@@ -39,6 +39,24 @@ fn runs_are_drawn_with_their_names_and_units() {
 }
 
 #[test]
+fn names_of_many_runs_stand_beside_the_chart() {
+    let directory = tempfile::tempdir().unwrap();
+    let runs: Vec<_> = (0..9).map(|i| directory.path().join(format!("run-{i}"))).collect();
+    runs.iter().for_each(|path| run(path, 100, 1.0));
+    let svg = plot(&runs, &PlotOptions::default()).unwrap();
+    let lines: Vec<_> = svg.lines().collect();
+    for name in (0..9).map(|i| format!("run-{i}")) {
+        let at = lines.iter().position(|line| line.trim() == name).expect(&name);
+        let x = lines[at - 1].split("x=\"").nth(1).and_then(|x| x.split('"').next()).unwrap();
+        assert!(x.parse::<f64>().unwrap() > 700.0, "{x}");
+    }
+    // A name longer than the chart leaves half of it to the curves.
+    let long = directory.path().join("x".repeat(200));
+    run(&long, 100, 1.0);
+    assert!(plot(&[runs, vec![long]].concat(), &PlotOptions::default()).is_ok());
+}
+
+#[test]
 fn what_cannot_be_drawn_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().to_owned();

@@ -54,7 +54,8 @@ impl Corpus {
             Some(Loader::new(dataset.clone(), LoaderOptions { part, ..evaluation })?)
         } else {
             let held_out = Arc::new(Dataset::open(validation)?);
-            held_out.require_tokenizer("the tokenizer of data.train", &tokenizer)?;
+            let label = dataset.tokenizer_path().display().to_string();
+            held_out.require_tokenizer(&label, &tokenizer)?;
             Some(Loader::new(held_out, LoaderOptions { part: Part::All, ..evaluation })?)
         };
         Ok(Self {

@@ -318,15 +318,15 @@ fn initial_weights(config: &TrainConfig, architecture: &Architecture) -> Result<
         return Ok(architecture.layout().initialize(config.run.seed, range));
     }
     let (found, parameters) = weights::load(Path::new(source))?;
-    if found.layout() != architecture.layout() {
-        return Err(Error::Invalid(format!(
-            "model.initial_checkpoint = {source:?} is another model ({} parameters) than [model] asks for \
-             ({}): make the sizes and the vocabulary agree",
-            parameters.len(),
-            architecture.layout().len()
-        )));
+    let differences = found.differences(architecture);
+    if differences.is_empty() {
+        return Ok(parameters);
     }
-    Ok(parameters)
+    Err(Error::OtherConfiguration {
+        checkpoint: format!("model.initial_checkpoint = {source:?}"),
+        differences,
+        hint: "\nMake [model] and the tokenizer agree with it, or name another checkpoint",
+    })
 }
 
 /// The header of a run.

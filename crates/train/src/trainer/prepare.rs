@@ -34,8 +34,8 @@ pub trait PrepareObserver {
 /// goes on.
 ///
 /// # Errors
-/// Texts that cannot be read or are broken, a cache made from other texts, errors of writing, and
-/// [`mmfree::error::Error::Cancelled`] once `cancel` is set.
+/// Texts that cannot be read or are broken, a cache made from other texts or with other options, errors of
+/// writing, and [`mmfree::error::Error::Cancelled`] once `cancel` is set.
 pub fn prepare(
     config: &TrainConfig,
     cancel: &AtomicBool,
@@ -85,7 +85,8 @@ pub fn prepare(
                 ));
             }
             Event::Skipped(_) => {}
-        })?;
+        })
+        .map_err(|error| named_cache(error, &cache))?;
         if !done {
             observer.note(&format!(
                 "tokenised {} tokens into {}",
@@ -112,6 +113,16 @@ pub(super) fn named_tokenizer(config: &TrainConfig) -> Result<Option<TokenizerSo
     })?))
 }
 
+/// Names the key of the configuration in an error about a file of the cache.
+fn named_cache(error: mmfree::error::Error, cache: &Path) -> Error {
+    match error {
+        mmfree::error::Error::Malformed { file, what } if Path::new(&file).starts_with(cache) => {
+            mmfree::error::Error::Malformed { file: format!("{file} (data.cache)"), what }.into()
+        }
+        error => error.into(),
+    }
+}
+
 /// The tokenizer in the cache, trained if it is not there yet.
 fn trained_tokenizer(
     config: &TrainConfig,
@@ -121,12 +132,21 @@ fn trained_tokenizer(
     observer: &mut dyn PrepareObserver,
 ) -> Result<TokenizerSource> {
     let directory = cache.join("tokenizer");
-    if !directory.exists() {
+    let vocab_size = config.data.tokenizer_vocab_size;
+    let mut training = TokenizerTraining::new(texts.to_vec(), directory.clone(), vocab_size);
+    training.field.clone_from(&config.data.text_field);
+    training.separator = separator(config);
+    if directory.exists() {
+        if let Some(list) = training.difference_from(&directory)? {
+            return Err(Error::Invalid(format!(
+                "{} was trained otherwise ({list}); choose another data.cache, remove {} to make tokenizer \
+                 and tokens anew, or name this tokenizer as data.tokenizer to keep it",
+                directory.display(),
+                cache.display()
+            )));
+        }
+    } else {
         output::remove_unfinished(cache)?;
-        let vocab_size = config.data.tokenizer_vocab_size;
-        let mut training = TokenizerTraining::new(texts.to_vec(), directory.clone(), vocab_size);
-        training.field.clone_from(&config.data.text_field);
-        training.separator = separator(config);
         let trained =
             train_tokenizer(&training, cancel, &mut |done, total| observer.progress(done, total))?;
         observer.note(&format!(

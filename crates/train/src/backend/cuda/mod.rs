@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use half::bf16;
+use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::{Buffer, Device};
 use mmfree_kernels::training::{NormBackward, Recurrence, Training, View, ViewMut};
@@ -500,6 +501,16 @@ impl Backend for CudaBackend {
         gradients: &mut Buffer<f32>,
     ) -> Result<()> {
         self.head(parameters, head, x, targets, scale, Some((dx, gradients)))
+    }
+
+    fn token_scores(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &CudaTensor,
+        targets: &CudaTokens,
+    ) -> Result<Vec<TokenScore>> {
+        self.scores(parameters, head, x, targets)
     }
 
     fn take_loss(&mut self) -> Result<f64> {

@@ -1,12 +1,13 @@
 //! Products of one input, their norms and quantisers, and the head.
 
+use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::Buffer;
 use mmfree_kernels::training::{NormBackward, NormQuantize, Training, View, ViewMut};
 
 use super::tensors::{CudaTensor, CudaTokens, CudaWeights, flat_view, flat_view_mut};
 use super::{CudaBackend, MAX_SHARED};
-use crate::backend::{Head, Norm, Parameters, Projection};
+use crate::backend::{Head, IGNORED, Norm, Parameters, Projection};
 
 /// Inputs of products [M, K], and their gradients.
 #[derive(Debug)]
@@ -95,23 +96,12 @@ impl CudaBackend {
         let projection = &head.projection;
         let (width, vocabulary) = (projection.inputs, projection.outputs);
         let norms = Norms::new(parameters, Some(&head.norm), &[projection]);
-        let weight = parameters.weights.of(projection);
         let quantised = projection.inner_norm.is_some();
         for first in (0..targets.len).step_by(head.chunk) {
             let rows = head.chunk.min(targets.len - first);
             let (from, len) = (first * width, rows * width);
             let x = View::new(&x.half, from, len);
-            let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
-            if quantised {
-                let factors = ViewMut::new(&mut self.factors, 0, rows);
-                self.ops.norm_quantize(norms.of(x), vec![operand], Some(vec![factors]))?;
-            } else {
-                let weight = flat_view(parameters.flat, &head.norm.weight);
-                self.ops.norm(x, weight, head.norm.eps, operand)?;
-            }
-            let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
-            let operand = View::new(&self.scratch.operands[0], 0, len);
-            self.ops.multiply_full(operand, weight, vocabulary, logits)?;
+            self.chunk_logits(parameters, head, &norms, x, rows)?;
             let gradient =
                 backward.is_some().then(|| ViewMut::new(&mut self.d_logits, 0, rows * vocabulary));
             self.ops.cross_entropy(
@@ -148,6 +138,69 @@ impl CudaBackend {
             }
         }
         Ok(())
+    }
+
+    /// The logits of some tokens, in `logits`, and their rows' factors if the head is ternary.
+    fn chunk_logits(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        norms: &Norms<'_>,
+        x: View<'_, u16>,
+        rows: usize,
+    ) -> Result<()> {
+        let Projection { inputs: width, outputs: vocabulary, .. } = head.projection;
+        let len = rows * width;
+        let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
+        if head.projection.inner_norm.is_some() {
+            let factors = ViewMut::new(&mut self.factors, 0, rows);
+            self.ops.norm_quantize(norms.of(x), vec![operand], Some(vec![factors]))?;
+        } else {
+            let weight = flat_view(parameters.flat, &head.norm.weight);
+            self.ops.norm(x, weight, head.norm.eps, operand)?;
+        }
+        let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
+        let operand = View::new(&self.scratch.operands[0], 0, len);
+        let weight = parameters.weights.of(&head.projection);
+        Ok(self.ops.multiply_full(operand, weight, vocabulary, logits)?)
+    }
+
+    /// Scores of the tokens that have a target.
+    pub(super) fn scores(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        head: &Head,
+        x: &CudaTensor,
+        targets: &CudaTokens,
+    ) -> Result<Vec<TokenScore>> {
+        let (width, vocabulary) = (head.projection.inputs, head.projection.outputs);
+        let norms = Norms::new(parameters, Some(&head.norm), &[&head.projection]);
+        let quantised = head.projection.inner_norm.is_some();
+        let mut ids = vec![0; targets.len];
+        targets.ids.read(0, &mut ids)?;
+        let mut greedy = Buffer::zeros(&self.device, head.chunk)?;
+        let mut scores = Vec::new();
+        for (chunk, ids) in ids.chunks(head.chunk).enumerate() {
+            let (first, rows) = (chunk * head.chunk, ids.len());
+            let x = View::new(&x.half, first * width, rows * width);
+            self.chunk_logits(parameters, head, &norms, x, rows)?;
+            self.ops.token_losses(
+                View::new(&self.logits, 0, rows * vocabulary),
+                quantised.then(|| View::new(&self.factors, 0, rows)),
+                View::new(&targets.ids, first, rows),
+                ViewMut::new(&mut self.losses, 0, rows),
+                ViewMut::new(&mut greedy, 0, rows),
+            )?;
+            let (mut losses, mut flags) = (vec![0.0; rows], vec![0; rows]);
+            self.losses.read(0, &mut losses)?;
+            greedy.read(0, &mut flags)?;
+            let rows = ids.iter().zip(losses).zip(flags).filter(|((id, _), _)| **id != IGNORED);
+            scores.extend(rows.map(|((_, loss), greedy)| TokenScore {
+                log_likelihood: -loss,
+                is_greedy: greedy == 1,
+            }));
+        }
+        Ok(scores)
     }
 }
 

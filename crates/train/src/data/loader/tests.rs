@@ -20,7 +20,7 @@ fn corpus(directory: &Path, shards: &[Vec<u64>]) -> Arc<Dataset> {
         bos: None,
         eos: None,
     };
-    let mut manifest = Manifest::new(PartOf::WHOLE, tokenizer, "text".to_owned());
+    let mut manifest = Manifest::new(PartOf::WHOLE, tokenizer, "text".to_owned(), None);
     for (number, documents) in shards.iter().enumerate() {
         let name = PartOf::WHOLE.shard_name(number);
         let mut writer = ShardWriter::create(&directory.join(&name), VOCAB, hash).unwrap();

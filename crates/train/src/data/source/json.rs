@@ -29,7 +29,7 @@ pub(in crate::data) fn json_field(
             Err(malformed(format!("the field {field:?} is {kind}; expected a string")))
         }
         Ok(Found::Nothing(names)) => Err(malformed(format!(
-            "there is no field {field:?} (--field); it has {}",
+            "there is no field {field:?} (--field, data.text_field); it has {}",
             if names.is_empty() { "none".to_owned() } else { names.join(", ") }
         ))),
         Err(error) => Err(malformed(format!("not a JSON object: {}", without_line(&error)))),

@@ -1,11 +1,13 @@
 //! Files that are read from start to end: lines of JSON and plain text, compressed or not.
 
 use std::fs::File;
+use std::hash::Hasher;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use mmfree::error::{Error, Result};
 use mmfree::tokenizer::{EncodeSession, TextSplitter, Tokenizer};
+use twox_hash::XxHash3_64;
 
 use super::{Content, Emit, Format, Item, Position, Source};
 
@@ -48,6 +50,24 @@ pub(super) fn open<'a>(
     decoder.window_log_max(31)?;
     io::copy(&mut (&mut decoder).take(offset), &mut io::sink())?;
     Ok(Box::new(BufReader::with_capacity(BUFFER_BYTES, decoder)))
+}
+
+/// XXH3-64 of what a file of JSON lines has before an offset, after decompression; none of another format, and if
+/// there is not so much or it cannot be read.
+pub(in crate::data) fn checksum_before(source: &Source, offset: u64) -> Option<u64> {
+    let (Format::JsonLines, _) = Format::of(&source.file)? else { return None };
+    let mut hasher = XxHash3_64::new();
+    let read = AtomicU64::new(0);
+    let mut reader = open(source, 0, &read).ok()?.take(offset);
+    loop {
+        let buffer = reader.fill_buf().ok()?;
+        if buffer.is_empty() {
+            return (reader.limit() == 0).then(|| hasher.finish());
+        }
+        hasher.write(buffer);
+        let length = buffer.len();
+        reader.consume(length);
+    }
 }
 
 /// An error while reading, with the line at which it happened.

@@ -64,7 +64,10 @@ fn read_file(
     let named = columns.iter().position(|descriptor| descriptor.path().string() == column);
     let Some(index) = named else {
         let names: Vec<_> = columns.iter().take(20).map(|c| c.path().string()).collect();
-        let what = format!("there is no column {column:?} (--field); it has {}", names.join(", "));
+        let what = format!(
+            "there is no column {column:?} (--field, data.text_field); it has {}",
+            names.join(", ")
+        );
         return Err(Failure::Refused(what));
     };
     let descriptor = &columns[index];

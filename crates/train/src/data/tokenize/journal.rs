@@ -1,5 +1,6 @@
 //! How far a job has come, so that it goes on after a kill to the same bytes.
 
+use std::cmp::Ordering;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::manifest::Manifest;
 use crate::data::shard::sync_directory;
-use crate::data::source::{Position, Source};
+use crate::data::source::{Position, Source, checksum_before};
 
 /// What the names of a job's own files begin with.
 const PROGRESS: &str = "progress-of-";
@@ -23,7 +24,6 @@ pub(super) struct Job {
     /// Ids before and after every document.
     pub prefix: Vec<u32>,
     pub suffix: Vec<u32>,
-    pub separator: Option<String>,
     pub shard_tokens: u64,
 }
 
@@ -39,9 +39,29 @@ pub(super) struct Progress {
     pub shard_documents: u64,
     /// Where reading goes on.
     pub position: Position,
+    /// If something broken stopped the job: checksum of what was read of the file at the position.
+    pub read: Option<u64>,
 }
 
 impl Progress {
+    /// Takes over the sizes of files that were changed behind what was read of them, as by mending what was broken.
+    pub(super) fn accept_mended(&mut self, now: &[Source]) {
+        let Position { source: at, offset, .. } = self.position;
+        let sources = self.job.sources.iter_mut().zip(&mut self.manifest.sources).zip(now);
+        for (index, ((then, counts), now)) in sources.enumerate() {
+            let is_unread = || match index.cmp(&at) {
+                Ordering::Less => false,
+                Ordering::Equal => {
+                    self.read.is_some_and(|sum| checksum_before(now, offset) == Some(sum))
+                }
+                Ordering::Greater => true,
+            };
+            if then.file == now.file && then.bytes != now.bytes && is_unread() {
+                (then.bytes, counts.bytes) = (now.bytes, now.bytes);
+            }
+        }
+    }
+
     /// Whether its parts can belong together, so that the work can go on from it.
     fn is_possible(&self) -> bool {
         // More than any corpus has, with room to count on.

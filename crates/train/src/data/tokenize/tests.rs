@@ -206,6 +206,21 @@ fn parts_together_are_the_whole() {
 }
 
 #[test]
+fn parts_that_were_made_with_other_options_are_no_corpus() {
+    let bench = Bench::new();
+    let input = bench.file("a.txt", b"one\n--\ntwo\n--\nthree");
+    for (index, separator) in [(1, "--"), (2, "==")] {
+        let part = PartOf { index, count: 2 };
+        let separator = Some(separator.to_owned());
+        let options = bench.options(std::slice::from_ref(&input), "out");
+        let options = TokenizeOptions { part, separator, ..options };
+        tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    }
+    let error = Dataset::open(&[bench.0.path().join("out")]).unwrap_err().to_string();
+    assert!(error.contains("document separator: \"--\" then, \"==\" now"), "{error}");
+}
+
+#[test]
 fn an_interrupted_job_goes_on_to_the_same_bytes() {
     let bench = Bench::new();
     let texts = documents();
@@ -257,7 +272,7 @@ fn broken_documents_stop_the_work_or_are_left_out() {
     let lines: [(&[u8], &str); 7] = [
         (b"{\"text\": \"open", "not a JSON object"),
         (b"[1, 2]", "expected an object"),
-        (b"{\"title\": \"x\"}", "no field \"text\" (--field); it has \"title\""),
+        (b"{\"title\": \"x\"}", "no field \"text\" (--field, data.text_field); it has \"title\""),
         (b"{\"text\": 7}", "is a number; expected a string"),
         (b"{\"text\": \"\xff\xfe\"}", "not UTF-8"),
         (b"{\"text\": \"a\"} x", "trailing characters"),
@@ -281,6 +296,36 @@ fn broken_documents_stop_the_work_or_are_left_out() {
         assert_eq!((manifest.documents, manifest.skipped, skipped.len()), (2, 1, 1));
         assert_eq!(manifest.sources[0].skipped, 1);
         assert_eq!(ids(&options.output).len(), 2);
+    }
+}
+
+/// The lines before the broken one must be as they were; what follows may be anything.
+#[test]
+fn a_mended_corpus_goes_on_to_the_bytes_of_a_good_one() {
+    let bench = Bench::new();
+    let texts = documents();
+    let (head, tail) = (json_lines(&texts[..25]), json_lines(&texts[25..]));
+    for (name, pack) in
+        [("a.jsonl", <[u8]>::to_vec as fn(&[u8]) -> Vec<u8>), ("b.jsonl.zst", compressed)]
+    {
+        let write = |text: &str| bench.file(name, &pack(text.as_bytes()));
+        let input = write(&format!("{head}{{\"text\": \"open\n{tail}"));
+        let last = bench.file("last.jsonl", b"{}");
+        let inputs = [input, last];
+        let options = |output: &str| bench.options(&inputs, &format!("{output}-{name}"));
+        let run = |output| tokenize(&options(output), &AtomicBool::new(false), &mut |_| {});
+        let error = run("mended").unwrap_err().to_string();
+        assert!(error.contains(&format!("{name}:26")), "{error}");
+        // Another line before it, and then the same ones.
+        write(&format!("{{\"text\": \"new\"}}\n{head}{tail}"));
+        let error = run("mended").unwrap_err().to_string();
+        assert!(error.contains("interrupted job") && error.contains(name), "{error}");
+        write(&format!("{head}{tail}"));
+        assert!(run("mended").unwrap_err().to_string().contains("last.jsonl:1"));
+        bench.file("last.jsonl", b"{\"text\": \"last\"}\n");
+        run("mended").unwrap();
+        run("whole").unwrap();
+        assert!(files(&options("mended").output) == files(&options("whole").output));
     }
 }
 
@@ -311,6 +356,29 @@ fn files_that_break_off_keep_what_comes_before() {
 }
 
 #[test]
+fn a_corpus_without_text_is_an_error_and_leaves_no_shards() {
+    let bench = Bench::new();
+    let blank = "{\"text\": \"\"}\n{\"text\": \" \\n\"}\n";
+    let inputs = [bench.file("a.jsonl", blank.as_bytes()), bench.file("b.txt", b"")];
+    let options = bench.options(&inputs, "out");
+    let error = tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap_err().to_string();
+    assert!(error.contains("a.jsonl") && error.contains("only white space: 3)"), "{error}");
+    let left: Vec<_> = files(&options.output).into_iter().map(|(name, _)| name).collect();
+    assert_eq!(left, ["tokenizer.json"]);
+    // Of a corpus in parts, one may have nothing to do.
+    for index in 1..=2 {
+        let part = PartOf { index, count: 2 };
+        let inputs = [inputs[0].clone(), bench.file("c.jsonl", b"{\"text\": \"some\"}\n")];
+        let options = TokenizeOptions { part, ..bench.options(&inputs, "parts") };
+        tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    }
+    assert_eq!(ids(&bench.0.path().join("parts")).len(), 1);
+    // Text where there was none: the same directory serves.
+    bench.file("b.txt", b"text");
+    bench.tokenize(&inputs, "out");
+}
+
+#[test]
 fn an_output_of_something_else_is_left_alone() {
     let bench = Bench::new();
     let input = bench.file("a.jsonl", b"{\"text\": \"one\"}\n");
@@ -328,7 +396,15 @@ fn an_output_of_something_else_is_left_alone() {
         assert!(error.contains(expected), "{error}");
         assert!(files(&options.output) == before);
     };
-    refused(&bench.options(&[other], "out"), "complete corpus of other files");
+    let first = format!("files: {} of 16 bytes then", input.display());
+    refused(&bench.options(&[other], "out"), &first);
+    let options = bench.options(std::slice::from_ref(&input), "out");
+    let separated = TokenizeOptions { separator: Some("--".to_owned()), ..options.clone() };
+    refused(&separated, "document separator: none then, \"--\" now");
+    let field = TokenizeOptions { field: "body".to_owned(), ..options.clone() };
+    refused(&field, "field of the text: text then, body now");
+    let eos = TokenizeOptions { eos_token: Some("<s>".to_owned()), ..options };
+    refused(&eos, "token after a document");
     let mut options = bench.options(std::slice::from_ref(&input), "out");
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/tokenizers");
     options.tokenizer = TokenizerSource::open(&fixtures.join("llama-3.json")).unwrap();
@@ -337,9 +413,28 @@ fn an_output_of_something_else_is_left_alone() {
 
     let options = bench.options(std::slice::from_ref(&input), "stopped");
     let _ = tokenize(&options, &AtomicBool::new(true), &mut |_| {});
-    refused(&TokenizeOptions { shard_tokens: 7, ..options }, "differs in --shard-tokens");
+    let small = TokenizeOptions { shard_tokens: 7, ..options.clone() };
+    refused(&small, "--shard-tokens: 50000 then, 7 now");
+    let separated = TokenizeOptions { separator: Some("--".to_owned()), ..options };
+    refused(&separated, "document separator: none then, \"--\" now");
     assert!(source::list(&[input.clone(), input], PartOf::WHOLE).is_err());
     assert!(source::list(&[bench.0.path().join("absent")], PartOf::WHOLE).is_err());
+}
+
+#[test]
+fn shards_of_equal_size_that_changed_places_are_noticed() {
+    let bench = Bench::new();
+    let texts = ["the sea", "ship's 1234", "ship's 1234", "the sea"].map(str::to_owned);
+    let mut options = bench.options(&[bench.file("a.jsonl", json_lines(&texts).as_bytes())], "out");
+    options.shard_tokens = expected(&texts[..2]).concat().len() as u64;
+    tokenize(&options, &AtomicBool::new(false), &mut |_| {}).unwrap();
+    let paths = ["shard-00000.tokens", "shard-00001.tokens"].map(|name| options.output.join(name));
+    let shards = paths.each_ref().map(|path| fs::read(path).unwrap());
+    assert!(shards[0].len() == shards[1].len() && shards[0] != shards[1]);
+    fs::write(&paths[0], &shards[1]).unwrap();
+    fs::write(&paths[1], &shards[0]).unwrap();
+    let error = Dataset::open(&[&options.output]).unwrap_err().to_string();
+    assert!(error.contains("shard-00000.tokens: checksum"), "{error}");
 }
 
 #[cfg(feature = "parquet")]

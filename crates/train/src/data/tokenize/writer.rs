@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 use mmfree::error::{Error, Result};
 
 use super::journal::{Journal, Progress, replace};
-use crate::data::manifest::{Manifest, ManifestShard, ManifestSource};
+use crate::data::manifest::{Manifest, ManifestShard, ManifestSource, PartOf};
 use crate::data::shard::{ShardWriter, TokenShard};
-use crate::data::source::{Position, Source};
+use crate::data::source::{Position, Source, checksum_before, no_text};
 
 /// Most documents of a shard: bounds what opening one costs.
 const MAX_DOCUMENTS: u64 = 1 << 24;
@@ -185,6 +185,7 @@ impl Writer {
 
     /// Makes everything up to the last document durable and records it.
     pub(super) fn record(&mut self) -> Result<()> {
+        self.progress.read = None;
         (self.progress.shard_tokens, self.progress.shard_documents) = (0, 0);
         if let Some(shard) = &mut self.shard {
             shard.sync()?;
@@ -194,6 +195,15 @@ impl Writer {
         self.journal.write(&self.progress)?;
         self.last_record = Instant::now();
         Ok(())
+    }
+
+    /// Records, too, what was read of the file that has something broken, so that the rest of it may be mended.
+    pub(super) fn record_broken(&mut self) -> Result<()> {
+        self.record()?;
+        let Position { source, offset, .. } = self.progress.position;
+        let source = self.progress.job.sources.get(source);
+        self.progress.read = source.and_then(|source| checksum_before(source, offset));
+        self.journal.write(&self.progress)
     }
 
     fn finish_shard(&mut self) -> Result<()> {
@@ -223,11 +233,23 @@ impl Writer {
     }
 
     /// Completes the last shard and writes the manifest.
+    ///
+    /// # Errors
+    /// A corpus without any text, of which nothing is left but the copy of the tokenizer; errors of writing.
     pub(super) fn finish(mut self, manifest_path: &Path) -> Result<Manifest> {
+        let manifest = &self.progress.manifest;
+        // A part of a corpus may have nothing to do.
+        let is_missing = manifest.documents == 0 && manifest.part == PartOf::WHOLE;
+        let files = manifest.files().map(|(file, _)| file);
+        let error = is_missing.then(|| no_text(files, manifest.empty_documents, manifest.skipped));
         if self.shard.as_ref().is_some_and(|shard| shard.documents() > 0) {
             self.finish_shard()?;
         } else if self.shard.is_some() {
             ShardWriter::remove_partial(&self.shard_path());
+        }
+        if let Some(error) = error {
+            self.journal.remove();
+            return Err(error);
         }
         replace(manifest_path, &self.progress.manifest.to_json())?;
         self.journal.remove();
