@@ -247,7 +247,7 @@ impl<B: Backend + 'static> Model<B> {
         backend.cross_entropy(parameters, &self.head, last, &self.targets, scale)
     }
 
-    /// What the model thinks of each target of a batch that is not [`IGNORED`](crate::backend::IGNORED), in order.
+    /// What the model thinks of each target of a batch that is not [`IGNORED`], in order.
     /// Waits for the device.
     ///
     /// # Errors
