@@ -19,6 +19,7 @@ mod logits;
 mod model_arg;
 mod pack;
 mod plot;
+mod processes;
 mod progress;
 mod prompt;
 mod sampling_args;

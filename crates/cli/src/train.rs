@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use mmfree_train::backend::{Backend, CpuBackend, CudaBackend};
-use mmfree_train::communicator::{Communicator, Launch, Launcher, Local, Tcp};
+use mmfree_train::backend::{Backend, CpuBackend};
+use mmfree_train::communicator::Launch;
 use mmfree_train::config::{Override, TrainConfig};
 use mmfree_train::error::Error;
 use mmfree_train::log::Record;
 use mmfree_train::trainer::{Corpus, Observer, Outcome, PrepareObserver, Start, Trainer, prepare};
 
 use crate::interrupt::StopSignals;
+use crate::processes::{self, Joined, Processes};
 use crate::progress::Progress;
 
 /// Train a model from text
@@ -24,7 +25,8 @@ use crate::progress::Progress;
 /// The trained model is the Hugging Face directory DIRECTORY/model of the run.
 ///
 /// Several processes train together when a launcher starts them: torchrun, srun, mpirun, or anything that
-/// sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+/// sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. On GPUs each takes the one of its number on its machine
+/// (LOCAL_RANK), and they exchange gradients by NCCL.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// TOML file
@@ -45,13 +47,10 @@ pub struct Args {
     /// avx2, avx512 or neon [default: auto]
     #[arg(long)]
     backend: Option<String>,
-    /// Number of the GPU; implies --backend cuda [default: 0]
+    /// Number of the GPU, of the first of several processes on a machine; implies --backend cuda [default: 0]
     #[arg(long, value_name = "N")]
     device: Option<u16>,
 }
-
-/// How processes on CPUs exchange what they compute.
-type Processes = Box<dyn Communicator<Vec<f32>>>;
 
 /// Trains.
 pub fn run(args: &Args) -> Result<ExitCode> {
@@ -62,17 +61,13 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let signals = StopSignals::catch()?;
     let launch = Launch::from_environment()?;
-    let result = match gpu(args)? {
-        Some(_) if launch.world_size > 1 => {
-            anyhow::bail!(
-                "{} processes were started, but training on GPUs runs in one process: start one, or use the CPU",
-                launch.world_size
-            )
-        }
-        Some(ordinal) => {
-            train(args, config, Box::new(Local), &signals, &|_| CudaBackend::new(ordinal))
-        }
-        None => train(args, config, join(&launch)?, &signals, &|config| {
+    let gpu = gpu(args)?;
+    let processes = processes::join(&launch)?;
+    let result = match gpu {
+        Some(first) => train(args, config, processes, &signals, &|_, processes| {
+            processes::gpu(first, &launch, processes)
+        }),
+        None => train(args, config, processes, &signals, &|config, processes| {
             let threads = match config.run.threads {
                 0 => {
                     let local = launch.local_world_size.filter(|&count| count > 1);
@@ -80,7 +75,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
                 }
                 given => Some(given),
             };
-            CpuBackend::new(threads, args.backend.as_deref())
+            Ok((CpuBackend::new(threads, args.backend.as_deref())?, processes))
         }),
     };
     match result {
@@ -108,19 +103,19 @@ fn gpu(args: &Args) -> Result<Option<usize>> {
 fn train<B: Backend + 'static>(
     args: &Args,
     config: TrainConfig,
-    mut communicator: Box<dyn Communicator<B::Flat>>,
+    mut processes: Processes,
     signals: &StopSignals,
-    backend: &dyn Fn(&TrainConfig) -> mmfree::error::Result<B>,
+    begin: &dyn Fn(&TrainConfig, Processes) -> mmfree_train::error::Result<Joined<B>>,
 ) -> mmfree_train::error::Result<ExitCode> {
-    let leads = communicator.rank() == 0;
+    let leads = processes.rank() == 0;
     // One process makes the shards; the others find them.
     if leads {
         prepare(&config, signals.flag(), &mut Preparing(Some(Progress::new("reading text"))))?;
     }
-    communicator.barrier()?;
+    processes.barrier()?;
     let prepared = prepare(&config, signals.flag(), &mut Preparing(None))?;
     let corpus = Corpus::open(&config, &prepared.train, &prepared.validation)?;
-    let backend = backend(&config)?;
+    let (backend, communicator) = begin(&config, processes)?;
     let start = Start { resume: args.resume, allow_changes: args.allow_changes };
     let mut display = Display::new(config.run.steps);
     let mut trainer = Trainer::new(config, corpus, backend, communicator, start, &mut display)?;
@@ -133,28 +128,6 @@ fn train<B: Backend + 'static>(
         Outcome::Stopped => signals.code_or_default(),
         Outcome::Finished => ExitCode::SUCCESS,
     })
-}
-
-/// Joins the other processes of a launch, if there are any.
-fn join(launch: &Launch) -> Result<Processes> {
-    if launch.launcher == Launcher::Mpi {
-        #[cfg(feature = "mpi")]
-        return Ok(Box::new(mmfree_train::communicator::Mpi::join()?));
-        #[cfg(not(feature = "mpi"))]
-        if launch.world_size > 1 && launch.master.is_none() {
-            anyhow::bail!(
-                "started by mpirun as process {} of {}, but this program was built without MPI: build it with \
-                 `cargo build --release --features mpi`, or pass MASTER_ADDR (`mpirun -x MASTER_ADDR=HOST`) to \
-                 join over TCP",
-                launch.rank,
-                launch.world_size
-            );
-        }
-    }
-    if launch.world_size == 1 {
-        return Ok(Box::new(Local));
-    }
-    Ok(Box::new(Tcp::join(launch)?))
 }
 
 fn cores() -> usize {

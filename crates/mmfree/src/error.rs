@@ -35,7 +35,7 @@ pub enum Error {
     #[error("{0}")]
     Invalid(String),
     /// A GPU is missing, lacks something, or failed.
-    #[error("{0}")]
+    #[error(transparent)]
     Cuda(#[from] CudaError),
     /// The work was cancelled between two steps.
     #[error("cancelled")]

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::architecture::Architecture;
 use crate::backend::Backend;
-use crate::communicator::Local;
+use crate::communicator::Communicator;
 use crate::config::TrainConfig;
 use crate::data::Batch;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ pub struct Options {
     pub size: String,
     /// Transformer++ in place of the MatMul-free model.
     pub transformer: bool,
-    /// Sequences of a step.
+    /// Sequences of a step, over all processes.
     pub batch: usize,
     /// Tokens of a sequence.
     pub sequence_length: usize,
@@ -68,9 +68,11 @@ pub struct Report {
     pub architecture: &'static str,
     /// What computed.
     pub backend: String,
+    /// How many processes.
+    pub processes: usize,
     /// Parameters.
     pub parameters: usize,
-    /// Sequences of a step.
+    /// Sequences of a step, over all processes.
     pub batch: usize,
     /// Sequences computed at once.
     pub micro_batch: usize,
@@ -82,14 +84,14 @@ pub struct Report {
     pub recompute_gates: usize,
     /// Steps that counted.
     pub repetitions: usize,
-    /// Tokens a second over whole steps.
+    /// Tokens a second of all processes, over whole steps.
     pub tokens_per_second: Spread,
     /// Seconds of a step.
     pub step_seconds: Spread,
     /// Floating-point operations of the matrix products of a token: six for each weight, and the attention's.
     /// What recomputation repeats does not count.
     pub flops_per_token: f64,
-    /// Share of [`PEAK_FLOPS`]; GPUs only.
+    /// Share of [`PEAK_FLOPS`] of each; GPUs only.
     pub share_of_peak: Option<f64>,
     /// The most device memory that buffers had at one time.
     pub peak_device_bytes: Option<usize>,
@@ -143,13 +145,15 @@ pub fn architecture(size: &str, transformer: bool) -> Result<Architecture> {
 }
 
 /// Trains a model of random weights on random tokens and takes the time of whole steps: batch to the device,
-/// forward, backward, norm of the gradients, clipping, AdamW, new weights prepared.
+/// forward, backward, exchange with the other processes, norm of the gradients, clipping, AdamW, new weights prepared.
+/// Every process calls this.
 ///
 /// # Errors
-/// Sizes that do not fit; errors of the device.
+/// Sizes that do not fit; errors of the device or the other processes.
 pub fn run<B: Backend + 'static>(
     options: &Options,
     backend: B,
+    communicator: Box<dyn Communicator<B::Flat>>,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Report> {
     let architecture = architecture(&options.size, options.transformer)?;
@@ -169,7 +173,8 @@ pub fn run<B: Backend + 'static>(
             batch.0, batch.1, batch.2, options.repetitions
         )));
     }
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let (rank, processes) = (communicator.rank(), communicator.world_size());
+    let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ rank as u64);
     let layout = architecture.layout();
     let mut parameters = vec![0.0f32; layout.len()];
     for parameter in layout.parameters() {
@@ -183,8 +188,7 @@ pub fn run<B: Backend + 'static>(
             }
         }
     }
-    let mut engine =
-        DataParallel::new(backend, Box::new(Local), &architecture, &config, &parameters)?;
+    let mut engine = DataParallel::new(backend, communicator, &architecture, &config, &parameters)?;
     drop(parameters);
     let vocabulary = architecture.vocab_size() as u64;
     let mut losses = [0.0; 2];
@@ -204,6 +208,7 @@ pub fn run<B: Backend + 'static>(
         let norm = engine.gradient_norm()?;
         let rates = Rates { learning_rate: 1e-4, weight_decay_factor: 1.0 };
         engine.update(number as u64, rates, norm)?;
+        engine.communicator().wait()?;
         engine.backend().synchronize()?;
         if number == 1 {
             losses[0] = loss;
@@ -226,10 +231,13 @@ pub fn run<B: Backend + 'static>(
     let flops_per_token = flops_per_token(&architecture, options.sequence_length);
     let tokens_per_second = Spread::of(seconds.iter().map(|seconds| tokens / seconds).collect());
     let peak_device_bytes = engine.backend().peak_device_bytes();
+    engine.communicator().barrier()?;
+    engine.communicator().finish();
     Ok(Report {
         size: options.size.clone(),
         architecture: if options.transformer { "transformer" } else { "matmul-free" },
         backend: engine.describe(),
+        processes,
         parameters: layout.len(),
         batch: options.batch,
         micro_batch: options.micro_batch,
@@ -241,7 +249,7 @@ pub fn run<B: Backend + 'static>(
         step_seconds: Spread::of(seconds),
         flops_per_token,
         share_of_peak: peak_device_bytes
-            .map(|_| tokens_per_second.median * flops_per_token / PEAK_FLOPS),
+            .map(|_| tokens_per_second.median * flops_per_token / (PEAK_FLOPS * processes as f64)),
         peak_device_bytes,
         peak_rss_bytes: peak_rss_bytes(),
         losses,
@@ -287,6 +295,7 @@ impl Random {
 mod tests {
     use super::*;
     use crate::backend::CpuBackend;
+    use crate::communicator::Local;
 
     #[test]
     fn steps_of_both_architectures_are_measured() {
@@ -304,7 +313,7 @@ mod tests {
             };
             let mut steps = 0;
             let backend = CpuBackend::new(Some(1), None).unwrap();
-            let report = run(&options, backend, &mut |step| steps = step).unwrap();
+            let report = run(&options, backend, Box::new(Local), &mut |step| steps = step).unwrap();
             assert_eq!(steps, 3);
             assert!(report.tokens_per_second.median > 0.0 && report.flops_per_token > 0.0);
             // Random tokens cannot be predicted.

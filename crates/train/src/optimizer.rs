@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use mmfree::error::Result;
 
-use crate::backend::{AdamW, Backend};
+use crate::backend::{AdamW, Backend, Memory};
 use crate::config::OptimizerConfig;
 use crate::parameters::{ParameterKind, ParameterLayout};
 use crate::schedule::Rates;
@@ -31,13 +31,13 @@ impl<F> Optimizer<F> {
     ///
     /// # Errors
     /// No memory.
-    pub fn new<B: Backend<Flat = F>>(
-        backend: &mut B,
+    pub fn new<M: Memory<Flat = F>>(
+        memory: &mut M,
         layout: &ParameterLayout,
         config: &OptimizerConfig,
         shard: Range<usize>,
     ) -> Result<Self> {
-        let moments = [backend.flat_zeros(shard.len())?, backend.flat_zeros(shard.len())?];
+        let moments = [memory.flat_zeros(shard.len())?, memory.flat_zeros(shard.len())?];
         Ok(Self { config: config.clone(), groups: groups(layout, config, &shard), shard, moments })
     }
 

@@ -78,6 +78,31 @@ impl ParameterLayout {
         matrices.map(|parameter| parameter.range.len()).sum()
     }
 
+    /// Parts of the flat buffer in the order in which a backward pass is done with their gradients: what is behind the
+    /// blocks, the blocks from the last to the first, what is before them.
+    pub fn backward_order(&self, blocks: usize) -> Vec<Range<usize>> {
+        let of_block = |block: usize| {
+            let prefix = format!("model.layers.{block}.");
+            let mut own = self.parameters.iter().filter(|p| p.name.starts_with(&prefix));
+            own.next().map(|first| first.range.start)
+        };
+        let mut end = self.len();
+        let behind =
+            self.parameters.iter().rev().take_while(|p| !p.name.starts_with("model.layers."));
+        let tail = behind.last().map_or(end, |parameter| parameter.range.start);
+        let starts = std::iter::once(Some(tail)).chain((0..blocks).rev().map(of_block));
+        let mut parts: Vec<_> = starts
+            .flatten()
+            .map(|start| {
+                let part = start..end;
+                end = start;
+                part
+            })
+            .collect();
+        parts.push(0..end);
+        parts
+    }
+
     /// A parameter by name.
     pub fn get(&self, name: &str) -> Option<&Parameter> {
         self.by_name.get(name).map(|&at| &self.parameters[at])
@@ -140,6 +165,30 @@ fn fill_normal(values: &mut [f32], seed: u64, name: &str, deviation: f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_backward_order_goes_from_the_head_to_the_embeddings() {
+        let names =
+            ["e", "model.layers.0.a", "model.layers.0.b", "model.layers.1.a", "norm", "head"];
+        let tensors = names.iter().enumerate();
+        let layout = ParameterLayout::new(
+            tensors.map(|(n, name)| (name.to_string(), vec![n + 1], ParameterKind::Matrix)),
+        );
+        assert_eq!(layout.backward_order(2), [10..21, 6..10, 1..6, 0..1]);
+        for size in ["tiny", "20m"] {
+            for transformer in [false, true] {
+                let architecture = crate::benchmark::architecture(size, transformer).unwrap();
+                let layout = architecture.layout();
+                let parts = layout.backward_order(architecture.layers());
+                assert_eq!(parts.len(), architecture.layers() + 2);
+                assert_eq!((parts[0].end, parts[parts.len() - 1].start), (layout.len(), 0));
+                assert!(parts.windows(2).all(|pair| pair[1].end == pair[0].start));
+                assert!(parts.iter().all(|part| !part.is_empty()));
+                let head = layout.range("lm_head.weight");
+                assert!(parts[0].start < head.start && head.end == parts[0].end);
+            }
+        }
+    }
 
     #[test]
     fn initial_values_have_the_asked_spread_and_depend_on_seed_and_name_only() {

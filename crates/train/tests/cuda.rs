@@ -14,7 +14,12 @@ use mmfree_train::backend::{
     Parameters, Precision, Projection,
 };
 use mmfree_train::benchmark;
+use mmfree_train::communicator::Local;
+use mmfree_train::config::TrainConfig;
+use mmfree_train::data::Batch as Rows;
 use mmfree_train::model::{Batch, Model, ModelOptions};
+use mmfree_train::schedule::Rates;
+use mmfree_train::trainer::{DataParallel, plan_memory};
 use mmfree_train::weights;
 use safetensors::SafeTensors;
 
@@ -181,7 +186,7 @@ fn projections<B: Fill>(backend: &mut B, setting: &Setting, seed: u64) -> Result
     let shape = BatchShape { sequences: 1, length: rows };
     let mut weights = backend.weights(projections).unwrap();
     let flat_buffer = backend.flat_from(flat).unwrap();
-    backend.reserve(projections, shape, &setting.head()).unwrap();
+    backend.reserve(projections, shape, &setting.head(), None).unwrap();
     backend.prepare(projections, &flat_buffer, &mut weights).unwrap();
     let parameters = Parameters { flat: &flat_buffer, weights: &weights };
     let x = random.values(rows * inputs, 1.0);
@@ -263,7 +268,7 @@ fn losses<B: Fill>(backend: &mut B, setting: &Setting, chunk: usize) -> Results 
     let shape = BatchShape { sequences: 1, length: rows };
     let mut weights = backend.weights(projections).unwrap();
     let flat_buffer = backend.flat_from(flat).unwrap();
-    backend.reserve(projections, shape, &head).unwrap();
+    backend.reserve(projections, shape, &head, None).unwrap();
     backend.prepare(projections, &flat_buffer, &mut weights).unwrap();
     let parameters = Parameters { flat: &flat_buffer, weights: &weights };
     let x = random.values(rows * inputs, 1.0);
@@ -302,7 +307,7 @@ fn scores_of_a_vocabulary<B: Fill>(backend: &mut B, setting: &Setting) -> Vec<f3
     let mut weights = backend.weights(projections).unwrap();
     let flat = backend.flat_from(flat).unwrap();
     let shape = BatchShape { sequences: 1, length: rows };
-    backend.reserve(projections, shape, &head).unwrap();
+    backend.reserve(projections, shape, &head, None).unwrap();
     backend.prepare(projections, &flat, &mut weights).unwrap();
     let parameters = Parameters { flat: &flat, weights: &weights };
     let x = backend.filled(&Random(5).values(inputs, 1.0).repeat(rows), Precision::Activation);
@@ -499,7 +504,7 @@ fn steps<B: Fill>(backend: &mut B, len: usize) -> Results {
     backend.adamw(&step, from..from + part, &mut p, &g, 1, &mut m, &mut v).unwrap();
     let sum = backend.sum_of_squares(&g, 1..len).unwrap() as f32;
     let sums = backend.sums_of_squares(&g, 0..len, 1000).unwrap();
-    backend.add_flat(&g, &mut m, len).unwrap();
+    backend.add_flat(&g, &mut m, 0..len).unwrap();
     vec![
         ("parameters", backend.flat_values(&p, len)),
         ("first moment", backend.flat_values(&m, len)),
@@ -733,6 +738,52 @@ fn thirty_steps_follow_the_recorded_losses_and_repeat_bit_for_bit() {
 }
 
 #[test]
+fn what_is_allocated_was_planned_and_a_step_allocates_nothing() {
+    for (transformer, recompute, gates) in
+        [(false, false, 0), (false, false, 1), (false, true, 0), (true, false, 0)]
+    {
+        let Some(gpu) = gpu() else { return };
+        let architecture = benchmark::architecture("20m", transformer).unwrap();
+        let (length, chunk) = (256, gpu.head_chunk());
+        let set = [
+            "data.train=none".to_owned(),
+            "batch.sequences=8".to_owned(),
+            "batch.micro_batch=2".to_owned(),
+            format!("batch.sequence_length={length}"),
+            format!("batch.recompute_activations={recompute}"),
+            format!("batch.recompute_gates={gates}"),
+        ];
+        let set: Vec<_> = set.iter().map(|text| text.parse().unwrap()).collect();
+        let config = TrainConfig::parse("test", "", &set).unwrap();
+        let planned = plan_memory(&architecture, &config, chunk, 0, 1).unwrap().bytes();
+        let before = gpu.peak_device_bytes().unwrap();
+        let parameters = architecture.layout().initialize(1, 0.02);
+        let mut engine =
+            DataParallel::new(gpu, Box::new(Local), &architecture, &config, &parameters).unwrap();
+        let allocated = engine.backend().peak_device_bytes().unwrap();
+        // Sums of squares, and elements that buffers have before they grow.
+        let found = allocated - before;
+        assert!(found.abs_diff(planned) < 1 << 14, "{found} bytes for {planned}: {config:?}");
+        let mut random = Random(3);
+        for step in 1..=2 {
+            engine
+                .accumulate(&mut |rows| {
+                    let mut ids = || -> Vec<u32> {
+                        (0..rows.len() * length).map(|_| random.next() as u32 % 8192).collect()
+                    };
+                    let (ids, targets) = (ids(), ids());
+                    Ok(Rows { rows: rows.len(), seq_len: length, ids, targets })
+                })
+                .unwrap();
+            let norm = engine.gradient_norm().unwrap();
+            let rates = Rates { learning_rate: 1e-3, weight_decay_factor: 1.0 };
+            engine.update(step, rates, norm).unwrap();
+        }
+        assert_eq!(engine.backend().peak_device_bytes().unwrap(), allocated, "{config:?}");
+    }
+}
+
+#[test]
 fn a_benchmark_has_a_breakdown() {
     let Some(gpu) = gpu() else { return };
     let options = benchmark::Options {
@@ -746,7 +797,7 @@ fn a_benchmark_has_a_breakdown() {
         repetitions: 3,
         warmup: 1,
     };
-    let report = benchmark::run(&options, gpu, &mut |_| {}).unwrap();
+    let report = benchmark::run(&options, gpu, Box::new(Local), &mut |_| {}).unwrap();
     println!("{report:?}");
     assert!(report.peak_device_bytes.is_some() && report.breakdown.len() > 5);
     assert!((report.losses[0] - 256f64.ln()).abs() < 0.5, "{:?}", report.losses);

@@ -2,63 +2,115 @@
 
 mod support;
 
-use std::net::TcpListener;
-use std::thread;
+use std::ops::Range;
 
-use mmfree_train::communicator::{Launch, Launcher, Local, Tcp};
-use support::{Processes, Trajectory, finished, golden_gradients, trajectory};
+use mmfree_train::backend::CpuBackend;
+use mmfree_train::communicator::{Communicator, Local, Tcp};
+use mmfree_train::error::Result;
+use support::{Processes, assert_same, finished, golden_gradients, train, trajectory, world};
+
+const STEPS: u64 = 12;
 
 /// Runs a function as each of several processes, joined by TCP.
-fn world<T: Send>(size: usize, run: impl Fn(Processes) -> T + Sync) -> Vec<T> {
-    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let run = &run;
-    thread::scope(|scope| {
-        let process = |rank| Launch {
-            launcher: Launcher::Environment,
-            rank,
-            world_size: size,
-            local_rank: rank,
-            local_world_size: Some(size),
-            master: Some(("127.0.0.1".to_owned(), port)),
-        };
-        let threads: Vec<_> = (0..size)
-            .map(|rank| scope.spawn(move || run(Box::new(Tcp::join(&process(rank)).unwrap()))))
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+fn joined<T: Send>(size: usize, run: impl Fn(Processes) -> T + Sync) -> Vec<T> {
+    world(size, |launch| run(Box::new(Tcp::join(&launch).unwrap())))
 }
 
 #[test]
 fn gradients_over_two_processes_are_those_of_the_authors_and_of_one_process() {
     let alone = finished(golden_gradients(Box::new(Local)));
-    for together in world(2, |processes| finished(golden_gradients(processes))) {
+    for together in joined(2, |processes| finished(golden_gradients(processes))) {
         assert_eq!(together, alone);
     }
 }
 
-fn assert_same(found: &Trajectory, expected: &Trajectory, size: usize) {
-    for (step, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
-        let [found, expected] = [found, expected].map(|bits| bits.map(f64::from_bits));
-        assert_eq!(found, expected, "loss and norm of step {step}, {size} processes");
-    }
-    let differ = found.1.iter().zip(&expected.1).position(|(a, b)| a != b);
-    assert_eq!(differ, None, "first weight that differs, {size} processes");
-}
-
 #[test]
 fn powers_of_two_give_the_same_bits_and_others_the_same_curve() {
-    const STEPS: u64 = 12;
     let run = |processes| finished(trajectory(processes, STEPS));
     let alone = run(Box::new(Local));
     for size in [2, 4, 8] {
-        for together in world(size, run) {
-            assert_same(&together, &alone, size);
+        for together in joined(size, run) {
+            assert_same(&together, &alone, &format!("{size} processes"));
         }
     }
-    let three = world(3, run);
+    let three = joined(3, run);
     assert!(three.iter().all(|process| process == &three[0]));
     for ([found, _], [expected, _]) in three[0].0.iter().zip(&alone.0) {
         let (found, expected) = (f64::from_bits(*found), f64::from_bits(*expected));
         assert!((found - expected).abs() < 2e-3 * expected, "{found} instead of {expected}");
+    }
+}
+
+/// Asks for gradients part by part, as an exchange beside the computation does.
+struct InParts {
+    processes: Processes,
+    /// Elements of the parts so far in this step.
+    reduced: usize,
+    parts: usize,
+}
+
+impl Communicator<Vec<f32>> for InParts {
+    fn rank(&self) -> usize {
+        self.processes.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.processes.world_size()
+    }
+
+    fn describe(&self) -> String {
+        self.processes.describe()
+    }
+
+    fn overlaps(&self) -> bool {
+        true
+    }
+
+    fn reduce_scatter(&mut self, buffer: &mut Vec<f32>, shards: &[Range<usize>]) -> Result<()> {
+        self.reduced += shards.iter().map(Range::len).sum::<usize>();
+        self.parts += 1;
+        self.processes.reduce_scatter(buffer, shards)
+    }
+
+    fn all_gather(&mut self, buffer: &mut Vec<f32>, shards: &[Range<usize>]) -> Result<()> {
+        // Once a step: by then everything was reduced, once.
+        if std::mem::take(&mut self.parts) > 0 {
+            assert_eq!(std::mem::take(&mut self.reduced), buffer.len());
+        }
+        self.processes.all_gather(buffer, shards)
+    }
+
+    fn broadcast(&mut self, buffer: &mut Vec<f32>) -> Result<()> {
+        self.processes.broadcast(buffer)
+    }
+
+    fn gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.processes.gather_bytes(bytes)
+    }
+
+    fn finish(&mut self) {
+        self.processes.finish();
+    }
+}
+
+#[test]
+fn gradients_that_are_reduced_in_parts_have_the_same_bits() {
+    let cpu = || CpuBackend::new(Some(1), None).unwrap();
+    for recompute in ["false", "true"] {
+        let set = [&*format!("batch.recompute_activations={recompute}")];
+        let (alone, state, _) = train(cpu(), Box::new(Local), 0..STEPS, &set, None);
+        for size in [1, 2, 4] {
+            let results = joined(size, |processes| {
+                let processes = Box::new(InParts { processes, reduced: 0, parts: 0 });
+                let (trajectory, state, mut processes) =
+                    train(cpu(), processes, 0..STEPS, &set, None);
+                processes.finish();
+                (trajectory, state)
+            });
+            for together in results {
+                assert_same(&together.0, &alone, &format!("{size} processes"));
+                assert!(together.1 == state, "moments, {size} processes");
+            }
+        }
     }
 }

@@ -2,15 +2,18 @@
 
 use std::process::ExitCode;
 
-use mmfree_train::backend::{CpuBackend, CudaBackend};
+use mmfree_train::backend::CpuBackend;
 use mmfree_train::benchmark::{self, Options, PEAK_FLOPS, Report};
+use mmfree_train::communicator::Launch;
 
+use crate::processes;
 use crate::progress::Progress;
 use crate::streamed_text::line;
 
 /// Measure how fast a model trains
 ///
-/// Whole optimiser steps of a model of random weights on random tokens: forward, backward, clipping, AdamW.
+/// Whole optimiser steps of a model of random weights on random tokens: forward, backward, clipping, AdamW. Under a
+/// launcher, as `mmfree train` takes them, all processes share the batch.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// Size of the model
@@ -19,13 +22,13 @@ pub struct Args {
     /// Which model
     #[arg(long, value_enum, default_value_t = Arch::MatmulFree)]
     arch: Arch,
-    /// Sequences of a step
+    /// Sequences of a step, over all processes
     #[arg(long, value_name = "B", default_value_t = 8)]
     batch: usize,
     /// Tokens of a sequence
     #[arg(long, value_name = "T", default_value_t = 2048)]
     seq_len: usize,
-    /// Sequences that are computed at once [default: all of the batch]
+    /// Sequences that are computed at once [default: all that a process has]
     #[arg(long, value_name = "N")]
     micro_batch: Option<usize>,
     /// Keep only each block's input and compute the rest again for the backward pass: less memory
@@ -44,7 +47,7 @@ pub struct Args {
     /// What computes: cuda, or the CPU
     #[arg(long, value_enum, default_value_t = Device::Cuda)]
     backend: Device,
-    /// Number of the GPU
+    /// Number of the GPU, of the first of several processes on a machine
     #[arg(long, value_name = "N", default_value_t = 0)]
     device: u16,
     /// Threads of the CPU [default: one for each core]
@@ -69,30 +72,41 @@ enum Device {
 
 /// Runs the command.
 pub fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let launch = Launch::from_environment()?;
     let options = Options {
         size: args.size.clone(),
         transformer: matches!(args.arch, Arch::Transformer),
         batch: args.batch,
         sequence_length: args.seq_len,
-        micro_batch: args.micro_batch.unwrap_or(args.batch),
+        micro_batch: args.micro_batch.unwrap_or(args.batch / launch.world_size),
         recompute: args.recompute,
         recompute_gates: args.recompute_gates,
         repetitions: args.repetitions,
         warmup: args.warmup,
     };
-    let bar = Progress::new("training steps");
+    let processes = processes::join(&launch)?;
+    let bar = (launch.rank == 0).then(|| Progress::new("training steps"));
     let steps = (args.warmup + args.repetitions) as u64;
-    let mut progress = |step: usize| bar.set(step as u64, steps);
+    let mut progress = |step: usize| {
+        if let Some(bar) = &bar {
+            bar.set(step as u64, steps);
+        }
+    };
     let report = match args.backend {
         Device::Cpu => {
-            benchmark::run(&options, CpuBackend::new(args.threads, None)?, &mut progress)?
+            let backend = CpuBackend::new(args.threads, None)?;
+            benchmark::run(&options, backend, processes, &mut progress)?
         }
         Device::Cuda => {
-            let backend = CudaBackend::new(usize::from(args.device))?;
-            benchmark::run(&options, backend, &mut progress)?
+            let (backend, communicator) =
+                processes::gpu(usize::from(args.device), &launch, processes)?;
+            benchmark::run(&options, backend, communicator, &mut progress)?
         }
     };
     drop(bar);
+    if launch.rank > 0 {
+        return Ok(ExitCode::SUCCESS);
+    }
     if args.json {
         line!("{}", serde_json::to_string(&report)?);
     } else {
@@ -108,7 +122,10 @@ fn print_table(report: &Report) -> anyhow::Result<()> {
         report.architecture,
         report.size,
         report.parameters as f64 / 1e6,
-        report.backend
+        match report.processes {
+            1 => report.backend.clone(),
+            count => format!("{count} processes, each {}", report.backend),
+        }
     );
     line!(
         "{} sequences of {} tokens a step, {} at once{}; medians of {} steps, smallest and largest in brackets",

@@ -172,6 +172,8 @@ impl<T: Element> Buffer<T> {
 
 impl<T: Element> Drop for Buffer<T> {
     fn drop(&mut self) {
+        // If this fails, so does everything that follows on the device.
+        let _ = self.device.join();
         self.device.count_freed(self.memory.num_bytes());
     }
 }

@@ -26,6 +26,23 @@ pub enum CudaError {
          training needs it: install it and put its folder on LD_LIBRARY_PATH, or use --backend cpu"
     )]
     NoBlas,
+    /// The library of exchanges between GPUs is not installed, or too old.
+    #[error(
+        "NCCL (libnccl.so.2, NVIDIA's library of exchanges between GPUs) cannot be used: {reason}; training on \
+         several GPUs needs it: install it and put its folder on LD_LIBRARY_PATH, or start one process"
+    )]
+    NoNccl {
+        /// What the loader says, or what is missing in it.
+        reason: String,
+    },
+    /// NCCL reports a failure.
+    #[error("NCCL, {what}: {reason}")]
+    Nccl {
+        /// What was attempted.
+        what: &'static str,
+        /// NCCL's reason.
+        reason: String,
+    },
     /// There is no device of this number.
     #[error("there is no GPU {wanted}: the driver shows {count} (numbers begin with 0)")]
     NoDevice {

@@ -4,7 +4,8 @@
 //! neither exists. Every failure is a [`CudaError`] that names what is missing.
 //!
 //! A device has one stream. Work is done in the order in which it is submitted, so buffers need no events, and
-//! a buffer may be dropped while work that uses it is under way: its memory is returned in stream order.
+//! a buffer may be dropped while work that uses it is under way: its memory is returned in stream order. Exchanges with
+//! other GPUs run beside it; before memory is returned, the stream waits for them.
 
 mod buffer;
 mod compile;
@@ -17,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, result};
 
 pub use buffer::{Buffer, Element};
 pub use compile::{Compiled, compile_for, is_compiler_present};
@@ -67,23 +68,35 @@ pub struct Device {
     modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
     allocated: AtomicUsize,
     peak: AtomicUsize,
+    /// End of the newest work that runs beside the stream, if the stream does not wait for it yet.
+    beside: Mutex<Option<CudaEvent>>,
 }
 
 impl Device {
-    /// Opens the GPU of a number, counted as the driver does, from 0.
+    /// How many GPUs the driver shows.
     ///
     /// # Errors
-    /// A missing or failing driver, no such device, or one that is too old.
-    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+    /// A missing or failing driver.
+    pub fn count() -> Result<usize, CudaError> {
         // SAFETY: looks for a library by its well-known names.
         if !unsafe { sys::is_culib_present() } {
             return Err(CudaError::NoDriver);
         }
         let failed = |what| move |error| CudaError::driver(what, error);
         result::init().map_err(failed("cuInit"))?;
-        let count = CudaContext::device_count().map_err(failed("cuDeviceGetCount"))?.max(0);
-        if ordinal >= count as usize {
-            return Err(CudaError::NoDevice { wanted: ordinal, count: count as usize });
+        let count = CudaContext::device_count().map_err(failed("cuDeviceGetCount"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// Opens the GPU of a number, counted as the driver does, from 0.
+    ///
+    /// # Errors
+    /// A missing or failing driver, no such device, or one that is too old.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>, CudaError> {
+        let failed = |what| move |error| CudaError::driver(what, error);
+        let count = Self::count()?;
+        if ordinal >= count {
+            return Err(CudaError::NoDevice { wanted: ordinal, count });
         }
         let context = CudaContext::new(ordinal).map_err(failed("opening the device"))?;
         let name = context.name().map_err(failed("cuDeviceGetName"))?;
@@ -121,6 +134,7 @@ impl Device {
             modules: Mutex::default(),
             allocated: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
+            beside: Mutex::default(),
         }))
     }
 
@@ -257,6 +271,29 @@ impl Device {
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
+
+    /// A stream beside the device's own, whose work goes first where both want the same multiprocessors.
+    pub(crate) fn stream_beside(&self) -> Result<Arc<CudaStream>, CudaError> {
+        self.context
+            .new_stream_with_priority(i32::MIN)
+            .map_err(|error| CudaError::driver("cuStreamCreateWithPriority", error))
+    }
+
+    /// Remembers how far a stream beside this device's has come: see [`join`](Self::join).
+    pub(crate) fn set_beside(&self, event: CudaEvent) {
+        *self.beside.lock().unwrap_or_else(PoisonError::into_inner) = Some(event);
+    }
+
+    /// What is submitted from here on waits for the work beside the stream.
+    pub(crate) fn join(&self) -> Result<(), CudaError> {
+        match self.beside.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(event) => self
+                .stream
+                .wait(&event)
+                .map_err(|error| CudaError::driver("cuStreamWaitEvent", error)),
+            None => Ok(()),
+        }
+    }
 }
 
 impl fmt::Debug for Device {
@@ -296,6 +333,20 @@ impl Kernel {
     /// `args` must be the `repr(C)` structure that the kernel takes, and whatever the kernel does with it must
     /// stay inside live buffers of the device.
     pub unsafe fn launch<A>(&self, launch: Launch, args: &A) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(&self.device.stream, launch, args) }
+    }
+
+    /// Submits the kernel to a stream of the device.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_on<A>(
+        &self,
+        stream: &CudaStream,
+        launch: Launch,
+        args: &A,
+    ) -> Result<(), CudaError> {
         let failed =
             |error| CudaError::Kernel { kernel: self.name, reason: CudaError::describe(error) };
         let limit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
@@ -303,7 +354,7 @@ impl Kernel {
         let (grid, block) = ((grid[0], grid[1], grid[2]), (limit(launch.threads), 1, 1));
         let shared = limit(launch.shared_bytes);
         let mut arguments = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
-        let stream = self.device.stream.cu_stream();
+        let stream = stream.cu_stream();
         self.device.context.bind_to_thread().map_err(failed)?;
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         unsafe {

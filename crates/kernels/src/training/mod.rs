@@ -9,8 +9,10 @@
 
 mod attention;
 mod blas;
+mod exchange;
 mod gates;
 mod loss;
+mod nccl;
 mod norms;
 mod optimizer;
 mod products;
@@ -23,6 +25,7 @@ use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
 use blas::Blas;
+pub use exchange::{GpuGroup, UniqueId};
 pub use norms::{NormBackward, NormQuantize};
 pub use recurrence::Recurrence;
 pub use timeline::Timeline;
@@ -104,6 +107,47 @@ impl<'a, T: Element> ViewMut<'a, T> {
     }
 }
 
+/// What the scratch memory of the operations has to be enough for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reserve {
+    /// The widest rows.
+    pub width: usize,
+    /// Sequences of a batch.
+    pub sequences: usize,
+    /// Their length.
+    pub length: usize,
+    /// Heads and their size, if there is attention.
+    pub heads: Option<(usize, usize)>,
+}
+
+/// Elements of each scratch buffer.
+struct Lengths {
+    partials: usize,
+    carries: usize,
+    deltas: usize,
+    rope_table: usize,
+}
+
+impl Reserve {
+    fn lengths(&self) -> Lengths {
+        let Self { width, sequences, length, heads } = *self;
+        let (chunks, _) = recurrence::chunks(sequences, length, width);
+        let (heads, head_size) = heads.unwrap_or((0, 0));
+        Lengths {
+            partials: (rows::ROW_BLOCKS * 4 * width).max(sequences * chunks * width),
+            carries: 2 * sequences * chunks * width,
+            deltas: sequences * length * heads,
+            rope_table: length * head_size,
+        }
+    }
+
+    /// Bytes that [`Training::reserve`] allocates.
+    pub fn bytes(&self) -> usize {
+        let Lengths { partials, carries, deltas, rope_table } = self.lengths();
+        (partials + carries + deltas + rope_table) * size_of::<f32>()
+    }
+}
+
 /// The operations on one device.
 pub struct Training {
     device: Arc<Device>,
@@ -148,19 +192,16 @@ impl Training {
         &self.device
     }
 
-    /// Grows scratch memory ahead of the first step, for rows of at most `width` and `sequences` of `length`.
+    /// Grows scratch memory ahead of the first step.
     ///
     /// # Errors
     /// No memory.
-    pub fn reserve(
-        &mut self,
-        width: usize,
-        sequences: usize,
-        length: usize,
-    ) -> Result<(), CudaError> {
-        let (chunks, _) = recurrence::chunks(sequences, length, width);
-        self.partials.reserve((rows::ROW_BLOCKS * 4 * width).max(sequences * chunks * width))?;
-        self.carries.reserve(2 * sequences * chunks * width).map(drop)
+    pub fn reserve(&mut self, batch: &Reserve) -> Result<(), CudaError> {
+        let Lengths { partials, carries, deltas, rope_table } = batch.lengths();
+        self.partials.reserve(partials)?;
+        self.carries.reserve(carries)?;
+        self.deltas.reserve(deltas)?;
+        self.rope_table.reserve(rope_table).map(drop)
     }
 
     /// Begins to take the time of operations by their kind. It costs an event for each change of kind.

@@ -26,10 +26,10 @@ struct SquaresArgs {
 }
 
 #[repr(C)]
-struct AddArgs {
-    from: u64,
-    into: u64,
-    len: u64,
+pub(super) struct AddArgs {
+    pub from: u64,
+    pub into: u64,
+    pub len: u64,
 }
 
 #[repr(C)]
@@ -161,6 +161,6 @@ impl Training {
     }
 }
 
-fn elementwise(len: usize) -> Launch {
+pub(super) fn elementwise(len: usize) -> Launch {
     Launch::new([len.div_ceil(THREADS).min(4096), 1, 1], THREADS, 0)
 }

@@ -19,7 +19,7 @@ use mmfree_kernels::tier::Backend as Tier;
 use mmfree_kernels::{adamw, cross_entropy, embedding, mlgru, norm_gate, rms_norm, swiglu};
 
 use super::{
-    AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Norm, Parameters, Precision,
+    AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision,
     Projection,
 };
 
@@ -277,39 +277,14 @@ fn allocate(len: usize) -> Result<Vec<f32>> {
     Ok(memory)
 }
 
-impl Backend for CpuBackend {
+impl Memory for CpuBackend {
     type Flat = Vec<f32>;
     type Tensor = Vec<f32>;
     type Tokens = Vec<u32>;
     type Weights = Vec<CpuWeights>;
 
-    fn describe(&self) -> String {
-        let threads = self.threads();
-        let plural = if threads == 1 { "" } else { "s" };
-        format!("cpu {}, {threads} thread{plural}", self.tier.tier())
-    }
-
-    fn flat_from(&mut self, values: &[f32]) -> Result<Vec<f32>> {
-        Ok(values.to_vec())
-    }
-
     fn flat_zeros(&mut self, len: usize) -> Result<Vec<f32>> {
         allocate(len)
-    }
-
-    fn read_flat(&mut self, flat: &Vec<f32>, from: usize, values: &mut [f32]) -> Result<()> {
-        values.copy_from_slice(&flat[from..from + values.len()]);
-        Ok(())
-    }
-
-    fn write_flat(&mut self, flat: &mut Vec<f32>, from: usize, values: &[f32]) -> Result<()> {
-        flat[from..from + values.len()].copy_from_slice(values);
-        Ok(())
-    }
-
-    fn clear_flat(&mut self, flat: &mut Vec<f32>, range: Range<usize>) -> Result<()> {
-        flat[range].fill(0.0);
-        Ok(())
     }
 
     fn tensor(&mut self, len: usize, _: Precision) -> Result<Vec<f32>> {
@@ -321,18 +296,8 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn read(&mut self, tensor: &Vec<f32>, values: &mut [f32]) -> Result<()> {
-        values.copy_from_slice(tensor);
-        Ok(())
-    }
-
     fn tokens(&mut self, len: usize) -> Result<Vec<u32>> {
         Ok(vec![0; len])
-    }
-
-    fn write_tokens(&mut self, tokens: &mut Vec<u32>, ids: &[u32]) -> Result<()> {
-        tokens.copy_from_slice(ids);
-        Ok(())
     }
 
     fn weights(&mut self, projections: &[Projection]) -> Result<Vec<CpuWeights>> {
@@ -351,6 +316,7 @@ impl Backend for CpuBackend {
         projections: &[Projection],
         shape: BatchShape,
         head: &Head,
+        _: Option<AttentionShape>,
     ) -> Result<()> {
         let tokens = shape.tokens();
         let blocks = projections.iter().filter(|p| p.index != head.projection.index);
@@ -366,6 +332,43 @@ impl Backend for CpuBackend {
         grow(&mut self.head_input, head.chunk * head.projection.inputs);
         grow(&mut self.d_head_input, head.chunk * head.projection.inputs);
         grow(&mut self.logits, head.chunk * head.projection.outputs);
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    fn describe(&self) -> String {
+        let threads = self.threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("cpu {}, {threads} thread{plural}", self.tier.tier())
+    }
+
+    fn flat_from(&mut self, values: &[f32]) -> Result<Vec<f32>> {
+        Ok(values.to_vec())
+    }
+
+    fn read_flat(&mut self, flat: &Vec<f32>, from: usize, values: &mut [f32]) -> Result<()> {
+        values.copy_from_slice(&flat[from..from + values.len()]);
+        Ok(())
+    }
+
+    fn write_flat(&mut self, flat: &mut Vec<f32>, from: usize, values: &[f32]) -> Result<()> {
+        flat[from..from + values.len()].copy_from_slice(values);
+        Ok(())
+    }
+
+    fn clear_flat(&mut self, flat: &mut Vec<f32>, range: Range<usize>) -> Result<()> {
+        flat[range].fill(0.0);
+        Ok(())
+    }
+
+    fn read(&mut self, tensor: &Vec<f32>, values: &mut [f32]) -> Result<()> {
+        values.copy_from_slice(tensor);
+        Ok(())
+    }
+
+    fn write_tokens(&mut self, tokens: &mut Vec<u32>, ids: &[u32]) -> Result<()> {
+        tokens.copy_from_slice(ids);
         Ok(())
     }
 

@@ -1,9 +1,9 @@
 //! The fused operations that training is written over, forward and backward.
 //!
-//! A backend owns its memory: parameters, gradients and moments are [`Flat`](Backend::Flat) buffers in
-//! f32, activations are [`Tensor`](Backend::Tensor)s in whatever precision it computes with. Nothing but
+//! A backend owns its memory: parameters, gradients and moments are [`Flat`](Memory::Flat) buffers in
+//! f32, activations are [`Tensor`](Memory::Tensor)s in whatever precision it computes with. Nothing but
 //! [`take_loss`](Backend::take_loss), sums of squares and reads and writes of flat
-//! buffers waits for the device. [`reserve`](Backend::reserve) allocates scratch memory before the first step; on the CPU
+//! buffers waits for the device. [`reserve`](Memory::reserve) allocates scratch memory before the first step; on the CPU
 //! some of it still grows at first use, and small vectors are made in each call.
 //!
 //! Every operation is deterministic: the same inputs give the same bits on any number of threads.
@@ -24,7 +24,7 @@ mod cpu;
 mod cuda;
 
 pub use cpu::{CpuBackend, CpuWeights};
-pub use cuda::{CudaBackend, CudaTensor, CudaTokens, CudaWeights};
+pub use cuda::{CudaBackend, CudaPlan, CudaTensor, CudaTokens, CudaWeights};
 
 /// Sequences of one batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,8 +122,8 @@ pub enum Precision {
     Activation,
 }
 
-/// A device that trains.
-pub trait Backend {
+/// Where the memory of a model comes from: a device, or a count of what it would take.
+pub trait Memory {
     /// f32 values in the layout of the parameters: parameters, gradients, moments.
     type Flat;
     /// Activations.
@@ -133,12 +133,43 @@ pub trait Backend {
     /// Weights of all projections in the form in which products stream them.
     type Weights;
 
+    /// A flat buffer of zeros.
+    fn flat_zeros(&mut self, len: usize) -> Result<Self::Flat>;
+    /// A tensor of `len` elements, contents undefined.
+    fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
+    /// A tensor [rows, width] that [`Backend::project`] writes, contents undefined.
+    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<Self::Tensor> {
+        self.tensor(rows * width, Precision::Activation)
+    }
+    /// Sets a tensor to zero.
+    fn clear(&mut self, tensor: &mut Self::Tensor) -> Result<()>;
+    /// Memory for `len` token ids.
+    fn tokens(&mut self, len: usize) -> Result<Self::Tokens>;
+    /// Memory for the prepared weights of a model's projections.
+    fn weights(&mut self, projections: &[Projection]) -> Result<Self::Weights>;
+    /// Allocates the scratch memory of every operation of a model: projections, shape of a batch, head, attention.
+    fn reserve(
+        &mut self,
+        projections: &[Projection],
+        shape: BatchShape,
+        head: &Head,
+        attention: Option<AttentionShape>,
+    ) -> Result<()>;
+}
+
+/// A device that trains.
+pub trait Backend: Memory {
     /// Name of the device and how it computes, for the header of a run.
     fn describe(&self) -> String;
 
     /// How many tokens' logits should exist at a time.
     fn head_chunk(&self) -> usize {
         512
+    }
+
+    /// Device memory that is free and all of it, in bytes, where the device has its own.
+    fn device_bytes(&self) -> Result<Option<(usize, usize)>> {
+        Ok(None)
     }
 
     /// The most device memory that was in use at one time, where the device has its own.
@@ -165,21 +196,23 @@ pub trait Backend {
 
     /// A flat buffer with given values.
     fn flat_from(&mut self, values: &[f32]) -> Result<Self::Flat>;
-    /// A flat buffer of zeros.
-    fn flat_zeros(&mut self, len: usize) -> Result<Self::Flat>;
     /// Copies a part of a flat buffer to the host. Waits for the device.
     fn read_flat(&mut self, flat: &Self::Flat, from: usize, values: &mut [f32]) -> Result<()>;
     /// Copies values from the host to a part of a flat buffer.
     fn write_flat(&mut self, flat: &mut Self::Flat, from: usize, values: &[f32]) -> Result<()>;
     /// Sets a part of a flat buffer to zero.
     fn clear_flat(&mut self, flat: &mut Self::Flat, range: Range<usize>) -> Result<()>;
-    /// `into += from`, over the first `len` elements. As it is written here it goes through the host:
-    /// a device does better.
-    fn add_flat(&mut self, from: &Self::Flat, into: &mut Self::Flat, len: usize) -> Result<()> {
+    /// `into += from`, over a part of both. As it is written here it goes through the host: a device does better.
+    fn add_flat(
+        &mut self,
+        from: &Self::Flat,
+        into: &mut Self::Flat,
+        range: Range<usize>,
+    ) -> Result<()> {
         const BLOCK: usize = 1 << 16;
         let (mut sum, mut addend) = (vec![0.0; BLOCK], vec![0.0; BLOCK]);
-        for start in (0..len).step_by(BLOCK) {
-            let n = BLOCK.min(len - start);
+        for start in range.clone().step_by(BLOCK) {
+            let n = BLOCK.min(range.end - start);
             self.read_flat(into, start, &mut sum[..n])?;
             self.read_flat(from, start, &mut addend[..n])?;
             sum.iter_mut().zip(&addend[..n]).for_each(|(sum, addend)| *sum += addend);
@@ -187,25 +220,10 @@ pub trait Backend {
         }
         Ok(())
     }
-    /// A tensor of `len` elements, contents undefined.
-    fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
-    /// A tensor [rows, width] that [`project`](Self::project) writes, contents undefined.
-    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<Self::Tensor> {
-        self.tensor(rows * width, Precision::Activation)
-    }
-    /// Sets a tensor to zero.
-    fn clear(&mut self, tensor: &mut Self::Tensor) -> Result<()>;
     /// Copies a tensor to the host in f32. Waits for the device; for tests and tools.
     fn read(&mut self, tensor: &Self::Tensor, values: &mut [f32]) -> Result<()>;
-    /// Memory for `len` token ids.
-    fn tokens(&mut self, len: usize) -> Result<Self::Tokens>;
     /// Copies token ids to the device.
     fn write_tokens(&mut self, tokens: &mut Self::Tokens, ids: &[u32]) -> Result<()>;
-    /// Memory for the prepared weights of a model's projections.
-    fn weights(&mut self, projections: &[Projection]) -> Result<Self::Weights>;
-    /// Allocates the scratch memory of every operation of a model: projections, shape of a batch, head.
-    fn reserve(&mut self, projections: &[Projection], shape: BatchShape, head: &Head)
-    -> Result<()>;
 
     // Weights.
 

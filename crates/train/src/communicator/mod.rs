@@ -5,6 +5,7 @@
 //! | [`Local`] | one | everything without a launcher |
 //! | [`Tcp`] | any number, over sockets | `torchrun`, SLURM, Kubernetes: launchers that set RANK and WORLD_SIZE |
 //! | `Mpi` (feature `mpi`) | any number, over MPI | `mpirun`, `srun --mpi` |
+//! | [`Nccl`] | any number, each with a GPU | beside one of the others, which carries what the host has to say |
 //!
 //! Sums are added in one fixed order, a binary tree over the ranks, so that they do not depend on who is
 //! fastest; and the tree over 2ⁿ ranks continues the one over partial sums within a rank
@@ -17,11 +18,13 @@ use crate::error::Result;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod nccl;
 mod tcp;
 
 pub use launch::{Launch, Launcher};
 #[cfg(feature = "mpi")]
 pub use mpi::Mpi;
+pub use nccl::Nccl;
 pub use tcp::Tcp;
 
 /// Exchange among the processes of a run, on flat buffers of type `F`: host memory here, device memory on
@@ -40,8 +43,15 @@ pub trait Communicator<F> {
     /// What it is, for the header of a run.
     fn describe(&self) -> String;
 
-    /// Adds up a buffer over all processes; process r then has the sum in `shards[r]`. Elsewhere its
-    /// buffer is undefined.
+    /// Whether exchanges go on beside what the device computes, and it pays to call
+    /// [`reduce_scatter`](Self::reduce_scatter) part by part, as parts become final.
+    fn overlaps(&self) -> bool {
+        false
+    }
+
+    /// Adds up a buffer over all processes; process r then has the sum in `shards[r]`. Elsewhere in the shards its
+    /// buffer is undefined, and outside of them it is as before. On a device this may only have begun: nothing may
+    /// touch the shards before [`wait`](Self::wait).
     ///
     /// # Errors
     /// A process is gone.
@@ -58,6 +68,22 @@ pub trait Communicator<F> {
     /// # Errors
     /// A process is gone.
     fn broadcast(&mut self, buffer: &mut F) -> Result<()>;
+
+    /// Waits until every exchange that was begun is done.
+    ///
+    /// # Errors
+    /// A process is gone.
+    fn wait(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Looks whether all processes are still there, as far as that can be seen without waiting for them.
+    ///
+    /// # Errors
+    /// A process is gone.
+    fn check(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Gives every process the bytes of every process, in the order of ranks. For small things: losses,
     /// norms, decisions.
@@ -123,6 +149,12 @@ pub fn shards(len: usize, unit: usize, world_size: usize) -> Vec<Range<usize>> {
     (0..world_size).map(|rank| edge(rank)..edge(rank + 1)).collect()
 }
 
+/// The part of each shard that lies in a range; empty parts keep their order.
+pub fn parts(shards: &[Range<usize>], range: &Range<usize>) -> Vec<Range<usize>> {
+    let inside = |at: usize| at.clamp(range.start, range.end);
+    shards.iter().map(|shard| inside(shard.start)..inside(shard.end)).collect()
+}
+
 /// Adds values in a balanced binary tree: the first half, the second half, and their sum.
 pub fn tree_sum(values: &[f64]) -> f64 {
     match values {
@@ -158,6 +190,10 @@ pub(crate) trait Exchange {
     /// Sends `outgoing[r]` to process r and receives its piece for this process into `incoming[r]`, whose
     /// length both know. Own pieces are not touched.
     fn exchange(&mut self, outgoing: &[&[u8]], incoming: &mut [&mut [u8]]) -> Result<()>;
+
+    fn check(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     fn finish(&mut self) {}
 }
@@ -265,6 +301,10 @@ impl<F: AsMut<[f32]>, E: Exchange> Communicator<F> for E {
         Ok(gathered)
     }
 
+    fn check(&mut self) -> Result<()> {
+        Exchange::check(self)
+    }
+
     fn finish(&mut self) {
         Exchange::finish(self);
     }
@@ -291,6 +331,21 @@ mod tests {
             assert_eq!((shards[0].start, shards[world - 1].end), (0, len));
             assert!(shards.windows(2).all(|pair| pair[0].end == pair[1].start));
             assert!(shards.iter().all(|shard| shard.start % unit == 0 || shard.start == len));
+        }
+    }
+
+    #[test]
+    fn parts_of_shards_cover_a_range_in_order() {
+        let shards = shards(100, 8, 3);
+        for range in [0..100, 0..5, 30..70, 90..100, 40..40] {
+            let parts = parts(&shards, &range);
+            assert_eq!(parts.len(), 3);
+            assert_eq!((parts[0].start, parts[2].end), (range.start, range.end));
+            assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+            let inside = |(part, shard): (&Range<usize>, &Range<usize>)| {
+                part.is_empty() || (shard.start <= part.start && part.end <= shard.end)
+            };
+            assert!(parts.iter().zip(&shards).all(inside));
         }
     }
 

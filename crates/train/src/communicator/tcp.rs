@@ -159,12 +159,6 @@ impl Exchange for Tcp {
     }
 
     fn exchange(&mut self, outgoing: &[&[u8]], incoming: &mut [&mut [u8]]) -> Result<()> {
-        let gone = |rank: usize, reason: io::Error| {
-            Error::Communication(format!(
-                "process {rank} is gone ({reason}): its own output says why; start all processes again \
-                 with --resume"
-            ))
-        };
         thread::scope(|scope| {
             // All send at once while all receive: nobody waits for a full buffer.
             let mut senders = Vec::new();
@@ -196,6 +190,32 @@ impl Exchange for Tcp {
             received
         })
     }
+
+    fn check(&mut self) -> Result<()> {
+        for (rank, peer) in self.peers.iter().enumerate() {
+            let Some(peer) = peer else { continue };
+            let look = || {
+                peer.set_nonblocking(true)?;
+                let seen = peer.peek(&mut [0]);
+                peer.set_nonblocking(false)?;
+                match seen {
+                    Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+                    // It is ahead of this process, or has nothing to say.
+                    Ok(_) | Err(_) => Ok(()),
+                }
+            };
+            look().map_err(|reason| gone(rank, reason))?;
+        }
+        Ok(())
+    }
+}
+
+/// A process does not answer any more.
+fn gone(rank: usize, reason: io::Error) -> Error {
+    Error::Communication(format!(
+        "process {rank} is gone ({reason}): its own output says why; start all processes again with --resume"
+    ))
 }
 
 /// What a process says first.
@@ -356,7 +376,13 @@ mod tests {
             if Exchange::rank(&tcp) == 1 {
                 return None;
             }
-            Some(Communicator::<Vec<f32>>::barrier(&mut tcp).unwrap_err().to_string())
+            let mut seen = Ok(());
+            while seen.is_ok() {
+                seen = Exchange::check(&mut tcp);
+                thread::yield_now();
+            }
+            let barrier = Communicator::<Vec<f32>>::barrier(&mut tcp);
+            Some([seen, barrier].map(|result| result.unwrap_err().to_string()).join(", "))
         });
         for error in errors.into_iter().flatten() {
             assert!(error.contains("is gone"), "{error}");

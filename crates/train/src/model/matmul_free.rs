@@ -14,9 +14,9 @@ use mmfree::config::ModelConfig;
 use mmfree::error::Result;
 
 use super::{Blocks, Builder};
-use crate::backend::{Backend, BatchShape, Norm, Parameters, Precision, Projection};
+use crate::backend::{Backend, BatchShape, Memory, Norm, Parameters, Precision, Projection};
 
-pub(super) struct MatMulFree<B: Backend> {
+pub(super) struct MatMulFree<B: Memory> {
     layers: Vec<Layer>,
     shape: BatchShape,
     inner: usize,
@@ -42,7 +42,7 @@ struct Layer {
 }
 
 /// What the backward pass of a block needs.
-struct Activations<B: Backend> {
+struct Activations<B: Memory> {
     i: B::Tensor,
     f: B::Tensor,
     g: B::Tensor,
@@ -53,7 +53,7 @@ struct Activations<B: Backend> {
     ab: Option<B::Tensor>,
 }
 
-struct Scratch<B: Backend> {
+struct Scratch<B: Memory> {
     /// Output of the norm gate [M, D]; in the backward pass also that of dy and di.
     y: B::Tensor,
     dy: B::Tensor,
@@ -68,7 +68,7 @@ struct Scratch<B: Backend> {
     ab: Option<B::Tensor>,
 }
 
-impl<B: Backend> MatMulFree<B> {
+impl<B: Memory> MatMulFree<B> {
     pub(super) fn new(
         backend: &mut B,
         builder: &mut Builder<'_>,

@@ -3,11 +3,15 @@
 mod matmul_free;
 mod transformer;
 
+use std::ops::Range;
+
 use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 
 use crate::architecture::Architecture;
-use crate::backend::{Backend, BatchShape, Head, IGNORED, Norm, Parameters, Precision, Projection};
+use crate::backend::{
+    Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision, Projection,
+};
 use crate::parameters::ParameterLayout;
 
 /// How a model is computed. No option changes a bit of the results but `head_chunk`, which changes the
@@ -39,16 +43,22 @@ pub struct Batch<'a> {
     pub targets: &'a [u32],
 }
 
+/// What is done with a part of the gradients that is final.
+pub type Done<'a, B, E> =
+    dyn FnMut(&mut B, &mut <B as Memory>::Flat, Range<usize>) -> std::result::Result<(), E> + 'a;
+
 /// A model with the memory to train on batches of one shape.
 ///
 /// Parameters belong to the caller. After every change of them, and before the first batch,
 /// [`update_weights`](Self::update_weights) must be called.
 pub struct Model<B: Backend> {
     layout: ParameterLayout,
+    /// Its parts, in the order in which their gradients become final.
+    parts: Vec<Range<usize>>,
     shape: BatchShape,
     vocab_size: usize,
     projections: Vec<Projection>,
-    embeddings: std::ops::Range<usize>,
+    embeddings: Range<usize>,
     head: Head,
     blocks: Box<dyn Blocks<B>>,
     recompute: bool,
@@ -111,68 +121,25 @@ impl<B: Backend + 'static> Model<B> {
         shape: BatchShape,
         options: &ModelOptions,
     ) -> Result<Self> {
-        if shape.sequences == 0 || shape.length == 0 || options.head_chunk == 0 {
-            return Err(Error::Invalid(format!(
-                "a batch of {} x {} tokens with logits of {} at a time: all must be at least 1",
-                shape.sequences, shape.length, options.head_chunk
-            )));
-        }
+        let parts = Parts::allocate(backend, architecture, shape, options)?;
         let layout = architecture.layout();
-        let slots = if options.recompute { 1 } else { architecture.layers() };
-        let mut builder = Builder { layout: &layout, projections: Vec::new() };
-        let (blocks, width, eps, embeddings): (Box<dyn Blocks<B>>, _, _, _) = match architecture {
-            Architecture::MatMulFree(config) => (
-                Box::new(matmul_free::MatMulFree::new(
-                    backend,
-                    &mut builder,
-                    config,
-                    shape,
-                    slots,
-                    if options.recompute { 0 } else { options.recompute_gates },
-                )?),
-                config.hidden_size,
-                config.rms_norm_eps,
-                layout.range("model.embeddings.weight"),
-            ),
-            Architecture::Transformer(config) => (
-                Box::new(transformer::Transformer::new(
-                    backend,
-                    &mut builder,
-                    config,
-                    shape,
-                    slots,
-                )?),
-                config.hidden_size,
-                config.rms_norm_eps,
-                layout.range("model.embed_tokens.weight"),
-            ),
-        };
-        let head = Head {
-            norm: builder.norm("model.norm", eps),
-            projection: match architecture {
-                Architecture::MatMulFree(_) => builder.bit_linear("lm_head"),
-                Architecture::Transformer(_) => builder.linear(&["lm_head"]),
-            },
-            chunk: options.head_chunk.min(shape.tokens()),
-        };
-        let projections = builder.projections;
-        let stream = shape.tokens() * width;
-        backend.reserve(&projections, shape, &head)?;
         Ok(Self {
             shape,
             vocab_size: architecture.vocab_size(),
-            embeddings,
-            head,
-            blocks,
+            embeddings: parts.embeddings,
+            head: parts.head,
+            blocks: match parts.blocks {
+                Kind::MatMulFree(blocks) => Box::new(blocks),
+                Kind::Transformer(blocks) => Box::new(blocks),
+            },
             recompute: options.recompute,
-            weights: backend.weights(&projections)?,
-            ids: backend.tokens(shape.tokens())?,
-            targets: backend.tokens(shape.tokens())?,
-            residual: (0..=architecture.layers())
-                .map(|_| backend.tensor(stream, Precision::Activation))
-                .collect::<Result<_>>()?,
-            d_residual: backend.tensor(stream, Precision::Full)?,
-            projections,
+            weights: parts.weights,
+            ids: parts.ids,
+            targets: parts.targets,
+            residual: parts.residual,
+            d_residual: parts.d_residual,
+            projections: parts.projections,
+            parts: layout.backward_order(architecture.layers()),
             layout,
         })
     }
@@ -209,10 +176,33 @@ impl<B: Backend + 'static> Model<B> {
         scale: f32,
         gradients: &mut B::Flat,
     ) -> Result<()> {
+        let nothing = &mut |_: &mut B, _: &mut B::Flat, _| Ok(());
+        self.accumulate_in_parts(backend, parameters, batch, scale, gradients, nothing)
+    }
+
+    /// [`accumulate`](Self::accumulate), which calls `done` with each part of the gradients as soon as it is final: the
+    /// parts of [`ParameterLayout::backward_order`], one after the other.
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate), and those of `done`.
+    pub fn accumulate_in_parts<E: From<Error>>(
+        &mut self,
+        backend: &mut B,
+        parameters: &B::Flat,
+        batch: Batch<'_>,
+        scale: f32,
+        gradients: &mut B::Flat,
+        done: &mut Done<'_, B, E>,
+    ) -> std::result::Result<(), E> {
         let scale = self.load(backend, batch, scale)?;
         self.forward(backend, parameters)?;
         let parameters = Parameters { flat: parameters, weights: &self.weights };
         let (last, blocks) = (self.residual.len() - 1, &mut self.blocks);
+        let mut parts = self.parts.iter().cloned();
+        let mut next = |backend: &mut B, gradients: &mut B::Flat| match parts.next() {
+            Some(part) => done(backend, gradients, part),
+            None => Ok(()),
+        };
         backend.cross_entropy_backward(
             parameters,
             &self.head,
@@ -222,6 +212,7 @@ impl<B: Backend + 'static> Model<B> {
             &mut self.d_residual,
             gradients,
         )?;
+        next(backend, gradients)?;
         for layer in (0..last).rev() {
             let x = &self.residual[layer];
             let slot = if self.recompute { 0 } else { layer };
@@ -230,10 +221,12 @@ impl<B: Backend + 'static> Model<B> {
             }
             let dx = &mut self.d_residual;
             blocks.backward(backend, parameters, layer, slot, x, dx, gradients)?;
+            next(backend, gradients)?;
         }
         blocks.finish(backend, parameters, gradients)?;
         let table = self.embeddings.clone();
-        backend.embed_backward(&self.ids, &self.d_residual, table, gradients)
+        backend.embed_backward(&self.ids, &self.d_residual, table, gradients)?;
+        next(backend, gradients)
     }
 
     /// Adds `scale` times the mean cross-entropy of a batch to the loss. Does not wait for the device.
@@ -254,7 +247,7 @@ impl<B: Backend + 'static> Model<B> {
         backend.cross_entropy(parameters, &self.head, last, &self.targets, scale)
     }
 
-    /// What the model thinks of each target of a batch that is not [`IGNORED`](crate::backend::IGNORED), in order.
+    /// What the model thinks of each target of a batch that is not [`IGNORED`], in order.
     /// Waits for the device.
     ///
     /// # Errors
@@ -328,6 +321,98 @@ impl<B: Backend + 'static> Model<B> {
     }
 }
 
+/// What a model allocates.
+struct Parts<M: Memory> {
+    blocks: Kind<M>,
+    projections: Vec<Projection>,
+    embeddings: Range<usize>,
+    head: Head,
+    weights: M::Weights,
+    ids: M::Tokens,
+    targets: M::Tokens,
+    residual: Vec<M::Tensor>,
+    d_residual: M::Tensor,
+}
+
+enum Kind<M: Memory> {
+    MatMulFree(matmul_free::MatMulFree<M>),
+    Transformer(transformer::Transformer<M>),
+}
+
+impl<M: Memory> Parts<M> {
+    fn allocate(
+        memory: &mut M,
+        architecture: &Architecture,
+        shape: BatchShape,
+        options: &ModelOptions,
+    ) -> Result<Self> {
+        if shape.sequences == 0 || shape.length == 0 || options.head_chunk == 0 {
+            return Err(Error::Invalid(format!(
+                "a batch of {} x {} tokens with logits of {} at a time: all must be at least 1",
+                shape.sequences, shape.length, options.head_chunk
+            )));
+        }
+        let layout = architecture.layout();
+        let slots = if options.recompute { 1 } else { architecture.layers() };
+        let gates = if options.recompute { 0 } else { options.recompute_gates };
+        let mut builder = Builder { layout: &layout, projections: Vec::new() };
+        let names = &mut builder;
+        let (blocks, attention, width, eps, embeddings) = match architecture {
+            Architecture::MatMulFree(config) => {
+                let blocks =
+                    matmul_free::MatMulFree::new(memory, names, config, shape, slots, gates)?;
+                let embeddings = layout.range("model.embeddings.weight");
+                let (width, eps) = (config.hidden_size, config.rms_norm_eps);
+                (Kind::MatMulFree(blocks), None, width, eps, embeddings)
+            }
+            Architecture::Transformer(config) => {
+                let blocks = transformer::Transformer::new(memory, names, config, shape, slots)?;
+                let embeddings = layout.range("model.embed_tokens.weight");
+                let (width, eps) = (config.hidden_size, config.rms_norm_eps);
+                let attention = Some(blocks.attention());
+                (Kind::Transformer(blocks), attention, width, eps, embeddings)
+            }
+        };
+        let head = Head {
+            norm: builder.norm("model.norm", eps),
+            projection: match architecture {
+                Architecture::MatMulFree(_) => builder.bit_linear("lm_head"),
+                Architecture::Transformer(_) => builder.linear(&["lm_head"]),
+            },
+            chunk: options.head_chunk.min(shape.tokens()),
+        };
+        let projections = builder.projections;
+        let stream = shape.tokens() * width;
+        memory.reserve(&projections, shape, &head, attention)?;
+        Ok(Self {
+            weights: memory.weights(&projections)?,
+            ids: memory.tokens(shape.tokens())?,
+            targets: memory.tokens(shape.tokens())?,
+            residual: (0..=architecture.layers())
+                .map(|_| memory.tensor(stream, Precision::Activation))
+                .collect::<Result<_>>()?,
+            d_residual: memory.tensor(stream, Precision::Full)?,
+            blocks,
+            projections,
+            embeddings,
+            head,
+        })
+    }
+}
+
+/// Counts what [`Model::new`] would allocate.
+///
+/// # Errors
+/// An empty shape.
+pub fn plan<M: Memory>(
+    memory: &mut M,
+    architecture: &Architecture,
+    shape: BatchShape,
+    options: &ModelOptions,
+) -> Result<()> {
+    Parts::allocate(memory, architecture, shape, options).map(drop)
+}
+
 /// Finds parameters by name and numbers projections.
 struct Builder<'a> {
     layout: &'a ParameterLayout,
@@ -350,11 +435,7 @@ impl Builder<'_> {
         self.projection(names, None)
     }
 
-    fn projection(
-        &mut self,
-        names: &[&str],
-        inner_norm: Option<std::ops::Range<usize>>,
-    ) -> Projection {
+    fn projection(&mut self, names: &[&str], inner_norm: Option<Range<usize>>) -> Projection {
         let parameter = |name: &str| {
             let name = format!("{name}.weight");
             self.layout.get(&name).unwrap_or_else(|| panic!("no parameter {name}"))

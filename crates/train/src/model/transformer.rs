@@ -12,10 +12,10 @@ use mmfree::error::Result;
 
 use super::{Blocks, Builder};
 use crate::backend::{
-    AttentionShape, Backend, BatchShape, Norm, Parameters, Precision, Projection,
+    AttentionShape, Backend, BatchShape, Memory, Norm, Parameters, Precision, Projection,
 };
 
-pub(super) struct Transformer<B: Backend> {
+pub(super) struct Transformer<B: Memory> {
     layers: Vec<Layer>,
     shape: AttentionShape,
     theta: f32,
@@ -34,7 +34,7 @@ struct Layer {
 }
 
 /// What the backward pass of a block needs.
-struct Activations<B: Backend> {
+struct Activations<B: Memory> {
     /// Rotated queries and keys, and values, [M, 3D].
     qkv: B::Tensor,
     /// Output of the attention [M, D].
@@ -46,7 +46,7 @@ struct Activations<B: Backend> {
     ab: B::Tensor,
 }
 
-struct Scratch<B: Backend> {
+struct Scratch<B: Memory> {
     dy: B::Tensor,
     d_qkv: B::Tensor,
     /// Output of the gated linear unit [M, F].
@@ -55,7 +55,12 @@ struct Scratch<B: Backend> {
     d_ab: B::Tensor,
 }
 
-impl<B: Backend> Transformer<B> {
+impl<B: Memory> Transformer<B> {
+    /// Heads and sizes of the attention.
+    pub(super) fn attention(&self) -> AttentionShape {
+        self.shape
+    }
+
     pub(super) fn new(
         backend: &mut B,
         builder: &mut Builder<'_>,

@@ -7,6 +7,9 @@
 //! all-gather     the new weights
 //! ```
 //!
+//! Where exchanges run beside the computation, the reduce-scatter goes part by part, as the last micro-batch's backward pass
+//! is done with them.
+//!
 //! The tree makes the sum independent of the number of processes: the micro-batches of a step are cut
 //! into 2ᵏ groups; each group is added up in order, then the groups pairwise. With 2ʲ ≤ 2ᵏ processes the
 //! lower levels of the tree are added within processes and the upper ones between them, so that every
@@ -15,8 +18,9 @@
 
 use std::ops::Range;
 
+use super::memory;
 use crate::architecture::Architecture;
-use crate::backend::{Backend, BatchShape};
+use crate::backend::{Backend, BatchShape, Memory};
 use crate::communicator::{self, Communicator, tree_sum};
 use crate::config::TrainConfig;
 use crate::data::{Batch, share};
@@ -94,28 +98,18 @@ impl<B: Backend + 'static> DataParallel<B> {
         parameters: &[f32],
     ) -> Result<Self> {
         let (rank, world) = (communicator.rank(), communicator.world_size());
+        if let Some((free, total)) = backend.device_bytes()? {
+            let head_chunk = backend.head_chunk();
+            memory::require(free, total, architecture, config, head_chunk, rank, world)?;
+        }
         let groups = config.batch.reduction_groups;
         let plan = Plan::new(config.micro_batches(), groups, rank, world)?;
-        let layout = architecture.layout();
-        let shape = BatchShape {
-            sequences: config.batch.micro_batch,
-            length: config.batch.sequence_length,
-        };
-        let options = ModelOptions {
-            recompute: config.batch.recompute_activations,
-            head_chunk: backend.head_chunk(),
-            recompute_gates: config.batch.recompute_gates,
-        };
+        let (shape, options) = model_options(config, backend.head_chunk());
         let model = Model::new(&mut backend, architecture, shape, &options)?;
-        let shards = communicator::shards(layout.len(), NORM_UNIT, world);
-        let mut parameters = backend.flat_from(parameters)?;
-        communicator.broadcast(&mut parameters)?;
-        let levels = 1 + plan.groups.len().ilog2() as usize;
-        let gradients = (0..levels)
-            .map(|_| backend.flat_zeros(layout.len()))
-            .collect::<mmfree::error::Result<_>>()?;
-        let own = shards[rank].clone();
-        let optimizer = Optimizer::new(&mut backend, &layout, &config.optimizer, own)?;
+        let mut state = State::allocate(&mut backend, architecture, config, &plan, rank, world)?;
+        backend.write_flat(&mut state.parameters, 0, parameters)?;
+        communicator.broadcast(&mut state.parameters)?;
+        let State { shards, parameters, gradients, optimizer } = state;
         let mut this = Self {
             micro_batch: config.batch.micro_batch,
             clip: config.optimizer.clip_grad_norm,
@@ -129,6 +123,9 @@ impl<B: Backend + 'static> DataParallel<B> {
             optimizer,
         };
         this.update_weights()?;
+        // Its scratch memory grows now and not in the first step.
+        let shard = this.optimizer.shard();
+        this.backend.sums_of_squares(&this.gradients[0], shard, NORM_UNIT)?;
         Ok(this)
     }
 
@@ -177,37 +174,53 @@ impl<B: Backend + 'static> DataParallel<B> {
         rows: &mut dyn FnMut(Range<usize>) -> Result<Batch>,
     ) -> Result<f64> {
         let scale = 1.0 / self.plan.micro_batches as f32;
+        let (len, last_group) = (self.model.layout().len(), self.plan.groups.len() - 1);
         let mut losses = Vec::with_capacity(self.plan.groups.len());
         // Level of the tree that the first `waiting` buffers have reached is implied by their number.
         let mut waiting = 0;
         for (done, group) in self.plan.groups.iter().enumerate() {
-            let gradients = &mut self.gradients[waiting];
-            self.backend.clear_flat(gradients, 0..self.model.layout().len())?;
+            let (before, gradients) = self.gradients.split_at_mut(waiting);
+            let gradients = &mut gradients[0];
+            self.backend.clear_flat(gradients, 0..len)?;
             for micro_batch in group.clone() {
                 let first = micro_batch * self.micro_batch;
                 let batch = rows(first..first + self.micro_batch)?;
                 let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
-                self.model.accumulate(
-                    &mut self.backend,
-                    &self.parameters,
-                    batch,
-                    scale,
-                    gradients,
-                )?;
+                let is_last = done == last_group && micro_batch + 1 == group.end;
+                let in_parts = is_last && self.communicator.overlaps();
+                let mut reduce = |backend: &mut B, gradients: &mut B::Flat, part: Range<usize>| {
+                    add_all(backend, before, gradients, &part)?;
+                    let sum = before.first_mut().unwrap_or(gradients);
+                    let shards = communicator::parts(&self.shards, &part);
+                    self.communicator.reduce_scatter(sum, &shards)
+                };
+                let (backend, parameters) = (&mut self.backend, &self.parameters);
+                if in_parts {
+                    self.model.accumulate_in_parts(
+                        backend,
+                        parameters,
+                        batch,
+                        scale,
+                        gradients,
+                        &mut reduce,
+                    )?;
+                } else {
+                    self.model.accumulate(backend, parameters, batch, scale, gradients)?;
+                    if is_last {
+                        reduce(backend, gradients, 0..len)?;
+                    }
+                }
             }
+            // A process that is lost must be noticed before the device is waited for.
+            self.communicator.wait()?;
             losses.push(self.model.take_loss(&mut self.backend)?);
-            waiting += 1;
-            for _ in 0..done.trailing_ones() {
-                let (left, right) = self.gradients.split_at_mut(waiting - 1);
-                self.backend.add_flat(
-                    &right[0],
-                    &mut left[waiting - 2],
-                    self.model.layout().len(),
-                )?;
-                waiting -= 1;
+            if done == last_group {
+                break;
             }
+            let joined = done.trailing_ones() as usize;
+            add_all(&mut self.backend, &mut before[waiting - joined..], gradients, &(0..len))?;
+            waiting = waiting + 1 - joined;
         }
-        self.communicator.reduce_scatter(&mut self.gradients[0], &self.shards)?;
         Ok(tree_sum(&self.gather_numbers(&[tree_sum(&losses)])?))
     }
 
@@ -249,6 +262,7 @@ impl<B: Backend + 'static> DataParallel<B> {
             let (batch, rows) = batch(index)?;
             let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
             self.model.evaluate(&mut self.backend, &self.parameters, batch, 1.0)?;
+            self.communicator.wait()?;
             losses.extend([self.model.take_loss(&mut self.backend)?, rows as f64]);
         }
         let losses = self.gather_numbers(&losses)?;
@@ -271,6 +285,7 @@ impl<B: Backend + 'static> DataParallel<B> {
     /// # Errors
     /// Errors of the device.
     pub fn read_parameters(&mut self, values: &mut [f32]) -> Result<()> {
+        self.communicator.wait()?;
         Ok(self.backend.read_flat(&self.parameters, 0, values)?)
     }
 
@@ -295,6 +310,7 @@ impl<B: Backend + 'static> DataParallel<B> {
         self.backend.read_flat(&self.optimizer.moments()[which], 0, &mut own)?;
         self.backend.write_flat(&mut self.gradients[0], shard.start, &own)?;
         self.communicator.all_gather(&mut self.gradients[0], &self.shards)?;
+        self.communicator.wait()?;
         if let Some(values) = values {
             self.backend.read_flat(&self.gradients[0], 0, values)?;
         }
@@ -310,6 +326,7 @@ impl<B: Backend + 'static> DataParallel<B> {
             self.backend.write_flat(&mut self.gradients[0], 0, values)?;
         }
         self.communicator.broadcast(&mut self.gradients[0])?;
+        self.communicator.wait()?;
         let shard = self.optimizer.shard();
         let mut own = vec![0.0; shard.len()];
         self.backend.read_flat(&self.gradients[0], shard.start, &mut own)?;
@@ -323,6 +340,7 @@ impl<B: Backend + 'static> DataParallel<B> {
     /// Errors of the device or the other processes.
     pub fn read_gradients(&mut self, values: &mut [f32]) -> Result<()> {
         self.communicator.all_gather(&mut self.gradients[0], &self.shards)?;
+        self.communicator.wait()?;
         Ok(self.backend.read_flat(&self.gradients[0], 0, values)?)
     }
 
@@ -343,6 +361,79 @@ impl<B: Backend + 'static> DataParallel<B> {
             })
             .collect())
     }
+}
+
+/// The shape of a micro-batch and how it is computed.
+fn model_options(config: &TrainConfig, head_chunk: usize) -> (BatchShape, ModelOptions) {
+    let batch = &config.batch;
+    let shape = BatchShape { sequences: batch.micro_batch, length: batch.sequence_length };
+    let options = ModelOptions {
+        recompute: batch.recompute_activations,
+        head_chunk,
+        recompute_gates: batch.recompute_gates,
+    };
+    (shape, options)
+}
+
+/// What one process has of parameters, gradients and moments.
+struct State<F> {
+    shards: Vec<Range<usize>>,
+    parameters: F,
+    gradients: Vec<F>,
+    optimizer: Optimizer<F>,
+}
+
+impl<F> State<F> {
+    fn allocate<M: Memory<Flat = F>>(
+        memory: &mut M,
+        architecture: &Architecture,
+        config: &TrainConfig,
+        plan: &Plan,
+        rank: usize,
+        world: usize,
+    ) -> Result<Self> {
+        let layout = architecture.layout();
+        let shards = communicator::shards(layout.len(), NORM_UNIT, world);
+        let parameters = memory.flat_zeros(layout.len())?;
+        let levels = 1 + plan.groups.len().ilog2() as usize;
+        let gradients = (0..levels)
+            .map(|_| memory.flat_zeros(layout.len()))
+            .collect::<mmfree::error::Result<_>>()?;
+        let own = shards[rank].clone();
+        let optimizer = Optimizer::new(memory, &layout, &config.optimizer, own)?;
+        Ok(Self { shards, parameters, gradients, optimizer })
+    }
+}
+
+/// Counts what [`DataParallel::new`] would allocate.
+///
+/// # Errors
+/// More processes than micro-batches.
+pub(super) fn plan<M: Memory>(
+    memory: &mut M,
+    architecture: &Architecture,
+    config: &TrainConfig,
+    head_chunk: usize,
+    rank: usize,
+    world: usize,
+) -> Result<()> {
+    let groups = config.batch.reduction_groups;
+    let plan = Plan::new(config.micro_batches(), groups, rank, world)?;
+    let (shape, options) = model_options(config, head_chunk);
+    model::plan(memory, architecture, shape, &options)?;
+    State::allocate(memory, architecture, config, &plan, rank, world).map(drop)
+}
+
+/// Adds up a part of gradients of neighbouring groups, the newest last: each to the one before it, the sum to the first.
+fn add_all<B: Backend>(
+    backend: &mut B,
+    before: &mut [B::Flat],
+    newest: &B::Flat,
+    part: &Range<usize>,
+) -> mmfree::error::Result<()> {
+    let Some((into, before)) = before.split_last_mut() else { return Ok(()) };
+    backend.add_flat(newest, into, part.clone())?;
+    add_all(backend, before, into, part)
 }
 
 #[cfg(test)]

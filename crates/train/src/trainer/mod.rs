@@ -8,11 +8,13 @@ use std::time::Instant;
 mod corpus;
 mod data_parallel;
 mod guard;
+mod memory;
 mod prepare;
 mod resume;
 
 pub use corpus::Corpus;
 pub use data_parallel::{DataParallel, Plan};
+pub use memory::plan_memory;
 use mmfree::benchmark::peak_rss_bytes;
 pub use prepare::{PrepareObserver, Prepared, prepare};
 

@@ -1,11 +1,14 @@
 //! Checks of training over several processes, for any communicator.
 
+#![allow(dead_code, reason = "each test program uses its part")]
+
+use std::net::TcpListener;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::thread;
 
-use mmfree_train::architecture::Architecture;
-use mmfree_train::backend::CpuBackend;
-use mmfree_train::communicator::Communicator;
+use mmfree_train::backend::{Backend, CpuBackend};
+use mmfree_train::communicator::{Communicator, Launch, Launcher};
 use mmfree_train::config::TrainConfig;
 use mmfree_train::data::Batch;
 use mmfree_train::error::Result;
@@ -24,25 +27,20 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
 }
 
-fn config(sequences: usize, length: usize) -> TrainConfig {
-    let set = [
+fn config(sequences: usize, length: usize, set: &[&str]) -> TrainConfig {
+    let own = [
         "data.train=none".to_owned(),
         format!("batch.sequences={sequences}"),
         "batch.micro_batch=1".to_owned(),
         format!("batch.sequence_length={length}"),
     ];
-    let set: Vec<_> = set.iter().map(|text| text.parse().unwrap()).collect();
+    let set = own.iter().map(String::as_str).chain(set.iter().copied());
+    let set: Vec<_> = set.map(|text| text.parse().unwrap()).collect();
     TrainConfig::parse("test", "", &set).unwrap()
 }
 
-fn engine(
-    processes: Processes,
-    architecture: &Architecture,
-    parameters: &[f32],
-    config: &TrainConfig,
-) -> DataParallel<CpuBackend> {
-    let backend = CpuBackend::new(Some(1), None).unwrap();
-    DataParallel::new(backend, processes, architecture, config, parameters).unwrap()
+fn cpu() -> CpuBackend {
+    CpuBackend::new(Some(1), None).unwrap()
 }
 
 /// What a check came to, once all processes are done with it.
@@ -74,8 +72,9 @@ pub fn golden_gradients(processes: Processes) -> ((f64, Vec<f32>), Processes) {
             targets: range.flat_map(|at| row(at)[1..].to_vec()).collect(),
         })
     };
-    let config = config(sequences, length - 1);
-    let mut engine = engine(processes, &architecture, &parameters, &config);
+    let config = config(sequences, length - 1, &[]);
+    let mut engine =
+        DataParallel::new(cpu(), processes, &architecture, &config, &parameters).unwrap();
     let loss = engine.accumulate(&mut rows).unwrap();
     let mut found = vec![0.0; parameters.len()];
     engine.read_gradients(&mut found).unwrap();
@@ -100,12 +99,35 @@ pub type Trajectory = (Vec<[u64; 2]>, Vec<u32>);
 
 /// Loss and gradient norm of some steps on invented tokens, then the weights: as bits.
 pub fn trajectory(processes: Processes, steps: u64) -> (Trajectory, Processes) {
+    let (trajectory, _, processes) = train(cpu(), processes, 0..steps, &[], None);
+    (trajectory, processes)
+}
+
+/// Weights and moments between steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct State([Vec<f32>; 3]);
+
+/// [`trajectory`] on any backend, with further keys of the configuration, from a state on if one is given.
+pub fn train<B: Backend + 'static>(
+    backend: B,
+    processes: Box<dyn Communicator<B::Flat>>,
+    steps: Range<u64>,
+    set: &[&str],
+    from: Option<&State>,
+) -> (Trajectory, State, Box<dyn Communicator<B::Flat>>) {
     let (architecture, parameters) = weights::load(&fixture("")).unwrap();
     let (vocab_size, length) = (architecture.vocab_size() as u64, 24);
-    let config = config(8, length);
-    let mut engine = engine(processes, &architecture, &parameters, &config);
+    let config = config(8, length, set);
+    let mut engine =
+        DataParallel::new(backend, processes, &architecture, &config, &parameters).unwrap();
+    if let Some(State([parameters, first, second])) = from {
+        engine.write_parameters(parameters).unwrap();
+        for (which, moment) in [first, second].into_iter().enumerate() {
+            engine.write_moment(which, Some(moment)).unwrap();
+        }
+    }
     let mut curve = Vec::new();
-    for step in 0..steps {
+    for step in steps {
         let id = |row: usize, at: usize| {
             let number = step * 1000 + (row * 31 + at * at * (row + 1)) as u64;
             (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u32 % vocab_size as u32
@@ -123,9 +145,46 @@ pub fn trajectory(processes: Processes, steps: u64) -> (Trajectory, Processes) {
         engine.update(step + 1, rates, norm).unwrap();
         curve.push([loss.to_bits(), norm.to_bits()]);
     }
-    let mut weights = vec![0.0; engine.len()];
-    engine.read_parameters(&mut weights).unwrap();
+    let mut state = [0; 3].map(|_| vec![0.0; engine.len()]);
+    engine.read_parameters(&mut state[0]).unwrap();
+    for which in 0..2 {
+        engine.read_moment(which, Some(&mut state[1 + which])).unwrap();
+    }
     engine.communicator().barrier().unwrap();
-    let weights = weights.iter().map(|weight| weight.to_bits()).collect();
-    ((curve, weights), engine.into_communicator())
+    let weights = state[0].iter().map(|weight| weight.to_bits()).collect();
+    ((curve, weights), State(state), engine.into_communicator())
+}
+
+/// Launches as of `size` processes on this machine.
+pub fn launches(size: usize) -> Vec<Launch> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let launch = |rank| Launch {
+        launcher: Launcher::Environment,
+        rank,
+        world_size: size,
+        local_rank: rank,
+        local_world_size: Some(size),
+        master: Some(("127.0.0.1".to_owned(), port)),
+    };
+    (0..size).map(launch).collect()
+}
+
+/// Runs a function as each of several processes.
+pub fn world<T: Send>(size: usize, run: impl Fn(Launch) -> T + Sync) -> Vec<T> {
+    let run = &run;
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            launches(size).into_iter().map(|launch| scope.spawn(move || run(launch))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Compares bits, and says where the first differ.
+pub fn assert_same(found: &Trajectory, expected: &Trajectory, what: &str) {
+    for (step, (found, expected)) in found.0.iter().zip(&expected.0).enumerate() {
+        let [found, expected] = [found, expected].map(|bits| bits.map(f64::from_bits));
+        assert_eq!(found, expected, "loss and norm of step {step}, {what}");
+    }
+    let differ = found.1.iter().zip(&expected.1).position(|(a, b)| a != b);
+    assert_eq!(differ, None, "first weight that differs, {what}");
 }

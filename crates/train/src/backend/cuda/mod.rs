@@ -3,6 +3,7 @@
 //! The outputs of BitLinear layers are kept as their integer sums, rounded to bf16, with one factor `γ / s` a token.
 //! The gradient of the residual stream is kept in f32 and in bf16, as products take it.
 
+mod plan;
 mod products;
 mod tensors;
 
@@ -15,17 +16,18 @@ use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::{Buffer, Device};
 use mmfree_kernels::training::{NormBackward, Recurrence, Training, View, ViewMut};
 
+pub use self::plan::CudaPlan;
+use self::plan::{Lengths, weight_places};
 use self::products::{Norms, Scratch, check_kinds};
 pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
 use self::tensors::{flat_view, flat_view_mut, rows_by_token};
 use super::{
-    AdamW, AttentionShape, Backend, BatchShape, Head, Norm, Parameters, Precision, Projection,
+    AdamW, AttentionShape, Backend, BatchShape, Head, Memory, Norm, Parameters, Precision,
+    Projection,
 };
 
 /// Layers that can share an input.
 const MAX_SHARED: usize = 3;
-/// Weights of a projection begin at multiples of so many elements, as fast products want it.
-const WEIGHT_ALIGNMENT: usize = 128;
 /// Tokens whose logits exist at a time.
 const HEAD_CHUNK: usize = 2048;
 
@@ -70,6 +72,14 @@ impl CudaBackend {
         })
     }
 
+    /// How many GPUs there are.
+    ///
+    /// # Errors
+    /// No driver.
+    pub fn devices() -> Result<usize> {
+        Ok(Device::count()?)
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
@@ -98,18 +108,87 @@ impl CudaBackend {
     }
 }
 
-impl Backend for CudaBackend {
+impl Memory for CudaBackend {
     type Flat = Buffer<f32>;
     type Tensor = CudaTensor;
     type Tokens = CudaTokens;
     type Weights = CudaWeights;
 
+    fn flat_zeros(&mut self, len: usize) -> Result<Buffer<f32>> {
+        Ok(Buffer::zeros(&self.device, len)?)
+    }
+
+    fn tensor(&mut self, len: usize, precision: Precision) -> Result<CudaTensor> {
+        CudaTensor::new(&self.device, len, precision == Precision::Full, 0)
+    }
+
+    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<CudaTensor> {
+        CudaTensor::new(&self.device, rows * width, false, rows)
+    }
+
+    fn clear(&mut self, tensor: &mut CudaTensor) -> Result<()> {
+        tensor.half.clear()?;
+        if let Some(full) = &mut tensor.full {
+            full.clear()?;
+        }
+        Ok(())
+    }
+
+    fn tokens(&mut self, len: usize) -> Result<CudaTokens> {
+        Ok(CudaTokens {
+            len,
+            ids: Buffer::zeros(&self.device, len)?,
+            order: Buffer::zeros(&self.device, len)?,
+            starts: Buffer::zeros(&self.device, len + 1)?,
+            distinct: 0,
+        })
+    }
+
+    fn weights(&mut self, projections: &[Projection]) -> Result<CudaWeights> {
+        let (starts, len) = weight_places(projections);
+        Ok(CudaWeights {
+            values: Buffer::zeros(&self.device, len)?,
+            starts,
+            gammas: Buffer::zeros(&self.device, projections.len())?,
+        })
+    }
+
+    fn reserve(
+        &mut self,
+        projections: &[Projection],
+        shape: BatchShape,
+        head: &Head,
+        attention: Option<AttentionShape>,
+    ) -> Result<()> {
+        let lengths = Lengths::new(projections, shape, head, attention);
+        let scratch = &mut self.scratch;
+        for (buffers, lengths) in
+            [(&mut scratch.operands, lengths.operands), (&mut scratch.d_operands, lengths.operands)]
+        {
+            for (buffer, len) in buffers.iter_mut().zip(lengths) {
+                buffer.reserve(len)?;
+            }
+        }
+        self.product.reserve(lengths.product)?;
+        self.factors.reserve(lengths.factors)?;
+        self.logits.reserve(lengths.logits)?;
+        self.d_logits.reserve(lengths.logits)?;
+        self.losses.reserve(lengths.losses)?;
+        Ok(self.ops.reserve(&lengths.operations)?)
+    }
+}
+
+impl Backend for CudaBackend {
     fn describe(&self) -> String {
         format!("cuda:{} {}, bf16 with f32 sums", self.device.ordinal(), self.device.name())
     }
 
     fn head_chunk(&self) -> usize {
         HEAD_CHUNK
+    }
+
+    fn device_bytes(&self) -> Result<Option<(usize, usize)>> {
+        Ok(Some(self.device.memory()?))
     }
 
     fn peak_device_bytes(&self) -> Option<usize> {
@@ -132,10 +211,6 @@ impl Backend for CudaBackend {
         Ok(Buffer::from_slice(&self.device, values)?)
     }
 
-    fn flat_zeros(&mut self, len: usize) -> Result<Buffer<f32>> {
-        Ok(Buffer::zeros(&self.device, len)?)
-    }
-
     fn read_flat(&mut self, flat: &Buffer<f32>, from: usize, values: &mut [f32]) -> Result<()> {
         Ok(flat.read(from, values)?)
     }
@@ -148,24 +223,13 @@ impl Backend for CudaBackend {
         Ok(flat.clear_range(range)?)
     }
 
-    fn add_flat(&mut self, from: &Buffer<f32>, into: &mut Buffer<f32>, len: usize) -> Result<()> {
-        Ok(self.ops.add(View::new(from, 0, len), ViewMut::new(into, 0, len))?)
-    }
-
-    fn tensor(&mut self, len: usize, precision: Precision) -> Result<CudaTensor> {
-        CudaTensor::new(&self.device, len, precision == Precision::Full, 0)
-    }
-
-    fn product_tensor(&mut self, rows: usize, width: usize) -> Result<CudaTensor> {
-        CudaTensor::new(&self.device, rows * width, false, rows)
-    }
-
-    fn clear(&mut self, tensor: &mut CudaTensor) -> Result<()> {
-        tensor.half.clear()?;
-        if let Some(full) = &mut tensor.full {
-            full.clear()?;
-        }
-        Ok(())
+    fn add_flat(
+        &mut self,
+        from: &Buffer<f32>,
+        into: &mut Buffer<f32>,
+        range: Range<usize>,
+    ) -> Result<()> {
+        Ok(self.ops.add(flat_view(from, &range), flat_view_mut(into, &range))?)
     }
 
     fn read(&mut self, tensor: &CudaTensor, values: &mut [f32]) -> Result<()> {
@@ -189,16 +253,6 @@ impl Backend for CudaBackend {
         Ok(())
     }
 
-    fn tokens(&mut self, len: usize) -> Result<CudaTokens> {
-        Ok(CudaTokens {
-            len,
-            ids: Buffer::zeros(&self.device, len)?,
-            order: Buffer::zeros(&self.device, len)?,
-            starts: Buffer::zeros(&self.device, len + 1)?,
-            distinct: 0,
-        })
-    }
-
     fn write_tokens(&mut self, tokens: &mut CudaTokens, ids: &[u32]) -> Result<()> {
         let (order, starts) = rows_by_token(ids);
         tokens.ids.write(0, ids)?;
@@ -206,52 +260,6 @@ impl Backend for CudaBackend {
         tokens.starts.write(0, &starts)?;
         tokens.distinct = starts.len() - 1;
         Ok(())
-    }
-
-    fn weights(&mut self, projections: &[Projection]) -> Result<CudaWeights> {
-        let mut end = 0;
-        let starts = projections
-            .iter()
-            .map(|projection| {
-                let start = end;
-                end += projection.weight.len().next_multiple_of(WEIGHT_ALIGNMENT);
-                start
-            })
-            .collect();
-        Ok(CudaWeights {
-            values: Buffer::zeros(&self.device, end)?,
-            starts,
-            gammas: Buffer::zeros(&self.device, projections.len())?,
-        })
-    }
-
-    fn reserve(
-        &mut self,
-        projections: &[Projection],
-        shape: BatchShape,
-        head: &Head,
-    ) -> Result<()> {
-        let tokens = shape.tokens();
-        let width = head.projection.inputs;
-        let blocks = || projections.iter().filter(|p| p.index != head.projection.index);
-        let widest = blocks().map(|p| p.inputs).max().unwrap_or(width).max(width);
-        for (j, (operand, d_operand)) in
-            self.scratch.operands.iter_mut().zip(&mut self.scratch.d_operands).enumerate()
-        {
-            // Only layers on the residual stream share an input, and only BitLinear layers need one each.
-            let shared = blocks().any(|p| p.inner_norm.is_some());
-            let len = if j == 0 { tokens * widest } else { tokens * width };
-            if j == 0 || shared {
-                operand.reserve(len)?;
-                d_operand.reserve(len)?;
-            }
-        }
-        self.product.reserve(tokens * width)?;
-        self.factors.reserve(tokens)?;
-        self.logits.reserve(head.chunk * head.projection.outputs)?;
-        self.d_logits.reserve(head.chunk * head.projection.outputs)?;
-        self.losses.reserve(head.chunk)?;
-        Ok(self.ops.reserve(widest, shape.sequences, shape.length)?)
     }
 
     fn prepare(

@@ -1,0 +1,135 @@
+//! GPUs joined by NCCL, one of each process.
+//!
+//! The processes find each other as they do on CPUs. That exchange hands round NCCL's unique id and carries what the
+//! host has to say; flat buffers go from GPU to GPU.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use mmfree_kernels::cuda::{Buffer, CudaError, Device};
+use mmfree_kernels::training::{GpuGroup, UniqueId};
+
+use super::Communicator;
+use crate::error::{Error, Result};
+
+/// How often the end of an exchange is looked for, and the other processes.
+const TICK: Duration = Duration::from_micros(20);
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Most processes whose exchanges go part by part. A part lies in few shards, so that few processes receive it, from all
+/// others: that takes (P - 1) times what it does to exchange everything at once at the end.
+const MAX_OVERLAPPING: usize = 8;
+
+/// GPUs joined by NCCL, one of each process.
+pub struct Nccl {
+    /// Dropped first: the others notice before this process leaves the group.
+    host: Box<dyn Communicator<Vec<f32>>>,
+    group: GpuGroup,
+}
+
+impl Nccl {
+    /// Joins the GPUs of processes that have found each other as `host`. Every process calls this.
+    ///
+    /// # Errors
+    /// No NCCL, a process that is gone, two processes with one GPU.
+    pub fn join(device: &Arc<Device>, mut host: Box<dyn Communicator<Vec<f32>>>) -> Result<Self> {
+        let (rank, world_size) = (host.rank(), host.world_size());
+        let uuid = device.uuid().map_err(failed)?;
+        let uuids = host.gather_bytes(uuid.as_bytes())?;
+        if let Some([first, second]) = same(&uuids) {
+            return Err(Error::Communication(format!(
+                "processes {first} and {second} both have the GPU {}: each needs its own; start fewer processes on \
+                 that machine",
+                String::from_utf8_lossy(&uuids[first])
+            )));
+        }
+        let own = GpuGroup::unique_id().map_err(failed)?;
+        let ids = host.gather_bytes(&own)?;
+        let id: UniqueId = ids[0].as_slice().try_into().map_err(|_| {
+            Error::Communication("process 0 sent something else than an id of NCCL".to_owned())
+        })?;
+        let group = GpuGroup::join(device, id, rank, world_size).map_err(failed)?;
+        Ok(Self { host, group })
+    }
+}
+
+/// The first two that are the same.
+fn same(all: &[Vec<u8>]) -> Option<[usize; 2]> {
+    let before = |second: usize| all[..second].iter().position(|first| *first == all[second]);
+    (0..all.len()).find_map(|second| Some([before(second)?, second]))
+}
+
+fn failed(error: CudaError) -> Error {
+    Error::Communication(error.to_string())
+}
+
+impl Communicator<Buffer<f32>> for Nccl {
+    fn rank(&self) -> usize {
+        self.host.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.host.world_size()
+    }
+
+    fn describe(&self) -> String {
+        format!("{}, gradients over NCCL {}", self.host.describe(), self.group.version())
+    }
+
+    fn overlaps(&self) -> bool {
+        self.host.world_size() <= MAX_OVERLAPPING
+    }
+
+    fn reduce_scatter(&mut self, buffer: &mut Buffer<f32>, shards: &[Range<usize>]) -> Result<()> {
+        self.group.reduce_scatter(buffer, shards).map_err(failed)
+    }
+
+    fn all_gather(&mut self, buffer: &mut Buffer<f32>, shards: &[Range<usize>]) -> Result<()> {
+        self.group.all_gather(buffer, shards).map_err(failed)
+    }
+
+    fn broadcast(&mut self, buffer: &mut Buffer<f32>) -> Result<()> {
+        self.group.broadcast(buffer).map_err(failed)
+    }
+
+    /// NCCL itself waits for a lost process for ever: this looks for it meanwhile.
+    fn wait(&mut self) -> Result<()> {
+        self.group.join_device().map_err(failed)?;
+        let mut looked = Instant::now();
+        while !self.group.is_done().map_err(failed)? {
+            if looked.elapsed() > LOOK {
+                self.host.check()?;
+                looked = Instant::now();
+            }
+            thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<()> {
+        self.host.check()
+    }
+
+    fn gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+        self.host.gather_bytes(bytes)
+    }
+
+    fn finish(&mut self) {
+        self.group.finish();
+        self.host.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gpu_with_two_processes_is_found() {
+        let all = |names: &[&str]| names.iter().map(|n| n.as_bytes().to_vec()).collect::<Vec<_>>();
+        assert_eq!(same(&all(&["a", "b", "c"])), None);
+        assert_eq!(same(&all(&["a", "b", "c", "b"])), Some([1, 3]));
+    }
+}
