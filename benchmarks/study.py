@@ -168,7 +168,8 @@ class Study:
                 done.result()
 
 
-def rates(text):
+def parse_rates(text):
+    """Rates by architecture, as --rates has them."""
     found = {name: float(rate) for name, rate in (part.split("=") for part in text.split(","))}
     if set(found) != set(RATES):
         raise argparse.ArgumentTypeError(f"expected a rate for each of {', '.join(RATES)}")
@@ -183,7 +184,7 @@ def main():
     parser.add_argument("--out", default=Path("study"), type=Path)
     parser.add_argument("--devices", default="0", type=lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--sizes", default=list(SIZES), type=lambda text: text.split(","), help="the smallest first")
-    parser.add_argument("--rates", type=rates, help="matmul-free=X,transformer++=Y: of the smallest size, not searched")
+    parser.add_argument("--rates", type=parse_rates, help="matmul-free=X,transformer++=Y: of the smallest size, not searched")
     parser.add_argument("--tokens", default=150e6, type=float, help="of each run")
     parser.add_argument("--limit", default=1000, type=int, help="items of each task")
     parser.add_argument("--threads", default=16, type=int, help="of one evaluation")
