@@ -138,6 +138,9 @@ fn a_transformer_is_judged_by_its_own_forward_pass() {
         }
     }
     fail(&["pack", model, "-o", packed, "--format", "tq2_0"], &["Transformer++", "f16"]);
+    // Named after its source, unless told otherwise.
+    let name = directory.path().file_name().unwrap().as_encoded_bytes();
+    assert!(fs::read(packed).unwrap().windows(name.len()).any(|bytes| bytes == name));
     let weights = directory.path().join("model.safetensors");
     for (source, output) in [(model, weights.to_str().unwrap()), (packed, packed)] {
         fail(&["pack", source, "-o", output], &["is a file of the model"]);

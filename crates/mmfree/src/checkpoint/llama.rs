@@ -12,6 +12,7 @@ use mmfree_kernels::memory::Bytes;
 
 use super::gguf::read;
 use super::gguf::write::{HeaderWriter, NewTensor};
+use super::pack::{output_is_source, put_name};
 use super::packed::{self, Demand, Metadata, check_tensors, key};
 use super::tokenizer::TokenizerFiles;
 use super::{Encoding, FileSlice, FloatType, FullPrecision, StoredTensor, gguf};
@@ -137,13 +138,14 @@ fn config(metadata: &Metadata<'_>) -> Result<TransformerConfig> {
     Err(Error::Config { file: metadata.file.file.to_string(), problems })
 }
 
-/// Writes a Transformer++ as one GGUF file, tokenizer included. `float` is the type of its matrices, by default
-/// that of the source; norms are F32, as llama.cpp wants them. Memory: one tensor at a time.
+/// Writes a Transformer++ as one GGUF file, tokenizer included. `float` is the type of its matrices, `name` that of
+/// the model, by default those of the source; norms are F32, as llama.cpp wants them. Memory: one tensor at a time.
 /// `progress(done, total)` is called with elements.
 ///
 /// # Errors
-/// A checkpoint that is no Transformer++ or does not fit its configuration; an output that belongs to it; weights that are NaN or infinite, also
-/// after rounding; errors of writing. Nothing is left under the name then, or the old file.
+/// A checkpoint that is no Transformer++ or does not fit its configuration; an output that belongs to it; weights
+/// that are NaN or infinite, also after rounding; errors of writing. Nothing is left under the name then, or the
+/// old file.
 pub fn pack_transformer(
     model: &Path,
     output: &Path,
@@ -173,9 +175,7 @@ pub fn pack_transformer(
     let matrices = planned.iter().map(|(float, _)| *float).find(|&float| float != FloatType::F32);
     let mut header = HeaderWriter::new();
     header.text(key::ARCHITECTURE, ARCHITECTURE);
-    if let Some(name) = name {
-        header.text(key::NAME, name);
-    }
+    put_name(&mut header, name, model);
     let file_type = FILE_TYPES.iter().find(|(float, _)| Some(*float) == matrices);
     header.u32(key::FILE_TYPE, file_type.map_or(0, |(_, number)| *number));
     put_config(&mut header, &config);
@@ -215,7 +215,7 @@ fn refuse_source(model: &Path, output: &Path) -> Result<()> {
     let model = fs::canonicalize(model).unwrap_or_else(|_| model.to_owned());
     let is_beside = output.parent() == Some(&model);
     if output == model || is_beside && output.extension().is_none_or(|end| end != "gguf") {
-        return Err(super::pack::output_is_source(&output));
+        return Err(output_is_source(&output));
     }
     Ok(())
 }

@@ -153,13 +153,7 @@ fn plan(
 fn header(checkpoint: &Checkpoint, options: &PackOptions) -> Result<HeaderWriter> {
     let mut header = HeaderWriter::new();
     header.text(key::ARCHITECTURE, ARCHITECTURE);
-    let name = options.name.clone().or_else(|| {
-        let path = fs::canonicalize(checkpoint.label()).ok()?;
-        Some(path.file_stem()?.to_string_lossy().into_owned())
-    });
-    if let Some(name) = name {
-        header.text(key::NAME, &name);
-    }
+    put_name(&mut header, options.name.as_deref(), Path::new(checkpoint.label()));
     header.u32(
         key::FILE_TYPE,
         match options.format {
@@ -171,6 +165,17 @@ fn header(checkpoint: &Checkpoint, options: &PackOptions) -> Result<HeaderWriter
     put_config(&mut header, checkpoint.config());
     checkpoint.tokenizer.put(&mut header)?;
     Ok(header)
+}
+
+/// Writes the model's name, by default that of its source.
+pub(super) fn put_name(header: &mut HeaderWriter, name: Option<&str>, source: &Path) {
+    let of_source = || {
+        let path = fs::canonicalize(source).ok()?;
+        Some(path.file_stem()?.to_string_lossy().into_owned())
+    };
+    if let Some(name) = name.map(str::to_owned).or_else(of_source) {
+        header.text(key::NAME, &name);
+    }
 }
 
 struct Packer<'a> {
