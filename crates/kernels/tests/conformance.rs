@@ -91,6 +91,16 @@ fn products_are_exact_at_awkward_shapes() {
         (33, 515, 257),
         (64, 520, 1030),
         (65, 16, 1030),
+        // Tiles of tokens (16), of inputs (64), blocks of inputs (640) and groups of panels (32 and 64 rows).
+        (5, 65, 640),
+        (6, 129, 641),
+        (15, 64, 704),
+        (17, 33, 639),
+        (31, 47, 1281),
+        (49, 32, 64),
+        (100, 1000, 1344),
+        // Two blocks of tokens.
+        (40, 16, 60_000),
         (33, 6000, 33),
     ] {
         check_product(m, n, k, |random| {
@@ -103,7 +113,7 @@ fn products_are_exact_at_awkward_shapes() {
 /// The largest sums that activations and trits can make must not overflow on the way.
 #[test]
 fn products_are_exact_at_the_extremes() {
-    for m in [1, 4, 12, 33] {
+    for m in [1, 4, 12, 24, 33] {
         for sign in [1i8, -1] {
             check_product(m, 520, 1300, |_| (127 * sign, 1));
             check_product(m, 520, 1300, |_| (127 * sign, -1));
@@ -124,7 +134,7 @@ fn several_products_in_one_call_equal_one_after_the_other() {
             TernaryMatrix::from_trits(&arena, Layout::Base3, n, k, 0.25, &trits).expect("packs")
         })
         .collect();
-    for m in [1, 3, 40] {
+    for m in [1, 3, 9, 40] {
         let inputs: Vec<_> = shapes
             .iter()
             .map(|&(_, k)| {
