@@ -168,7 +168,9 @@ mod tiles {
             // SAFETY: register 0 exists wherever the instruction does.
             unsafe { _xgetbv(0) }
         }
-        let has_features = __cpuid_count(7, 0).edx & FEATURES == FEATURES;
+        #[allow(unused_unsafe)] // Safe since Rust 1.93.
+        // SAFETY: leaf 7 exists, by the demand above.
+        let has_features = unsafe { __cpuid_count(7, 0) }.edx & FEATURES == FEATURES;
         // SAFETY: the system has enabled XGETBV, by the demand above.
         has_features && unsafe { enabled_states() } & STATES == STATES
     }

@@ -11,11 +11,14 @@
 //! does every field of a panel's code word: a word is unpacked into four rows of B, by one instruction each.
 //!
 //! ```text
-//! for each group of panels:
-//!   for each block of inputs:
-//!     unpack the panels' words          into the first cache level
-//!     for each strip of tokens:         four tiles of sums: two of tokens by two panels, or one by four
-//!       add the block's products
+//! for each eight panels:
+//!   for each group of panels:
+//!     for each block of inputs:
+//!       unpack the panels' words        into the first cache level
+//!       for each strip of tokens:       four tiles of sums: two of tokens by two panels, or one by four
+//!         add the block's products
+//!   for each token:
+//!     write the outputs
 //! ```
 
 use std::arch::asm;
@@ -46,13 +49,18 @@ const SUM_TILES: usize = 4;
 const BLOCK_WORDS: usize = 40;
 /// Bytes of activations that are kept in the second cache level while all weights pass, at most.
 const TOKENS_BYTES: usize = 3 << 19;
-/// Products of a task, at least: threads finish together, and starting a task costs little beside it.
+/// Panels whose outputs are written together. Those of one token lie side by side, those of different tokens
+/// a multiple of 4 KiB apart: written one by one, almost each costs a miss in the cache and the page table.
+const WIDE_PANELS: usize = 8;
+/// Products of a task, at least: starting one costs little beside it.
 const TASK_PRODUCTS: usize = 2 << 20;
 
 /// The four rows of B that a word of a panel makes.
 type WordRows = [PanelVector; 4];
 /// `[token][output]`.
 type SumTile = [[i32; PANEL_ROWS]; TILE_TOKENS];
+/// `[tile of tokens][panel of the group]`.
+type StripSums = [SumTile; SUM_TILES];
 
 /// One product.
 struct Job<'a> {
@@ -89,8 +97,10 @@ pub(super) fn multiply(
         let token_blocks = tokens.div_ceil(most_tokens);
         let block_tokens = tokens.div_ceil(token_blocks);
         let group_panels = SUM_TILES / strip_tiles(block_tokens);
-        let group_products = group_panels * PANEL_ROWS * inputs * block_tokens;
-        let task_panels = TASK_PRODUCTS.div_ceil(group_products) * group_panels;
+        let products = panels * PANEL_ROWS * inputs * block_tokens;
+        let tasks_wanted = (products / TASK_PRODUCTS).clamp(1, panels.div_ceil(WIDE_PANELS));
+        let equal = panels.div_ceil(tasks_wanted.next_multiple_of(pool.threads()));
+        let task_panels = equal.next_multiple_of(group_panels);
         bytes = bytes.max(Buffers::sizes(block_tokens).iter().sum());
         *job = Some(Job {
             weights: product.weights,
@@ -116,8 +126,8 @@ pub(super) fn multiply(
 struct Buffers<'a> {
     /// Unpacked words of a group and block, `[tile][panel][word]`.
     weights: &'a mut [WordRows],
-    /// `[strip][tile]`: sums between two blocks of inputs.
-    sums: &'a mut [[SumTile; SUM_TILES]],
+    /// Of panels whose outputs are written together, `[group][strip]`.
+    sums: &'a mut [StripSums],
     /// What turns the sums of a token into its outputs.
     factors: &'a mut [f32],
 }
@@ -130,7 +140,7 @@ impl<'a> Buffers<'a> {
         let strips = tokens.div_ceil(tiles * TILE_TOKENS);
         [
             words * size_of::<WordRows>(),
-            strips * size_of::<[SumTile; SUM_TILES]>(),
+            WIDE_PANELS * tiles * strips * size_of::<SumTile>(),
             tokens * size_of::<f32>(),
         ]
     }
@@ -174,77 +184,111 @@ impl Job<'_> {
         panels: Range<usize>,
         buffers: Buffers<'_>,
     ) {
-        let group_panels = SUM_TILES / TILES;
         let Buffers { weights, sums, factors } = buffers;
         for (factor, token) in factors.iter_mut().zip(tokens.clone()) {
             *factor = self.weights.scale() / self.input.scale(token);
         }
-        // A tile of tokens that would reach beyond the last one begins earlier and computes some again.
-        let tile_tokens = TILE_TOKENS.min(tokens.len());
-        let strips = tokens.len().div_ceil(TILES * TILE_TOKENS);
-        let last_tile = tokens.end - tile_tokens;
-        let tile_start = |tile: usize| (tokens.start + tile * TILE_TOKENS).min(last_tile);
-        let words = self.weights.words();
-        let _tiles = Tiles::configure::<TILES>(tile_tokens as u8);
-        for group in panels.clone().step_by(group_panels) {
-            let group = group..panels.end.min(group + group_panels);
-            for first_word in (0..words).step_by(BLOCK_WORDS) {
-                let block = first_word..words.min(first_word + BLOCK_WORDS);
-                for (at, panel) in group.clone().enumerate() {
-                    let units = self.weights.panel(panel);
-                    let layout = self.weights.layout();
-                    unpack(layout, units, block.clone(), weights, at, group_panels);
-                }
-                for strip in 0..strips {
-                    let starts: [usize; TILES] =
-                        std::array::from_fn(|tile| tile_start(TILES * strip + tile));
-                    let inputs = starts
-                        .map(|token| &self.input.padded_row(token)[first_word * WORD_TRITS..]);
-                    let sums = &mut sums[if words > BLOCK_WORDS { strip } else { 0 }];
-                    // SAFETY: the tiles are configured for these shapes. A block of inputs of
-                    // `tile_tokens` rows, `stride` bytes apart, lies inside the activations: rows are padded
-                    // to whole tiles.
-                    unsafe {
-                        multiply_strip(
-                            inputs,
-                            self.input.stride(),
-                            weights,
-                            block.len().div_ceil(TILE_WORDS),
-                            sums,
-                            first_word == 0,
-                        );
-                    }
-                    if block.end == words {
-                        for (tile, sums) in sums.iter().enumerate() {
-                            let start = starts[tile / group_panels];
-                            let panel = group.start + tile % group_panels;
-                            if panel < group.end {
-                                let factors = &factors[start - tokens.start..][..tile_tokens];
-                                self.write_outputs(panel, start, sums, factors);
-                            }
-                        }
-                    }
-                }
+        let strips = Strips::<TILES>::new(tokens);
+        let _tiles = Tiles::configure::<TILES>(strips.tile_tokens as u8);
+        for first in panels.clone().step_by(WIDE_PANELS) {
+            let wide = first..panels.end.min(first + WIDE_PANELS);
+            let groups = wide.clone().step_by(Strips::<TILES>::PANELS);
+            for (group, sums) in groups.zip(sums.chunks_exact_mut(strips.count)) {
+                let group = group..wide.end.min(group + Strips::<TILES>::PANELS);
+                self.multiply_group(&strips, group, weights, sums);
+            }
+            self.write_outputs(&strips, wide, sums, factors);
+        }
+    }
+
+    /// The sums of a group of panels, `[strip][tile]`.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vbmi,gfni")]
+    #[inline]
+    fn multiply_group<const TILES: usize>(
+        &self,
+        strips: &Strips<TILES>,
+        group: Range<usize>,
+        weights: &mut [WordRows],
+        sums: &mut [StripSums],
+    ) {
+        let (layout, words) = (self.weights.layout(), self.weights.words());
+        for first in (0..words).step_by(BLOCK_WORDS) {
+            let block = first..words.min(first + BLOCK_WORDS);
+            for (at, panel) in group.clone().enumerate() {
+                let units = self.weights.panel(panel);
+                unpack(layout, units, block.clone(), weights, at, Strips::<TILES>::PANELS);
+            }
+            for (strip, sums) in sums.iter_mut().enumerate() {
+                let inputs = std::array::from_fn(|tile| {
+                    let token = strips.first_token(TILES * strip + tile);
+                    &self.input.padded_row(token)[first * WORD_TRITS..]
+                });
+                let (stride, tiles) = (self.input.stride(), block.len().div_ceil(TILE_WORDS));
+                // SAFETY: the registers are configured for these strips. The tokens of their tiles exist, and
+                // rows of activations are padded to whole tiles.
+                unsafe {
+                    multiply_strip::<TILES>(inputs, stride, weights, tiles, sums, first == 0)
+                };
             }
         }
     }
 
-    /// `y = sum · (γ / s)` for a panel and a tile of tokens.
+    /// `y = sum · (γ / s)` for some panels, whose sums are `[group][strip][tile]`.
     #[target_feature(enable = "avx512f")]
     #[inline]
-    fn write_outputs(&self, panel: usize, first_token: usize, sums: &SumTile, factors: &[f32]) {
+    fn write_outputs<const TILES: usize>(
+        &self,
+        strips: &Strips<TILES>,
+        panels: Range<usize>,
+        sums: &[StripSums],
+        factors: &[f32],
+    ) {
         let rows = self.weights.rows();
-        let row = panel * PANEL_ROWS;
-        let count = PANEL_ROWS.min(rows - row);
-        let mask = (u32::MAX >> (32 - count)) as __mmask16;
-        for ((token, sums), &factor) in (first_token..).zip(sums).zip(factors) {
+        let row = panels.start * PANEL_ROWS;
+        let count = (panels.len() * PANEL_ROWS).min(rows - row);
+        for (token, &factor) in strips.tokens.clone().zip(factors) {
             // SAFETY: tasks have disjoint tokens or disjoint panels, so these outputs are written by this task
             // alone, and `multiply` holds the output borrowed until all tasks are done.
             let output = unsafe { self.output.slice(token * rows + row, count) };
-            let y = _mm512_mul_ps(_mm512_cvtepi32_ps(load(sums)), _mm512_set1_ps(factor));
-            // SAFETY: the mask leaves as many lanes as there are outputs.
-            unsafe { _mm512_mask_storeu_ps(output.as_mut_ptr(), mask, y) };
+            let tile = (token - strips.tokens.start) / TILE_TOKENS;
+            let token = token - strips.first_token(tile);
+            for (panel, output) in output.chunks_mut(PANEL_ROWS).enumerate() {
+                let (group, panel) =
+                    (panel / Strips::<TILES>::PANELS, panel % Strips::<TILES>::PANELS);
+                let strip = &sums[group * strips.count + tile / TILES];
+                let sums = &strip[tile % TILES * Strips::<TILES>::PANELS + panel][token];
+                let y = _mm512_mul_ps(_mm512_cvtepi32_ps(load(sums)), _mm512_set1_ps(factor));
+                let mask = (u32::MAX >> (32 - output.len())) as __mmask16;
+                // SAFETY: the mask leaves as many lanes as there are outputs.
+                unsafe { _mm512_mask_storeu_ps(output.as_mut_ptr(), mask, y) };
+            }
         }
+    }
+}
+
+/// Some tokens, cut into strips of `TILES` tiles.
+struct Strips<const TILES: usize> {
+    tokens: Range<usize>,
+    count: usize,
+    /// Sixteen, or all tokens if there are fewer.
+    tile_tokens: usize,
+}
+
+impl<const TILES: usize> Strips<TILES> {
+    /// Panels of a group, which a strip meets at once.
+    const PANELS: usize = SUM_TILES / TILES;
+
+    fn new(tokens: Range<usize>) -> Self {
+        let count = tokens.len().div_ceil(TILES * TILE_TOKENS);
+        let tile_tokens = TILE_TOKENS.min(tokens.len());
+        Self { tokens, count, tile_tokens }
+    }
+
+    /// Where a tile begins. One that would reach beyond the last token begins earlier, and computes some
+    /// tokens again.
+    #[inline(always)]
+    fn first_token(&self, tile: usize) -> usize {
+        (self.tokens.start + tile * TILE_TOKENS).min(self.tokens.end - self.tile_tokens)
     }
 }
 
@@ -378,7 +422,7 @@ unsafe fn multiply_strip<const TILES: usize>(
     stride: usize,
     weights: &[WordRows],
     tiles: usize,
-    sums: &mut [SumTile; SUM_TILES],
+    sums: &mut StripSums,
     initial: bool,
 ) {
     assert!(tiles > 0 && weights.len() >= tiles * TILE_WORDS * SUM_TILES / TILES);
@@ -425,12 +469,12 @@ unsafe fn multiply_strip<const TILES: usize>(
         if TILES == 2 {
             block!(
                 [
-                    "tileloadd tmm4, [{first} + {stride}]",
+                    "tileloaddt1 tmm4, [{first} + {stride}]",
                     "tileloadd tmm6, [{weights} + {row}]",
                     "tdpbssd tmm0, tmm4, tmm6",
                     "tileloadd tmm7, [{weights} + {row} + 1024]",
                     "tdpbssd tmm1, tmm4, tmm7",
-                    "tileloadd tmm5, [{second} + {stride}]",
+                    "tileloaddt1 tmm5, [{second} + {stride}]",
                     "tdpbssd tmm2, tmm5, tmm6",
                     "tdpbssd tmm3, tmm5, tmm7",
                     "add {first}, 64",
@@ -443,7 +487,7 @@ unsafe fn multiply_strip<const TILES: usize>(
         } else {
             block!(
                 [
-                    "tileloadd tmm4, [{first} + {stride}]",
+                    "tileloaddt1 tmm4, [{first} + {stride}]",
                     "tileloadd tmm5, [{weights} + {row}]",
                     "tdpbssd tmm0, tmm4, tmm5",
                     "tileloadd tmm6, [{weights} + {row} + 1024]",
