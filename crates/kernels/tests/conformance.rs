@@ -91,9 +91,10 @@ fn products_are_exact_at_awkward_shapes() {
         (33, 515, 257),
         (64, 520, 1030),
         (65, 16, 1030),
-        // Tiles of tokens (16), of inputs (64), blocks of inputs (640) and groups of panels (32 and 64 rows).
+        // Tiles of tokens (16), of inputs (64), blocks of inputs (320 or 640) and groups of panels (32 and 64 rows).
+        (4, 33, 320),
         (5, 65, 640),
-        (6, 129, 641),
+        (9, 129, 321),
         (15, 64, 704),
         (17, 33, 639),
         (31, 47, 1281),

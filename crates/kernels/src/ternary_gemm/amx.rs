@@ -35,7 +35,7 @@ use crate::ternary::base3::{CORRECTIONS, GROUP_UNITS, GROUP_WORDS, QUADS};
 use crate::ternary::{Layout, PANEL_ROWS, PanelVector, TernaryMatrix, WORD_TRITS};
 
 /// Fewer tokens than this are multiplied faster by dot products (measured).
-pub(super) const MIN_TOKENS: usize = 5;
+pub(super) const MIN_TOKENS: usize = 4;
 /// Tokens of a tile.
 const TILE_TOKENS: usize = 16;
 /// Words of a row that fill a tile of weights.
@@ -44,9 +44,9 @@ const TILE_WORDS: usize = 4;
 const TILE_ROW: usize = 64;
 /// Tiles of sums.
 const SUM_TILES: usize = 4;
-/// Words of a block of inputs: whole groups of base 3 and whole tiles, and few enough that the activations
-/// of a strip and the weights of a group stay in the first cache level together.
-const BLOCK_WORDS: usize = 40;
+/// Words of a block of inputs and of a tile of tokens in a strip: whole groups of base 3 and whole tiles, and
+/// few enough that a group's weights stay in the first cache level beside a strip's activations (measured).
+const BLOCK_WORDS: usize = 20;
 /// Bytes of activations that are kept in the second cache level while all weights pass, at most.
 const TOKENS_BYTES: usize = 3 << 19;
 /// Panels whose outputs are written together. Those of one token lie side by side, those of different tokens
@@ -136,10 +136,9 @@ impl<'a> Buffers<'a> {
     /// Bytes of the parts, for the tokens of a block.
     fn sizes(tokens: usize) -> [usize; 3] {
         let tiles = strip_tiles(tokens);
-        let words = BLOCK_WORDS * SUM_TILES / tiles;
         let strips = tokens.div_ceil(tiles * TILE_TOKENS);
         [
-            words * size_of::<WordRows>(),
+            BLOCK_WORDS * SUM_TILES * size_of::<WordRows>(),
             WIDE_PANELS * tiles * strips * size_of::<SumTile>(),
             tokens * size_of::<f32>(),
         ]
@@ -212,8 +211,8 @@ impl Job<'_> {
         sums: &mut [StripSums],
     ) {
         let (layout, words) = (self.weights.layout(), self.weights.words());
-        for first in (0..words).step_by(BLOCK_WORDS) {
-            let block = first..words.min(first + BLOCK_WORDS);
+        for first in (0..words).step_by(TILES * BLOCK_WORDS) {
+            let block = first..words.min(first + TILES * BLOCK_WORDS);
             for (at, panel) in group.clone().enumerate() {
                 let units = self.weights.panel(panel);
                 unpack(layout, units, block.clone(), weights, at, Strips::<TILES>::PANELS);
