@@ -218,10 +218,12 @@ impl Job<'_> {
                 unpack(layout, units, block.clone(), weights, at, Strips::<TILES>::PANELS);
             }
             for (strip, sums) in sums.iter_mut().enumerate() {
-                let inputs = std::array::from_fn(|tile| {
+                // No closure: it would not be compiled with these features.
+                let mut inputs: [&[i8]; TILES] = [&[]; TILES];
+                for (tile, input) in inputs.iter_mut().enumerate() {
                     let token = strips.first_token(TILES * strip + tile);
-                    &self.input.padded_row(token)[first * WORD_TRITS..]
-                });
+                    *input = &self.input.padded_row(token)[first * WORD_TRITS..];
+                }
                 let (stride, tiles) = (self.input.stride(), block.len().div_ceil(TILE_WORDS));
                 // SAFETY: the registers are configured for these strips. The tokens of their tiles exist, and
                 // rows of activations are padded to whole tiles.

@@ -20,7 +20,7 @@ pub(super) struct Avx512Vbmi;
 
 impl Kernels for Avx512 {
     type Lanes = Lanes32<false>;
-    const LOOKUP_MIN_ROWS: usize = 512;
+    const LOOKUP_MIN_ROWS: usize = 1024;
     const LOOKUP_MIN_TOKENS: usize = 28;
 
     #[inline(always)]
