@@ -21,7 +21,7 @@ pub struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Where to run: auto (a GPU if one is usable, else the CPU), cuda, cpu, or one of the CPU's kernel tiers:
-    /// scalar, avx2, avx512, avx512vbmi, neon [default: MMFREE_BACKEND, else auto]
+    /// scalar, avx2, avx512, avx512vbmi, amx, neon [default: MMFREE_BACKEND, else auto]
     #[arg(long, value_name = "NAME")]
     backend: Option<String>,
     /// Number of the GPU; implies --backend cuda [default: 0]

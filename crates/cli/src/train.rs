@@ -44,7 +44,7 @@ pub struct Args {
     #[arg(long)]
     print_config: bool,
     /// What computes: cuda (an NVIDIA GPU), or the CPU with its fastest kernels (auto) or those of a tier: scalar,
-    /// avx2, avx512 or neon [default: auto]
+    /// avx2, avx512, avx512vbmi, amx or neon [default: auto]
     #[arg(long)]
     backend: Option<String>,
     /// Number of the GPU, of the first of several processes on a machine; implies --backend cuda [default: 0]

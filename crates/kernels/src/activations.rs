@@ -8,20 +8,33 @@
 //! `|y · s|` exceeds 127 by no more than a rounding error, so −128 never occurs, and the sums of the
 //! look-up kernels rely on that.
 
+use bytemuck::{Pod, Zeroable};
+
 use crate::lanes::{lane_max, lane_sum};
 use crate::pool::{Pool, SharedMut};
 use crate::tier::{Backend, compiled_for_each_tier};
 
-/// Rows are padded with zeros to a multiple of this.
-const ROW_ALIGNMENT: usize = 64;
+/// A cache line of values. Rows are padded with zeros to an odd number of them: sixteen neighbouring rows
+/// then lie in different sets of a cache, whatever their length.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+struct Line([i8; LINE]);
+
+const LINE: usize = 64;
+
+// SAFETY: an array of integers, without padding: its size is its alignment.
+unsafe impl Zeroable for Line {}
+// SAFETY: as above; any bits are valid integers.
+unsafe impl Pod for Line {}
 
 /// Quantised activations [M, K] with a scale and a sum a row.
 #[derive(Clone, Debug, Default)]
 pub struct QuantizedRows {
     rows: usize,
     cols: usize,
-    stride: usize,
-    values: Vec<i8>,
+    /// Lines of a row.
+    lines: usize,
+    values: Vec<Line>,
     scales: Vec<f32>,
     sums: Vec<i32>,
 }
@@ -45,7 +58,7 @@ impl QuantizedRows {
         quantized.scales.copy_from_slice(scales);
         for row in 0..rows {
             let from = &values[row * cols..][..cols];
-            quantized.values[row * quantized.stride..][..cols].copy_from_slice(from);
+            quantized.padded_row_mut(row)[..cols].copy_from_slice(from);
             quantized.sums[row] = from.iter().map(|&q| i32::from(q)).sum();
         }
         Some(quantized)
@@ -79,7 +92,17 @@ impl QuantizedRows {
     /// A row with its padding of zeros.
     pub(crate) fn padded_row(&self, row: usize) -> &[i8] {
         assert!(row < self.rows);
-        &self.values[row * self.stride..][..self.stride]
+        bytemuck::cast_slice(&self.values[row * self.lines..][..self.lines])
+    }
+
+    fn padded_row_mut(&mut self, row: usize) -> &mut [i8] {
+        bytemuck::cast_slice_mut(&mut self.values[row * self.lines..][..self.lines])
+    }
+
+    /// Bytes from a row to the next. Rows begin on cache lines.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn stride(&self) -> usize {
+        self.lines * LINE
     }
 
     /// Gives the matrix a shape. Allocates only when it grows beyond what it ever was.
@@ -87,15 +110,15 @@ impl QuantizedRows {
         if (rows, cols) == (self.rows, self.cols) {
             return;
         }
-        let stride = cols.next_multiple_of(ROW_ALIGNMENT);
-        if stride != self.stride || cols < self.cols {
+        let lines = cols.div_ceil(LINE) | 1;
+        if lines != self.lines || cols < self.cols {
             // What is padding now may have held values.
             self.values.clear();
         }
-        self.values.resize(rows * stride, 0);
+        self.values.resize(rows * lines, Line::zeroed());
         self.scales.resize(rows, 1.0);
         self.sums.resize(rows, 0);
-        (self.rows, self.cols, self.stride) = (rows, cols, stride);
+        (self.rows, self.cols, self.lines) = (rows, cols, lines);
     }
 
     /// Becomes `Q8(RMSNorm(x; weight, eps))` for every row of `x` [M, K], the input of a BitLinear.
@@ -113,10 +136,11 @@ impl QuantizedRows {
         let cols = weight.len();
         assert!(cols > 0 && x.len().is_multiple_of(cols), "{} is no multiple of {cols}", x.len());
         self.resize(x.len() / cols, cols);
-        let stride = self.stride;
+        let lines = self.lines;
         let scales = SharedMut::new(&mut self.scales);
         let sums = SharedMut::new(&mut self.sums);
-        pool.for_each_chunk(&mut self.values, stride, &|_, row, values| {
+        pool.for_each_chunk(&mut self.values, lines, &|_, row, values| {
+            let values: &mut [i8] = bytemuck::cast_slice_mut(values);
             let x = &x[row * cols..][..cols];
             let (scale, sum) = rms_norm_quantize(backend, x, weight, eps, &mut values[..cols]);
             // SAFETY: each row is one task's alone.

@@ -13,6 +13,8 @@ pub enum Tier {
     Avx512,
     /// x86-64 with the same and VBMI, which looks bytes up in a register.
     Avx512Vbmi,
+    /// x86-64 with the same, GFNI, and AMX: tiles of 8-bit integers. On Linux.
+    Amx,
     /// AArch64 with NEON and its dot products.
     Neon,
 }
@@ -21,7 +23,7 @@ pub enum Tier {
 #[derive(Debug, thiserror::Error)]
 pub enum TierError {
     /// No tier has this name.
-    #[error("unknown backend '{0}'; expected one of scalar, avx2, avx512, avx512vbmi, neon")]
+    #[error("unknown backend '{0}'; expected one of scalar, avx2, avx512, avx512vbmi, amx, neon")]
     Unknown(String),
     /// The processor lacks the instructions.
     #[error("backend '{wanted}' does not run on this processor; it offers {available}")]
@@ -35,8 +37,8 @@ pub enum TierError {
 
 impl Tier {
     /// Every tier, slowest first.
-    pub const ALL: [Tier; 5] =
-        [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vbmi, Tier::Neon];
+    pub const ALL: [Tier; 6] =
+        [Tier::Scalar, Tier::Avx2, Tier::Avx512, Tier::Avx512Vbmi, Tier::Amx, Tier::Neon];
 
     /// The name that `--backend` takes.
     pub fn name(self) -> &'static str {
@@ -45,6 +47,7 @@ impl Tier {
             Tier::Avx2 => "avx2",
             Tier::Avx512 => "avx512",
             Tier::Avx512Vbmi => "avx512vbmi",
+            Tier::Amx => "amx",
             Tier::Neon => "neon",
         }
     }
@@ -67,6 +70,12 @@ impl Tier {
             #[cfg(target_arch = "x86_64")]
             Tier::Avx512Vbmi => {
                 Tier::Avx512.is_available() && is_x86_feature_detected!("avx512vbmi")
+            }
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Tier::Amx => {
+                Tier::Avx512Vbmi.is_available()
+                    && is_x86_feature_detected!("gfni")
+                    && tiles::are_usable()
             }
             #[cfg(target_arch = "aarch64")]
             Tier::Neon => {
@@ -130,6 +139,61 @@ impl Backend {
     }
 }
 
+/// Tile registers (AMX): the processor has them, the system saves them, and this process may use them.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod tiles {
+    use std::arch::asm;
+    use std::arch::x86_64::{__cpuid_count, _xgetbv};
+    use std::sync::OnceLock;
+
+    /// CPUID leaf 7, EDX: AMX-TILE and AMX-INT8.
+    const FEATURES: u32 = 1 << 24 | 1 << 25;
+    /// The parts of a thread's state that hold the tiles' configuration and data.
+    const STATES: u64 = 1 << 17 | 1 << 18;
+    const SYS_ARCH_PRCTL: usize = 158;
+    const ARCH_REQ_XCOMP_PERM: usize = 0x1023;
+    /// The number of the state for which Linux wants to be asked.
+    const TILE_DATA: usize = 18;
+
+    /// Asks once for the whole process.
+    pub fn are_usable() -> bool {
+        static USABLE: OnceLock<bool> = OnceLock::new();
+        *USABLE.get_or_init(|| is_supported() && request_permission())
+    }
+
+    /// Wants a processor with AVX2, which has leaf 7 and whose system has enabled XGETBV.
+    fn is_supported() -> bool {
+        #[target_feature(enable = "xsave")]
+        fn enabled_states() -> u64 {
+            // SAFETY: register 0 exists wherever the instruction does.
+            unsafe { _xgetbv(0) }
+        }
+        #[allow(unused_unsafe)] // Safe since Rust 1.93.
+        // SAFETY: leaf 7 exists, by the demand above.
+        let has_features = unsafe { __cpuid_count(7, 0) }.edx & FEATURES == FEATURES;
+        // SAFETY: the system has enabled XGETBV, by the demand above.
+        has_features && unsafe { enabled_states() } & STATES == STATES
+    }
+
+    /// Linux reserves room for the tiles' state in threads and signal frames only for those who ask.
+    fn request_permission() -> bool {
+        let status: isize;
+        // SAFETY: a system call that reads no memory of this process; `syscall` overwrites RCX and R11.
+        unsafe {
+            asm!(
+                "syscall",
+                inlateout("rax") SYS_ARCH_PRCTL => status,
+                in("rdi") ARCH_REQ_XCOMP_PERM,
+                in("rsi") TILE_DATA,
+                out("rcx") _,
+                out("r11") _,
+                options(nostack),
+            );
+        }
+        status == 0
+    }
+}
+
 /// Defines a function that runs one `#[inline(always)]` body, compiled once for each tier.
 ///
 /// The body is ordinary Rust over fixed-width lane arrays, so every tier performs the same
@@ -142,7 +206,9 @@ macro_rules! compiled_for_each_tier {
         $vis fn $name(backend: $crate::tier::Backend, $($arg: $ty),*) $(-> $ret)? {
             match backend.tier() {
                 #[cfg(target_arch = "x86_64")]
-                $crate::tier::Tier::Avx512 | $crate::tier::Tier::Avx512Vbmi => {
+                $crate::tier::Tier::Avx512
+                | $crate::tier::Tier::Avx512Vbmi
+                | $crate::tier::Tier::Amx => {
                     #[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
                     #[allow(clippy::too_many_arguments)]
                     fn run($($arg: $ty),*) $(-> $ret)? { $body($($arg),*) }

@@ -84,13 +84,24 @@ fn products_are_exact_at_awkward_shapes() {
         (33, 509, 192),
         (47, 18, 513),
         (64, 2100, 40),
-        (33, 512, 97),
-        (60, 700, 300),
-        (31, 530, 31),
-        (32, 513, 1),
-        (33, 515, 257),
-        (64, 520, 1030),
+        (33, 1024, 97),
+        (60, 1100, 300),
+        (31, 1042, 31),
+        (32, 1025, 1),
+        (33, 1027, 257),
+        (64, 1032, 1030),
         (65, 16, 1030),
+        // Tiles of tokens (16), of inputs (64), blocks of inputs (320 or 640) and groups of panels (32 and 64 rows).
+        (4, 33, 320),
+        (5, 65, 640),
+        (9, 129, 321),
+        (15, 64, 704),
+        (17, 33, 639),
+        (31, 47, 1281),
+        (49, 32, 64),
+        (100, 1000, 1344),
+        // Two blocks of tokens.
+        (40, 16, 60_000),
         (33, 6000, 33),
     ] {
         check_product(m, n, k, |random| {
@@ -103,11 +114,11 @@ fn products_are_exact_at_awkward_shapes() {
 /// The largest sums that activations and trits can make must not overflow on the way.
 #[test]
 fn products_are_exact_at_the_extremes() {
-    for m in [1, 4, 12, 33] {
+    for m in [1, 4, 12, 24, 33] {
         for sign in [1i8, -1] {
-            check_product(m, 520, 1300, |_| (127 * sign, 1));
-            check_product(m, 520, 1300, |_| (127 * sign, -1));
-            check_product(m, 520, 1300, |_| (127 * sign, 0));
+            check_product(m, 1032, 1300, |_| (127 * sign, 1));
+            check_product(m, 1032, 1300, |_| (127 * sign, -1));
+            check_product(m, 1032, 1300, |_| (127 * sign, 0));
         }
     }
 }
@@ -116,7 +127,7 @@ fn products_are_exact_at_the_extremes() {
 fn several_products_in_one_call_equal_one_after_the_other() {
     let mut random = Random(5);
     let arena = WeightArena::new();
-    let shapes = [(48, 64), (1000, 96), (7, 64)];
+    let shapes = [(48, 64), (1500, 96), (7, 64)];
     let weights: Vec<_> = shapes
         .iter()
         .map(|&(n, k)| {
@@ -124,7 +135,7 @@ fn several_products_in_one_call_equal_one_after_the_other() {
             TernaryMatrix::from_trits(&arena, Layout::Base3, n, k, 0.25, &trits).expect("packs")
         })
         .collect();
-    for m in [1, 3, 40] {
+    for m in [1, 3, 9, 40] {
         let inputs: Vec<_> = shapes
             .iter()
             .map(|&(_, k)| {

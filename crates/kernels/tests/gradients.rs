@@ -370,7 +370,7 @@ fn a_ternary_matrix_takes_new_weights_in_place() {
 
 #[test]
 fn bit_linear_passes_gradients_straight_through() {
-    for (m, n, k) in [(1, 1, 1), (3, 17, 31), (33, 64, 40), (2, 130, 97), (70, 520, 64)] {
+    for (m, n, k) in [(1, 1, 1), (3, 17, 31), (33, 64, 40), (2, 130, 97), (70, 1032, 64)] {
         let mut random = Random((m * n * k) as u64);
         let (x, dy) = (random.floats(m * k), random.floats(m * n));
         let (norm, weight) = (random.floats(k), random.floats(n * k));

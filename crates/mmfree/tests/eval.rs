@@ -176,7 +176,7 @@ fn every_tier_gives_the_same_results() {
     let tokenizer = tokenizer();
     let data = fixtures().join("data");
     let mut first = None;
-    for name in ["scalar", "avx2", "avx512", "avx512vbmi", "neon", "cuda"] {
+    for name in ["scalar", "avx2", "avx512", "avx512vbmi", "amx", "neon", "cuda"] {
         let options = EngineOptions { backend: Some(name.to_owned()), threads: None };
         if options.layout().is_err() || name == "cuda" && !Path::new("/dev/nvidia0").exists() {
             eprintln!("SKIPPED: {name} is not available here");

@@ -32,7 +32,7 @@ impl Layout {
     /// decoding is bound by memory; elsewhere unpacking five trits costs more than it saves.
     pub fn preferred(backend: Backend) -> Self {
         match backend.tier() {
-            Tier::Avx512Vbmi => Self::Base3,
+            Tier::Avx512Vbmi | Tier::Amx => Self::Base3,
             _ => Self::TwoBit,
         }
     }

@@ -20,7 +20,7 @@ pub(super) struct Avx512Vbmi;
 
 impl Kernels for Avx512 {
     type Lanes = Lanes32<false>;
-    const LOOKUP_MIN_ROWS: usize = 512;
+    const LOOKUP_MIN_ROWS: usize = 1024;
     const LOOKUP_MIN_TOKENS: usize = 28;
 
     #[inline(always)]
@@ -73,7 +73,7 @@ fn field_masks() -> [__m512i; 4] {
 /// The vector at the start of an array of 64 bytes.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load<T: bytemuck::Pod>(from: &T) -> __m512i {
+pub(super) fn load<T: bytemuck::Pod>(from: &T) -> __m512i {
     const { assert!(size_of::<T>() == 64) };
     // SAFETY: 64 bytes, by the assertion.
     unsafe { _mm512_loadu_si512(std::ptr::from_ref(from).cast()) }
@@ -138,7 +138,7 @@ fn xor_and(a: __m512i, b: __m512i, mask: __m512i) -> __m512i {
 /// The corrections of a unit's bytes (see [`base3`]).
 #[target_feature(enable = "avx512f,avx512bw,avx512vbmi")]
 #[inline]
-fn corrections(codes: __m512i, table: __m512i) -> __m512i {
+pub(super) fn corrections(codes: __m512i, table: __m512i) -> __m512i {
     let index = _mm512_subs_epu8(codes, _mm512_set1_epi8(LAST_PLAIN as i8));
     _mm512_permutexvar_epi8(index, table)
 }

@@ -12,7 +12,10 @@
 //! * Many tokens: **table look-ups** (the method of four Russians). For four inputs there are only
 //!   81 possible sums of `±q`; they are tabulated for a tile of tokens and each weight byte then
 //!   selects one: four products of every token in the tile for one load and one addition.
+//! * With AMX, **tiles** from a few tokens on: a processor's unit for products of small matrices.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -124,7 +127,7 @@ fn run_on(backend: Backend, work: impl Work) {
             unsafe { run(work) }
         }
         #[cfg(target_arch = "x86_64")]
-        Tier::Avx512Vbmi => {
+        Tier::Avx512Vbmi | Tier::Amx => {
             #[target_feature(
                 enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
             )]
@@ -180,6 +183,13 @@ pub fn multiply(
     }
     let tokens = products.first().map_or(0, |product| product.input.rows());
     assert!(products.iter().all(|product| product.input.rows() == tokens), "token counts differ");
+    #[cfg(target_arch = "x86_64")]
+    if backend.tier() == Tier::Amx
+        && tokens >= amx::MIN_TOKENS
+        && amx::multiply(pool, scratch, products).is_ok()
+    {
+        return;
+    }
     let rows = products.iter().map(|product| product.weights.rows()).min().unwrap_or(0);
     let tile = lookup::Tile::of(backend);
     let rest = tokens % tile.tokens;

@@ -55,7 +55,7 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Where and how the model runs: `auto` (a GPU if one is usable, otherwise the CPU), `cuda` (GPU 0),
     /// `cuda:N`, `cpu` (the fastest tier that this CPU runs), or a tier by name (`scalar`, `avx2`, `avx512`,
-    /// `avx512vbmi`, `neon`). `None` is what the environment variable [`BACKEND_VARIABLE`] names, or `auto`.
+    /// `avx512vbmi`, `amx`, `neon`). `None` is what the environment variable [`BACKEND_VARIABLE`] names, or `auto`.
     pub backend: Option<String>,
 }
 

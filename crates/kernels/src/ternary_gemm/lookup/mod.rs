@@ -60,7 +60,7 @@ const MIN_TASK_PANELS: usize = 64;
 /// Panels whose indices one task lays out.
 const INDEX_TASK_PANELS: usize = 8;
 
-/// Working memory of the look-up products. Grows when a larger matrix comes.
+/// Working memory of the products of many tokens. Grows when a larger matrix comes.
 #[derive(Debug)]
 pub struct LookupScratch {
     arena: WeightArena,
@@ -74,6 +74,26 @@ impl LookupScratch {
     pub fn new(threads: usize) -> Self {
         let threads = (0..threads).map(|_| Mutex::default()).collect();
         Self { arena: WeightArena::new(), indices: None, threads }
+    }
+
+    /// Makes room for some bytes in the memory of every thread.
+    ///
+    /// # Errors
+    /// The system's refusal.
+    pub(super) fn reserve_threads(&mut self, bytes: usize) -> io::Result<()> {
+        for thread in &mut self.threads {
+            let thread = thread.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
+            reserve(&self.arena, &mut thread.0, bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Hands a thread's memory to what this thread does.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn with_thread(&self, thread: usize, work: impl FnOnce(&mut [u8])) {
+        let mut thread =
+            self.threads[thread].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        work(reserved(&mut thread.0));
     }
 }
 
@@ -220,11 +240,8 @@ pub(super) fn multiply(
         });
         index_count += passes * wave_panels;
     }
+    scratch.reserve_threads(bytes)?;
     let LookupScratch { arena, indices, threads } = scratch;
-    for thread in threads.iter_mut() {
-        let thread = thread.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        reserve(arena, &mut thread.0, bytes)?;
-    }
     reserve(arena, indices, index_count * size_of::<PassIndices>())?;
     let indices: &mut [PassIndices] = bytemuck::cast_slice_mut(reserved(indices));
     for wave in 0..waves {
