@@ -4,8 +4,12 @@ use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 
-pub(crate) const SOURCE: Source =
-    Source { name: "bandwidth", text: include_str!("read.cu"), hopper_only: false };
+pub(crate) const SOURCE: Source = Source {
+    name: "bandwidth",
+    text: include_str!("read.cu"),
+    hopper_only: false,
+    contracts: false,
+};
 
 const THREADS: usize = 512;
 /// Blocks that one multiprocessor runs at a time.

@@ -1,7 +1,7 @@
 // Shared by every kernel; put in front of each source before it is compiled. Needs no headers.
 //
-// Compiled without contraction of products and sums (--fmad=false): every float operation is the one that the
-// CPU performs, in the same order, so that results are the same bits. See docs/numerics.md.
+// Compiled without contraction of products and sums (--fmad=false), but for training's: every float operation is the one
+// that the CPU performs, in the same order, so that results are the same bits. See docs/numerics.md.
 
 typedef unsigned char u8;
 typedef signed char i8;

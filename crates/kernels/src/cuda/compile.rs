@@ -17,8 +17,11 @@ const CACHE_VARIABLE: &str = "MMFREE_CUDA_CACHE";
 const ARCHITECTURE_VARIABLE: &str = "MMFREE_CUDA_ARCH";
 /// Begins a cached file; followed by the code's length and its XXH3.
 const MAGIC: [u8; 8] = *b"MMFCUDA1";
-/// No contraction of products and sums: floats are to be the bits that the CPU computes.
-const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
+
+/// What every module is compiled with.
+fn options(source: Source) -> [&'static str; 2] {
+    ["--std=c++17", if source.contracts { "--fmad=true" } else { "--fmad=false" }]
+}
 
 /// A compiled module.
 #[derive(Debug)]
@@ -53,7 +56,7 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
     let program = Program(
         result::create_program(&text, Some(&name)).map_err(|error| failed(error.to_string()))?,
     );
-    let mut options: Vec<String> = OPTIONS.map(str::to_owned).into();
+    let mut options: Vec<String> = options(source).map(str::to_owned).into();
     options.push(format!("--gpu-architecture={architecture}"));
     options.push("--ptxas-options=-v".to_owned());
     // SAFETY: the program is alive.
@@ -169,7 +172,7 @@ fn supported_architectures() -> Vec<i32> {
 /// A hash of everything that the code depends on.
 fn cache_key(source: Source, architecture: &str, driver_version: i32) -> u64 {
     let mut hash = XxHash3_64::with_seed(0);
-    for part in [COMMON, source.text, architecture].into_iter().chain(OPTIONS) {
+    for part in [COMMON, source.text, architecture].into_iter().chain(options(source)) {
         hash.write(part.as_bytes());
         hash.write(&[0]);
     }
@@ -234,7 +237,7 @@ mod tests {
 
     #[test]
     fn the_key_depends_on_source_architecture_and_driver() {
-        let source = |text| Source { name: "probe", text, hopper_only: false };
+        let source = |text| Source { name: "probe", text, hopper_only: false, contracts: false };
         let keys = [
             cache_key(source("a"), "sm_80", 13000),
             cache_key(source("b"), "sm_80", 13000),

@@ -38,10 +38,12 @@ pub struct Source {
     pub text: &'static str,
     /// Whether it needs instructions of compute capability 9.0 that later ones do not have.
     pub hopper_only: bool,
+    /// Whether products and sums may be contracted: floats need not be the bits that the CPU computes.
+    pub contracts: bool,
 }
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 12] = [
+pub const SOURCES: [Source; 13] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
@@ -49,6 +51,7 @@ pub const SOURCES: [Source; 12] = [
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
     crate::training::ATTENTION,
+    crate::training::INTEGERS,
     crate::training::NORMS,
     crate::training::GATES,
     crate::training::RECURRENCE,

@@ -11,8 +11,12 @@ use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
 
-pub(crate) const SOURCE: Source =
-    Source { name: "decode", text: include_str!("decode.cu"), hopper_only: false };
+pub(crate) const SOURCE: Source = Source {
+    name: "decode",
+    text: include_str!("decode.cu"),
+    hopper_only: false,
+    contracts: false,
+};
 
 // As in the source.
 const THREADS: usize = 512;

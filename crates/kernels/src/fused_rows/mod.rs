@@ -15,8 +15,12 @@ use std::sync::Arc;
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary_gemm::cuda::{Quantized, Sums};
 
-pub(crate) const SOURCE: Source =
-    Source { name: "fused_rows", text: include_str!("rows.cu"), hopper_only: false };
+pub(crate) const SOURCE: Source = Source {
+    name: "fused_rows",
+    text: include_str!("rows.cu"),
+    hopper_only: false,
+    contracts: false,
+};
 
 const THREADS: usize = 256;
 /// Shared memory that a kernel needs beside its row.

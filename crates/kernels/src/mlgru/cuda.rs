@@ -6,7 +6,7 @@ use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary_gemm::cuda::{Quantized, Sums};
 
 pub(crate) const SOURCE: Source =
-    Source { name: "mlgru", text: include_str!("mlgru.cu"), hopper_only: false };
+    Source { name: "mlgru", text: include_str!("mlgru.cu"), hopper_only: false, contracts: false };
 
 /// Sequences of at most this many tokens are walked through by threads of their own.
 const STEP_MAX_TOKENS: usize = 8;

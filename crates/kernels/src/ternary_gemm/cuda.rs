@@ -5,11 +5,19 @@ use std::sync::Arc;
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 
-pub(crate) const SOURCE: Source =
-    Source { name: "ternary_gemm", text: include_str!("gemm.cu"), hopper_only: false };
+pub(crate) const SOURCE: Source = Source {
+    name: "ternary_gemm",
+    text: include_str!("gemm.cu"),
+    hopper_only: false,
+    contracts: false,
+};
 
-pub(crate) const WARPGROUP_SOURCE: Source =
-    Source { name: "ternary_wgmma", text: include_str!("wgmma.cu"), hopper_only: true };
+pub(crate) const WARPGROUP_SOURCE: Source = Source {
+    name: "ternary_wgmma",
+    text: include_str!("wgmma.cu"),
+    hopper_only: true,
+    contracts: false,
+};
 
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;

@@ -15,7 +15,7 @@ struct NormGateArgs {
     float eps;
 };
 
-// y = RMSNorm(g; weight) * silu(h).
+// y = RMSNorm(g; weight) * silu(h). Rows of whole vectors have it in norms_vectors.cu.
 extern "C" __global__ void __launch_bounds__(THREADS) norm_gate_forward(const __grid_constant__ NormGateArgs a) {
     __shared__ float scalar;
     float* row = memory;
@@ -56,100 +56,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_gate_backward(const _
         __syncthreads();
     }
     for (u32 k = threadIdx.x; k < n; k += THREADS) a.partials[(size_t)blockIdx.x * n + k] = total[k];
-}
-
-// The same with a row in registers.
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_gate_forward_vectors(const __grid_constant__ NormGateArgs a) {
-    __shared__ float parts[VECTOR_THREADS / 32];
-    u32 n = a.width;
-    size_t row = (size_t)blockIdx.x * n;
-    float g[VECTORS][8], all[1] = {0.0f}, factor = factor_of(a.g_factors, blockIdx.x);
-    uint4 h_bits[VECTORS];
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j) {
-        u32 k = vector_at(j);
-        if (k >= n) break;
-        unpack(load_bits(a.g + row + k), g[j]);
-        h_bits[j] = load_bits(a.h + row + k);
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e) {
-            g[j][e] *= factor;
-            all[0] += g[j][e] * g[j][e];
-        }
-    }
-    block_reduce<1>(all, parts);
-    float r = 1.0f / sqrtf(all[0] / (float)n + a.eps);
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j) {
-        u32 k = vector_at(j);
-        if (k >= n) break;
-        float h[8], w[8], y[8];
-        unpack(h_bits[j], h);
-        load_eight(a.weight + k, w);
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e) y[e] = g[j][e] * r * w[e] * (h[e] * fast_sigmoid(h[e]));
-        *(uint4*)(a.y + row + k) = pack(y);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_gate_backward_vectors(const __grid_constant__ NormGateArgs a) {
-    __shared__ float parts[2][VECTOR_THREADS / 32 * 2];
-    u32 n = a.width;
-    float total[VECTORS][8];
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j)
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e) total[j][e] = 0.0f;
-    u32 first = (u32)((u64)a.rows * blockIdx.x / gridDim.x), end = (u32)((u64)a.rows * (blockIdx.x + 1) / gridDim.x);
-    for (u32 m = first; m < end; ++m) {
-        size_t row = (size_t)m * n;
-        float factor = factor_of(a.g_factors, m), all[2] = {0.0f, 0.0f};
-        float g[VECTORS][8], dn[VECTORS][8], dh[VECTORS][8];
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            float h[8], dy[8], w[8];
-            unpack(load_bits(a.g + row + k), g[j]);
-            unpack(load_bits(a.h + row + k), h);
-            unpack(load_bits(a.dy + row + k), dy);
-            load_eight(a.weight + k, w);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) {
-                float s = fast_sigmoid(h[e]);
-                g[j][e] *= factor;
-                dn[j][e] = dy[e] * (h[e] * s);
-                dh[j][e] = dy[e] * (g[j][e] * w[e]) * silu_derivative(h[e], s);
-                all[0] += g[j][e] * g[j][e];
-                all[1] += dn[j][e] * w[e] * g[j][e];
-            }
-        }
-        block_reduce<2>(all, parts[m % 2]);
-        float r = 1.0f / sqrtf(all[0] / (float)n + a.eps);
-        float mean = r * all[1] / (float)n;
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            float w[8], dg[8];
-            load_eight(a.weight + k, w);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) {
-                total[j][e] += dn[j][e] * (g[j][e] * r);
-                dg[e] = r * (dn[j][e] * w[e] - g[j][e] * r * mean);
-                dh[j][e] *= r;
-            }
-            *(uint4*)(a.dg + row + k) = pack(dg);
-            *(uint4*)(a.dh + row + k) = pack(dh[j]);
-        }
-    }
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j) {
-        u32 k = vector_at(j);
-        if (k < n) store_eight(a.partials + (size_t)blockIdx.x * n + k, total[j]);
-    }
 }
 
 struct SwigluArgs {

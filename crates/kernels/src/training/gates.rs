@@ -1,6 +1,6 @@
 //! Gates, the residual stream, embeddings: what goes element by element, or row by row.
 
-use super::rows::{ROW_BLOCKS, vector_threads, walking_threads};
+use super::rows::{ROW_BLOCKS, walking_threads};
 use super::{GATES, THREADS, Training, View, ViewMut, address_or_null, quotient, require};
 use crate::cuda::{CudaError, Launch};
 
@@ -61,7 +61,8 @@ struct EmbedBackwardArgs {
 }
 
 impl Training {
-    /// `y = RMSNorm(g; weight) ⊙ silu(h)`, all [M, D].
+    /// `y = RMSNorm(g; weight) ⊙ silu(h)`, all [M, D]: for rows that the quantiser does not take itself, as
+    /// [`Rows::NormGate`](super::Rows::NormGate).
     ///
     /// # Errors
     /// Shapes that do not fit; the driver's.
@@ -90,13 +91,9 @@ impl Training {
             eps,
         };
         self.mark("gates")?;
-        let pointers = [args.g, args.h, args.weight, args.y];
-        let (name, launch) = match vector_threads(width, &pointers) {
-            Some(threads) => ("norm_gate_forward_vectors", Launch::new([rows, 1, 1], threads, 0)),
-            None => ("norm_gate_forward", Launch::new([rows, 1, 1], THREADS, 4 * width)),
-        };
+        let launch = Launch::new([rows, 1, 1], THREADS, 4 * width);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, name, launch, &args) }
+        unsafe { self.launch(GATES, "norm_gate_forward", launch, &args) }
     }
 
     /// Gradients of [`norm_gate`](Self::norm_gate). Sets `dg` and `dh`, **adds** to the weight's at `d_weight`.
@@ -134,15 +131,9 @@ impl Training {
             eps,
         };
         self.mark("gates, backward")?;
-        let pointers = [args.g, args.h, args.weight, args.dy, args.dg, args.dh];
-        let (name, launch) = match vector_threads(width, &pointers) {
-            Some(threads) => {
-                ("norm_gate_backward_vectors", Launch::new([blocks, 1, 1], threads, 0))
-            }
-            None => ("norm_gate_backward", Launch::new([blocks, 1, 1], THREADS, 4 * width * 3)),
-        };
+        let launch = Launch::new([blocks, 1, 1], THREADS, 4 * width * 3);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.launch(GATES, name, launch, &args)? };
+        unsafe { self.launch(GATES, "norm_gate_backward", launch, &args)? };
         self.reduce(blocks, width, &[d_weight.address()])
     }
 

@@ -4,6 +4,9 @@ use super::{LOSS, Training, View, ViewMut, address_or_null, quotient, require};
 use crate::cuda::{CudaError, Launch};
 
 const LOSS_THREADS: usize = 512;
+/// Threads of a block that has a row of logits in registers, at most, and elements that each has of it.
+const ROW_THREADS: usize = 1024;
+const ROW_ELEMENTS: usize = 32;
 
 #[repr(C)]
 struct LossArgs {
@@ -64,10 +67,19 @@ impl Training {
             scale,
         };
         self.mark("loss")?;
-        let launch = Launch::new([rows, 1, 1], LOSS_THREADS, 0);
+        let threads = vocabulary.div_ceil(ROW_ELEMENTS).next_multiple_of(32);
+        let vectors = vocabulary.is_multiple_of(4)
+            && threads <= ROW_THREADS
+            && [args.logits, args.gradient].iter().all(|address| address.is_multiple_of(16));
+        let (name, threads) = if vectors {
+            ("cross_entropy_vectors", threads)
+        } else {
+            ("cross_entropy_rows", LOSS_THREADS)
+        };
+        let launch = Launch::new([rows, 1, 1], threads, 0);
         // SAFETY: the views lie in live buffers of the sizes that were checked, and targets are below V.
         unsafe {
-            self.launch(LOSS, "cross_entropy_rows", launch, &args)?;
+            self.launch(LOSS, name, launch, &args)?;
             self.launch(LOSS, "add_losses", Launch::new([1, 1, 1], LOSS_THREADS, 0), &sum)
         }
     }

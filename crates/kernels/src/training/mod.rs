@@ -11,6 +11,7 @@ mod attention;
 mod blas;
 mod exchange;
 mod gates;
+mod integers;
 mod loss;
 mod nccl;
 mod norms;
@@ -26,27 +27,33 @@ use std::sync::Arc;
 use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
 use blas::Blas;
 pub use exchange::{GpuGroup, UniqueId};
-pub use norms::{NormBackward, NormQuantize};
+pub use norms::{Integers, NormBackward, NormQuantize, Rows};
 pub use recurrence::Recurrence;
 pub use timeline::Timeline;
 
-/// A module of training: the common part of training and one file.
+/// A module of training: the common part of training and its files.
 macro_rules! source {
-    ($name:literal, $file:literal) => {
+    ($name:literal, contracts: $contracts:literal, $($file:literal),+) => {
         Source {
             name: $name,
-            text: concat!(include_str!("training.cuh"), include_str!($file)),
+            text: concat!(include_str!("training.cuh"), $(include_str!($file)),+),
             hopper_only: false,
+            contracts: $contracts,
         }
     };
 }
 
-pub(crate) const NORMS: Source = source!("training-norms", "norms.cu");
-pub(crate) const GATES: Source = source!("training-gates", "gates.cu");
-pub(crate) const RECURRENCE: Source = source!("training-recurrence", "recurrence.cu");
-pub(crate) const LOSS: Source = source!("training-loss", "loss.cu");
-pub(crate) const ATTENTION: Source = source!("training-attention", "attention.cu");
-pub(crate) const OPTIMIZER: Source = source!("training-optimizer", "optimizer.cu");
+pub(crate) const NORMS: Source =
+    source!("training-norms", contracts: true, "norms.cu", "norms_vectors.cu");
+pub(crate) const GATES: Source = source!("training-gates", contracts: true, "gates.cu");
+pub(crate) const RECURRENCE: Source =
+    source!("training-recurrence", contracts: true, "recurrence.cu");
+pub(crate) const LOSS: Source = source!("training-loss", contracts: true, "loss.cu");
+pub(crate) const INTEGERS: Source =
+    Source { hopper_only: true, ..source!("training-integers", contracts: true, "integers.cu") };
+pub(crate) const ATTENTION: Source = source!("training-attention", contracts: true, "attention.cu");
+pub(crate) const OPTIMIZER: Source =
+    source!("training-optimizer", contracts: false, "optimizer.cu");
 
 /// Threads of most kernels.
 const THREADS: usize = 256;
@@ -134,7 +141,7 @@ impl Reserve {
         let (chunks, _) = recurrence::chunks(sequences, length, width);
         let (heads, head_size) = heads.unwrap_or((0, 0));
         Lengths {
-            partials: (rows::ROW_BLOCKS * 4 * width).max(sequences * chunks * width),
+            partials: (4 * rows::partial_elements(width)).max(sequences * chunks * width),
             carries: 2 * sequences * chunks * width,
             deltas: sequences * length * heads,
             rope_table: length * head_size,

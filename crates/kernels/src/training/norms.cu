@@ -1,8 +1,10 @@
 // Norms and the 8-bit quantiser before a product, and their gradients behind it. A block works on a row (token).
 
 struct QuantizeArgs {
-    const u16* x;              // [M][K]
-    const float* outer;        // weight of the norm before the projections, or null
+    const u16* x;              // [M][K]; of a gated linear unit a and b, [M][2K]; of a norm gate g
+    const u16* h;              // [M][K], of a norm gate
+    const float* x_factors;    // [M] or null, of gates
+    const float* outer;        // weight of the norm before the projections, or of a norm gate, or null
     const float* inner[3];     // weights of the norms inside the BitLinear layers
     const float* gamma[3];     // scale of each layer's trits
     u16* q[3];                 // [M][K]: integers, or with `divide` integers over their scale
@@ -10,6 +12,7 @@ struct QuantizeArgs {
     u32 rows, width;
     float eps;
     u32 divide;
+    u32 bytes;                 // integers of a byte each in place of bf16
 };
 
 // q_j = Q8(RMSNorm(RMSNorm(x; outer); inner_j)).
@@ -40,8 +43,13 @@ __device__ __forceinline__ void norm_quantize_rows(const QuantizeArgs& a) {
         float scale = quantizer_scale(largest[j]);
         float step = a.divide ? 1.0f / scale : 1.0f;
         u16* q = a.q[j] + (size_t)m * n;
-        for (u32 k = threadIdx.x; k < n; k += THREADS)
-            q[k] = to_bf16((float)quantize(row[k] * r * a.inner[j][k] * scale) * step);
+        for (u32 k = threadIdx.x; k < n; k += THREADS) {
+            int integer = quantize(row[k] * r * a.inner[j][k] * scale);
+            if (a.bytes)
+                ((i8*)a.q[j])[(size_t)m * n + k] = (i8)integer;
+            else
+                q[k] = to_bf16((float)integer * step);
+        }
         if (threadIdx.x == 0 && !a.divide) a.factors[j][m] = *a.gamma[j] / scale;
     }
 }
@@ -54,71 +62,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_quantize_2(const __gr
 }
 extern "C" __global__ void __launch_bounds__(THREADS) norm_quantize_3(const __grid_constant__ QuantizeArgs a) {
     norm_quantize_rows<3>(a);
-}
-
-// The same with a row in registers. The scales 1 / rms only multiply, so that sums and largest values of x w are taken in
-// one go.
-template <u32 LAYERS>
-__device__ __forceinline__ void norm_quantize_vectors(const QuantizeArgs& a) {
-    __shared__ float parts[VECTOR_THREADS / 32 * (2 + LAYERS)];
-    u32 n = a.width;
-    size_t row = (size_t)blockIdx.x * n;
-    float y[VECTORS][8], all[2 + LAYERS];
-#pragma unroll
-    for (u32 i = 0; i < 2 + LAYERS; ++i) all[i] = 0.0f;
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j) {
-        u32 k = vector_at(j);
-        if (k >= n) break;
-        unpack(load_bits(a.x + row + k), y[j]);
-        if (a.outer) {
-            float w[8];
-            load_eight(a.outer + k, w);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) {
-                all[0] += y[j][e] * y[j][e];
-                y[j][e] *= w[e];
-            }
-        }
-#pragma unroll
-        for (u32 e = 0; e < 8; ++e) all[1] += y[j][e] * y[j][e];
-#pragma unroll
-        for (u32 l = 0; l < LAYERS; ++l) {
-            float w[8];
-            load_eight(a.inner[l] + k, w);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) all[2 + l] = fmaxf(all[2 + l], fabsf(y[j][e] * w[e]));
-        }
-    }
-    block_reduce<2>(all, parts);
-    float r1 = a.outer ? 1.0f / sqrtf(all[0] / (float)n + a.eps) : 1.0f;
-    float r = r1 / sqrtf(r1 * r1 * all[1] / (float)n + 1e-6f);
-#pragma unroll
-    for (u32 l = 0; l < LAYERS; ++l) {
-        float scale = quantizer_scale(all[2 + l] * r);
-        float factor = r * scale, step = a.divide ? 1.0f / scale : 1.0f;
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            float w[8], q[8];
-            load_eight(a.inner[l] + k, w);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) q[e] = (float)quantize(y[j][e] * w[e] * factor) * step;
-            *(uint4*)(a.q[l] + row + k) = pack(q);
-        }
-        if (threadIdx.x == 0 && !a.divide) a.factors[l][blockIdx.x] = *a.gamma[l] / scale;
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS) norm_quantize_vectors_1(const __grid_constant__ QuantizeArgs a) {
-    norm_quantize_vectors<1>(a);
-}
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS) norm_quantize_vectors_2(const __grid_constant__ QuantizeArgs a) {
-    norm_quantize_vectors<2>(a);
-}
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS) norm_quantize_vectors_3(const __grid_constant__ QuantizeArgs a) {
-    norm_quantize_vectors<3>(a);
 }
 
 struct NormArgs {
@@ -140,13 +83,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_rows(const __grid_con
 }
 
 struct NormBackwardArgs {
-    const u16* x;              // [M][K]
-    const float* outer;        // or null
+    const u16* x;              // as in QuantizeArgs
+    const u16* h;
+    const float* x_factors;
+    const float* outer;
     const float* inner[3];
     const float* gamma[3];
     const u16* dn[3];          // [M][K]: gradients of the products' inputs, over gamma; without BitLinear that of RMSNorm(x)
     float* dx;                 // [M][K] f32, or null
-    u16* dx_half;              // [M][K], the same in bf16
+    u16* dx_half;              // the gradient of x in bf16, shaped as x
+    u16* dh;                   // [M][K], of a norm gate
     float* partials;           // [blocks][layers + (outer ? 1 : 0)][K]: sums for the norms' weights
     u32 rows, width;
     float eps;
@@ -227,140 +173,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_2(const __gr
 }
 extern "C" __global__ void __launch_bounds__(THREADS) norm_backward_3(const __grid_constant__ NormBackwardArgs a) {
     norm_backward_rows<3>(a);
-}
-
-// The same with a row in registers: with z = x w, every mean follows from the sums of x^2, z^2 and v z, so that one
-// reduction a row is enough.
-template <u32 LAYERS>
-__device__ __forceinline__ void norm_backward_vectors(const NormBackwardArgs& a) {
-    constexpr u32 GRADIENTS = LAYERS > 0 ? LAYERS : 1;
-    __shared__ float parts[2][VECTOR_THREADS / 32 * 3];
-    u32 n = a.width, sums = LAYERS + (a.outer ? 1 : 0);
-    float total[LAYERS + 1][VECTORS][8];
-#pragma unroll
-    for (u32 i = 0; i <= LAYERS; ++i)
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j)
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) total[i][j][e] = 0.0f;
-    float gamma[GRADIENTS];
-#pragma unroll
-    for (u32 l = 0; l < GRADIENTS; ++l) gamma[l] = LAYERS > 0 ? *a.gamma[l] : 1.0f;
-    u32 first = (u32)((u64)a.rows * blockIdx.x / gridDim.x), end = (u32)((u64)a.rows * (blockIdx.x + 1) / gridDim.x);
-    for (u32 m = first; m < end; ++m) {
-        size_t row = (size_t)m * n;
-        uint4 x_bits[VECTORS], d_bits[GRADIENTS][VECTORS];
-        float v[VECTORS][8], all[3] = {0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            x_bits[j] = load_bits(a.x + row + k);
-#pragma unroll
-            for (u32 l = 0; l < GRADIENTS; ++l) d_bits[l][j] = load_bits(a.dn[l] + row + k);
-        }
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            float x[8], w[8];
-            unpack(x_bits[j], x);
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) v[j][e] = 0.0f;
-#pragma unroll
-            for (u32 l = 0; l < GRADIENTS; ++l) {
-                float d[8];
-                unpack(d_bits[l][j], d);
-                if (LAYERS > 0) {
-                    load_eight(a.inner[l] + k, w);
-#pragma unroll
-                    for (u32 e = 0; e < 8; ++e) v[j][e] += d[e] * gamma[l] * w[e];
-                } else {
-#pragma unroll
-                    for (u32 e = 0; e < 8; ++e) v[j][e] = d[e];
-                }
-            }
-            if (a.outer) {
-                load_eight(a.outer + k, w);
-            } else {
-#pragma unroll
-                for (u32 e = 0; e < 8; ++e) w[e] = 1.0f;
-            }
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) {
-                float z = x[e] * w[e];
-                all[0] += x[e] * x[e];
-                all[1] += z * z;
-                all[2] += v[j][e] * z;
-            }
-        }
-        block_reduce<3>(all, parts[m % 2]);
-        float count = (float)n;
-        float r1 = a.outer ? 1.0f / sqrtf(all[0] / count + a.eps) : 1.0f;
-        float r2 = LAYERS > 0 ? 1.0f / sqrtf(r1 * r1 * all[1] / count + 1e-6f) : 1.0f;
-        // Means of v u r2 and of du w x r1, where u = z r1 and du = r2 (v - u r2 mean1).
-        float mean1 = LAYERS > 0 ? r1 * r2 * all[2] / count : 0.0f;
-        float mean2 = r1 * r2 * (all[2] - r1 * r2 * mean1 * all[1]) / count;
-#pragma unroll
-        for (u32 j = 0; j < VECTORS; ++j) {
-            u32 k = vector_at(j);
-            if (k >= n) break;
-            float x[8], w[8], dx[8];
-            unpack(x_bits[j], x);
-            if (a.outer) {
-                load_eight(a.outer + k, w);
-            } else {
-#pragma unroll
-                for (u32 e = 0; e < 8; ++e) w[e] = 1.0f;
-            }
-#pragma unroll
-            for (u32 l = 0; l < LAYERS; ++l) {
-                float d[8];
-                unpack(d_bits[l][j], d);
-#pragma unroll
-                for (u32 e = 0; e < 8; ++e) total[l][j][e] += d[e] * gamma[l] * (x[e] * w[e] * (r1 * r2));
-            }
-#pragma unroll
-            for (u32 e = 0; e < 8; ++e) {
-                float du = r2 * (v[j][e] - x[e] * w[e] * (r1 * r2) * mean1);
-                total[LAYERS][j][e] += du * (x[e] * r1);
-                dx[e] = a.outer ? r1 * (du * w[e] - x[e] * r1 * mean2) : du;
-            }
-            if (a.add) {
-                load_eight(a.dx + row + k, w);
-#pragma unroll
-                for (u32 e = 0; e < 8; ++e) dx[e] += w[e];
-            }
-            if (a.dx) store_eight(a.dx + row + k, dx);
-            *(uint4*)(a.dx_half + row + k) = pack(dx);
-        }
-    }
-    float* out = a.partials + (size_t)blockIdx.x * sums * n;
-#pragma unroll
-    for (u32 j = 0; j < VECTORS; ++j) {
-        u32 k = vector_at(j);
-        if (k >= n) break;
-#pragma unroll
-        for (u32 i = 0; i <= LAYERS; ++i)
-            if (i < sums) store_eight(out + (size_t)i * n + k, total[i][j]);
-    }
-}
-
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_backward_vectors_0(const __grid_constant__ NormBackwardArgs a) {
-    norm_backward_vectors<0>(a);
-}
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_backward_vectors_1(const __grid_constant__ NormBackwardArgs a) {
-    norm_backward_vectors<1>(a);
-}
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_backward_vectors_2(const __grid_constant__ NormBackwardArgs a) {
-    norm_backward_vectors<2>(a);
-}
-extern "C" __global__ void __launch_bounds__(VECTOR_THREADS)
-    norm_backward_vectors_3(const __grid_constant__ NormBackwardArgs a) {
-    norm_backward_vectors<3>(a);
 }
 
 struct ReduceArgs {

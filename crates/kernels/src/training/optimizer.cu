@@ -1,5 +1,16 @@
 // The optimiser, and the weights as products stream them.
 
+__device__ __forceinline__ bool are_vectors(const void* p) { return (u64)p % 16 == 0; }
+
+// Calls four(k) for each four neighbours from k on, where they are vectors, and one(k) for what is left.
+template <typename Four, typename One>
+__device__ __forceinline__ void for_all(u64 len, bool vectors, Four four, One one) {
+    u64 start = (u64)blockIdx.x * THREADS + threadIdx.x, stride = (u64)gridDim.x * THREADS;
+    u64 fours = vectors ? len / 4 : 0;
+    for (u64 k = start; k < fours; k += stride) four(k * 4);
+    for (u64 k = fours * 4 + start; k < len; k += stride) one(k);
+}
+
 struct AdamWArgs {
     float* p;
     const float* g;
@@ -10,18 +21,30 @@ struct AdamWArgs {
 };
 
 // As the CPU computes it, operation by operation.
+__device__ __forceinline__ void adamw(const AdamWArgs& a, float gradient, float& p, float& m, float& v) {
+    float g = gradient * a.gradient_scale;
+    m += a.one_minus_beta1 * (g - m);
+    v = a.beta2 * v + a.one_minus_beta2 * (g * g);
+    float denominator = sqrtf(v) * a.correction2 + a.eps;
+    p = p * a.keep - a.step_size * (m / denominator);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) adamw_step(const __grid_constant__ AdamWArgs a) {
-    u64 stride = (u64)gridDim.x * THREADS;
-    for (u64 k = (u64)blockIdx.x * THREADS + threadIdx.x; k < a.len; k += stride) {
-        float g = a.g[k] * a.gradient_scale;
-        float m = a.m[k], v = a.v[k];
-        m += a.one_minus_beta1 * (g - m);
-        v = a.beta2 * v + a.one_minus_beta2 * (g * g);
-        float denominator = sqrtf(v) * a.correction2 + a.eps;
-        a.p[k] = a.p[k] * a.keep - a.step_size * (m / denominator);
-        a.m[k] = m;
-        a.v[k] = v;
-    }
+    bool vectors = are_vectors(a.p) && are_vectors(a.g) && are_vectors(a.m) && are_vectors(a.v);
+    for_all(
+        a.len, vectors,
+        [&](u64 k) {
+            float4 g = *(const float4*)(a.g + k), p = *(float4*)(a.p + k);
+            float4 m = *(float4*)(a.m + k), v = *(float4*)(a.v + k);
+            adamw(a, g.x, p.x, m.x, v.x);
+            adamw(a, g.y, p.y, m.y, v.y);
+            adamw(a, g.z, p.z, m.z, v.z);
+            adamw(a, g.w, p.w, m.w, v.w);
+            *(float4*)(a.p + k) = p;
+            *(float4*)(a.m + k) = m;
+            *(float4*)(a.v + k) = v;
+        },
+        [&](u64 k) { adamw(a, a.g[k], a.p[k], a.m[k], a.v[k]); });
 }
 
 struct SquaresArgs {
@@ -36,11 +59,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) sums_of_squares(const __gr
     __shared__ double parts[WARPS];
     u64 first = (u64)blockIdx.x * a.unit, end = min(first + a.unit, a.len);
     double sum = 0.0;
+    auto add = [&](float x) { sum += (double)x * (double)x; };
+    u64 fours = are_vectors(a.x + first) ? (end - first) / 4 : 0;
 #pragma unroll 4
-    for (u64 k = first + threadIdx.x; k < end; k += THREADS) {
-        double x = (double)a.x[k];
-        sum += x * x;
+    for (u64 k = threadIdx.x; k < fours; k += THREADS) {
+        float4 x = *(const float4*)(a.x + first + k * 4);
+        add(x.x), add(x.y), add(x.z), add(x.w);
     }
+    for (u64 k = first + fours * 4 + threadIdx.x; k < end; k += THREADS) add(a.x[k]);
     sum = block_sum(sum, parts);
     if (threadIdx.x == 0) a.sums[blockIdx.x] = sum;
 }
@@ -53,8 +79,13 @@ struct AddArgs {
 
 // into += from.
 extern "C" __global__ void __launch_bounds__(THREADS) add_elements(const __grid_constant__ AddArgs a) {
-    u64 stride = (u64)gridDim.x * THREADS;
-    for (u64 k = (u64)blockIdx.x * THREADS + threadIdx.x; k < a.len; k += stride) a.into[k] += a.from[k];
+    for_all(
+        a.len, are_vectors(a.into) && are_vectors(a.from),
+        [&](u64 k) {
+            float4 from = *(const float4*)(a.from + k), sum = *(float4*)(a.into + k);
+            *(float4*)(a.into + k) = make_float4(sum.x + from.x, sum.y + from.y, sum.z + from.z, sum.w + from.w);
+        },
+        [&](u64 k) { a.into[k] += a.from[k]; });
 }
 
 struct WeightArgs {
@@ -62,6 +93,7 @@ struct WeightArgs {
     double* partials;  // [blocks]: sums of |w|
     float* gamma;
     u16* out;
+    i8* bytes;         // trits once more, or null
     u64 len;
     u32 blocks;
 };
@@ -69,9 +101,14 @@ struct WeightArgs {
 // Sums of |w| for gamma.
 extern "C" __global__ void __launch_bounds__(THREADS) weight_sums(const __grid_constant__ WeightArgs a) {
     __shared__ double parts[WARPS];
-    u64 stride = (u64)gridDim.x * THREADS;
     double sum = 0.0;
-    for (u64 k = (u64)blockIdx.x * THREADS + threadIdx.x; k < a.len; k += stride) sum += (double)fabsf(a.weights[k]);
+    for_all(
+        a.len, are_vectors(a.weights),
+        [&](u64 k) {
+            float4 w = *(const float4*)(a.weights + k);
+            sum += (double)fabsf(w.x) + (double)fabsf(w.y) + ((double)fabsf(w.z) + (double)fabsf(w.w));
+        },
+        [&](u64 k) { sum += (double)fabsf(a.weights[k]); });
     sum = block_sum(sum, parts);
     if (threadIdx.x == 0) a.partials[blockIdx.x] = sum;
 }
@@ -85,11 +122,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_trits(const __grid_
     float gamma = fmaxf((float)(sum / (double)a.len), 1e-5f);
     float inverse = 1.0f / gamma;
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.gamma = gamma;
-    u64 stride = (u64)gridDim.x * THREADS;
-    for (u64 k = (u64)blockIdx.x * THREADS + threadIdx.x; k < a.len; k += stride) {
-        float scaled = a.weights[k] * inverse;
-        a.out[k] = scaled > 0.5f ? 0x3f80 : scaled < -0.5f ? 0xbf80 : 0;
-    }
+    auto trit = [&](float w) {
+        float scaled = w * inverse;
+        return scaled > 0.5f ? 1 : scaled < -0.5f ? -1 : 0;
+    };
+    auto half = [](int t) -> u32 { return t == 0 ? 0 : t > 0 ? 0x3f80 : 0xbf80; };
+    for_all(
+        a.len, are_vectors(a.weights) && are_vectors(a.out) && are_vectors(a.bytes),
+        [&](u64 k) {
+            float4 w = *(const float4*)(a.weights + k);
+            int t[4] = {trit(w.x), trit(w.y), trit(w.z), trit(w.w)};
+            *(uint2*)(a.out + k) = make_uint2(half(t[0]) | half(t[1]) << 16, half(t[2]) | half(t[3]) << 16);
+            if (a.bytes) *(u32*)(a.bytes + k) = pack_bytes(t);
+        },
+        [&](u64 k) {
+            int t = trit(a.weights[k]);
+            a.out[k] = (u16)half(t);
+            if (a.bytes) a.bytes[k] = (i8)t;
+        });
 }
 
 // Full-precision weights as bf16.

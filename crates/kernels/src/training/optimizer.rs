@@ -38,6 +38,7 @@ struct WeightArgs {
     partials: u64,
     gamma: u64,
     out: u64,
+    bytes: u64,
     len: u64,
     blocks: u32,
 }
@@ -107,7 +108,7 @@ impl Training {
         unsafe { self.launch(OPTIMIZER, "add_elements", elementwise(into.len), &args) }
     }
 
-    /// The trits of weights as bf16, and `gamma = max(mean |w|, 1e-5)`.
+    /// The trits of weights as bf16, once more as bytes, two in an element, and `gamma = max(mean |w|, 1e-5)`.
     ///
     /// # Errors
     /// Shapes that do not fit; the driver's.
@@ -115,10 +116,13 @@ impl Training {
         &mut self,
         weights: View<'_, f32>,
         trits: ViewMut<'_, u16>,
+        bytes: ViewMut<'_, u16>,
         gamma: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         require(trits.len == weights.len && gamma.len == 1, "trits")?;
-        let args = self.weight_args(weights, &trits, gamma.address());
+        require(bytes.len == weights.len.div_ceil(2), "bytes")?;
+        let mut args = self.weight_args(weights, &trits, gamma.address());
+        args.bytes = bytes.address();
         self.mark("weights")?;
         let sums = Launch::new([WEIGHT_BLOCKS, 1, 1], THREADS, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
@@ -155,6 +159,7 @@ impl Training {
             partials: self.weight_partials.address(0),
             gamma,
             out: out.address(),
+            bytes: 0,
             len: weights.len as u64,
             blocks: WEIGHT_BLOCKS as u32,
         }

@@ -5,8 +5,15 @@ use crate::cuda::{CudaError, Launch};
 
 /// Threads, or channels, of a block.
 const CHANNELS: usize = 128;
-/// Threads that a recurrence should have, by cutting time if need be.
-const RECURRENCE_THREADS: usize = 1 << 17;
+/// Shared memory of a block whose warps have rings of so many tensors: see `Ring` in the kernels.
+const fn ring_bytes(tensors: usize) -> usize {
+    const STAGES: usize = 4;
+    CHANNELS / 32 * STAGES * STEPS * (tensors * 32 * size_of::<u16>() + 2 * size_of::<f32>())
+}
+/// Threads that a recurrence should have, by cutting time if need be: cut time is read twice.
+const RECURRENCE_THREADS: usize = 1 << 13;
+/// Steps of a tile.
+const STEPS: usize = 16;
 /// Steps that a chunk of time has at least.
 const MIN_CHUNK: usize = 64;
 
@@ -44,6 +51,16 @@ struct RecurrenceArgs {
     width: u32,
     chunks: u32,
     chunk_length: u32,
+    vectors: u32,
+}
+
+impl RecurrenceArgs {
+    /// Says whether rows can be copied 16 bytes at a time.
+    fn align(&mut self) {
+        let pointers = [self.i, self.f, self.h, self.dh, self.di, self.df];
+        let aligned = pointers.iter().all(|address| address.is_multiple_of(16));
+        self.vectors = (aligned && self.width.is_multiple_of(8)).into();
+    }
 }
 
 #[repr(C)]
@@ -69,8 +86,9 @@ impl Training {
         let mut args = self.recurrence_args(inputs)?;
         require(h.len == inputs.i.0.len, "h")?;
         args.h = h.address();
+        args.align();
         self.mark("recurrence")?;
-        let launch = launch_of(&args);
+        let launch = launch_of(&args, 2);
         let across = Launch::new([launch.grid[0], 1, launch.grid[2]], CHANNELS, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
         unsafe {
@@ -104,12 +122,14 @@ impl Training {
         let parts = inputs.sequences * args.chunks as usize;
         self.partials.reserve(parts * inputs.beta.len)?;
         args.partials = self.partials.address(0);
+        args.align();
         self.mark("recurrence, backward")?;
-        let launch = launch_of(&args);
+        let launch = launch_of(&args, 4);
         let across = Launch::new([launch.grid[0], 1, launch.grid[2]], CHANNELS, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
         unsafe {
             if args.chunks > 1 {
+                let launch = launch_of(&args, 2);
                 self.launch(RECURRENCE, "recurrence_chunks_back", launch, &args)?;
                 self.launch(RECURRENCE, "recurrence_join_back", across, &args)?;
             }
@@ -201,12 +221,12 @@ impl Training {
 pub(super) fn chunks(sequences: usize, length: usize, width: usize) -> (usize, usize) {
     let wanted = RECURRENCE_THREADS.div_ceil((sequences * width).max(1));
     let most = (length / MIN_CHUNK).clamp(1, 1024);
-    let chunk_length = length.div_ceil(wanted.clamp(1, most)).max(1);
+    let chunk_length = length.div_ceil(wanted.clamp(1, most)).next_multiple_of(STEPS);
     (length.div_ceil(chunk_length), chunk_length)
 }
 
-fn launch_of(args: &RecurrenceArgs) -> Launch {
+fn launch_of(args: &RecurrenceArgs, tensors: usize) -> Launch {
     let grid =
         [(args.width as usize).div_ceil(CHANNELS), args.chunks as usize, args.sequences as usize];
-    Launch::new(grid, CHANNELS, 0)
+    Launch::new(grid, CHANNELS, ring_bytes(tensors))
 }

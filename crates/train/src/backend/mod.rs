@@ -314,6 +314,39 @@ pub trait Backend: Memory {
         d_ab: &mut Self::Tensor,
     ) -> Result<()>;
 
+    /// A projection of a gated linear unit onto the residual stream: `output = residual + Projection(silu(a) ⊙ b)`.
+    /// `z` [M, F] is scratch memory: a device that fuses gate and projection leaves it alone.
+    fn project_swiglu(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        ab: &Self::Tensor,
+        residual: &Self::Tensor,
+        z: &mut Self::Tensor,
+        output: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.swiglu(ab, projection.inputs, z)?;
+        self.project_residual(parameters, projection, z, residual, output)
+    }
+
+    /// Gradients of [`project_swiglu`](Self::project_swiglu). Sets `d_ab`; `z` and `dz` are scratch memory.
+    #[allow(clippy::too_many_arguments)]
+    fn project_swiglu_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        ab: &Self::Tensor,
+        d_output: &Self::Tensor,
+        z: &mut Self::Tensor,
+        dz: &mut Self::Tensor,
+        d_ab: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()> {
+        self.swiglu(ab, projection.inputs, z)?;
+        self.project_residual_backward(parameters, projection, z, d_output, dz, gradients)?;
+        self.swiglu_backward(ab, dz, projection.inputs, d_ab)
+    }
+
     /// Adds `scale · Σ_m −ln softmax(logits[m])[targets[m]]` to the loss, with
     /// `logits = Projection(RMSNorm(x; norm))`. Tokens with target [`IGNORED`] count nothing.
     fn cross_entropy(
@@ -426,6 +459,44 @@ pub trait Backend: Memory {
         dh: &mut Self::Tensor,
         gradients: &mut Self::Flat,
     ) -> Result<()>;
+
+    /// `output = residual + Projection(RMSNorm(g; norm) ⊙ silu(h))`. `y` [M, D] is scratch memory.
+    #[allow(clippy::too_many_arguments)]
+    fn project_norm_gate(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        projection: &Projection,
+        g: &Self::Tensor,
+        h: &Self::Tensor,
+        residual: &Self::Tensor,
+        y: &mut Self::Tensor,
+        output: &mut Self::Tensor,
+    ) -> Result<()> {
+        self.norm_gate(parameters.flat, norm, g, h, y)?;
+        self.project_residual(parameters, projection, y, residual, output)
+    }
+
+    /// Gradients of [`project_norm_gate`](Self::project_norm_gate). Sets `dg` and `dh`; `y` and `dy` are scratch memory.
+    #[allow(clippy::too_many_arguments)]
+    fn project_norm_gate_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        projection: &Projection,
+        g: &Self::Tensor,
+        h: &Self::Tensor,
+        d_output: &Self::Tensor,
+        y: &mut Self::Tensor,
+        dy: &mut Self::Tensor,
+        dg: &mut Self::Tensor,
+        dh: &mut Self::Tensor,
+        gradients: &mut Self::Flat,
+    ) -> Result<()> {
+        self.norm_gate(parameters.flat, norm, g, h, y)?;
+        self.project_residual_backward(parameters, projection, y, d_output, dy, gradients)?;
+        self.norm_gate_backward(parameters.flat, norm, g, h, dy, dg, dh, gradients)
+    }
 
     // Operations of the Transformer++.
 

@@ -19,7 +19,6 @@ use crate::backend::{Backend, BatchShape, Memory, Norm, Parameters, Precision, P
 pub(super) struct MatMulFree<B: Memory> {
     layers: Vec<Layer>,
     shape: BatchShape,
-    inner: usize,
     /// Place of the learned lower bounds, if there are any.
     bounds: Option<Range<usize>>,
     /// β of every layer, [L, D], and its gradient.
@@ -127,7 +126,7 @@ impl<B: Memory> MatMulFree<B> {
             ab: shared,
         };
         let d_betas = backend.tensor(layers.len() * d, Precision::Full)?;
-        Ok(Self { layers, shape, inner, bounds, betas, d_betas, slots, scratch })
+        Ok(Self { layers, shape, bounds, betas, d_betas, slots, scratch })
     }
 }
 
@@ -158,13 +157,12 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
         let projections = [&layer.i_proj, &layer.f_proj, &layer.g_proj];
         backend.project(parameters, &layer.attn_norm, x, &projections, &mut [i, f, g])?;
         backend.mlgru(self.shape, i, f, &self.betas, index, h)?;
-        backend.norm_gate(parameters.flat, &layer.g_norm, g, h, &mut scratch.y)?;
-        backend.project_residual(parameters, &layer.o_proj, &scratch.y, x, middle)?;
+        let (norm, y) = (&layer.g_norm, &mut scratch.y);
+        backend.project_norm_gate(parameters, norm, &layer.o_proj, g, h, x, y, middle)?;
         let ab = ab.as_mut().or(scratch.ab.as_mut()).expect("kept, or made again");
         backend.project(parameters, &layer.mlp_norm, middle, &[&layer.gate_proj], &mut [ab])?;
         let Some(output) = output else { return Ok(()) };
-        backend.swiglu(ab, self.inner, &mut scratch.z)?;
-        backend.project_residual(parameters, &layer.down_proj, &scratch.z, middle, output)
+        backend.project_swiglu(parameters, &layer.down_proj, ab, middle, &mut scratch.z, output)
     }
 
     fn backward(
@@ -189,17 +187,15 @@ impl<B: Backend> Blocks<B> for MatMulFree<B> {
             }
             (None, None) => unreachable!("kept, or made again"),
         };
-        backend.swiglu(ab, self.inner, z)?;
-        backend.project_residual_backward(parameters, &layer.down_proj, z, dx, dz, gradients)?;
-        backend.swiglu_backward(ab, dz, self.inner, d_ab)?;
+        let down = &layer.down_proj;
+        backend.project_swiglu_backward(parameters, down, ab, dx, z, dz, d_ab, gradients)?;
         let projections = [&layer.gate_proj];
         let norm = &layer.mlp_norm;
         backend.project_backward(parameters, norm, middle, &projections, &[d_ab], dx, gradients)?;
 
-        backend.norm_gate(parameters.flat, &layer.g_norm, g, h, y)?;
-        backend.project_residual_backward(parameters, &layer.o_proj, y, dx, dy, gradients)?;
-        let norm = &layer.g_norm;
-        backend.norm_gate_backward(parameters.flat, norm, g, h, dy, dg, dh, gradients)?;
+        let (norm, o) = (&layer.g_norm, &layer.o_proj);
+        backend
+            .project_norm_gate_backward(parameters, norm, o, g, h, dx, y, dy, dg, dh, gradients)?;
         // The gradient of y is used up: its memory takes that of i.
         let di = dy;
         let d_betas = &mut self.d_betas;

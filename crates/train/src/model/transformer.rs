@@ -19,7 +19,6 @@ pub(super) struct Transformer<B: Memory> {
     layers: Vec<Layer>,
     shape: AttentionShape,
     theta: f32,
-    inner: usize,
     slots: Vec<Activations<B>>,
     scratch: Scratch<B>,
 }
@@ -106,7 +105,7 @@ impl<B: Memory> Transformer<B> {
             d_ab: tensor(2 * inner)?,
         };
         let shape = AttentionShape { batch: shape, heads, head_size: d / heads };
-        Ok(Self { layers, shape, theta: config.rope_theta, inner, slots, scratch })
+        Ok(Self { layers, shape, theta: config.rope_theta, slots, scratch })
     }
 }
 
@@ -133,8 +132,7 @@ impl<B: Backend> Blocks<B> for Transformer<B> {
         backend.project_residual(parameters, &layer.o_proj, y, x, middle)?;
         backend.project(parameters, &layer.mlp_norm, middle, &[&layer.gate_up], &mut [ab])?;
         let Some(output) = output else { return Ok(()) };
-        backend.swiglu(ab, self.inner, z)?;
-        backend.project_residual(parameters, &layer.down_proj, z, middle, output)
+        backend.project_swiglu(parameters, &layer.down_proj, ab, middle, z, output)
     }
 
     fn backward(
@@ -150,9 +148,8 @@ impl<B: Backend> Blocks<B> for Transformer<B> {
         let layer = &self.layers[layer];
         let Activations { qkv, y, log_sums, middle, ab } = &self.slots[slot];
         let Scratch { dy, d_qkv, z, dz, d_ab } = &mut self.scratch;
-        backend.swiglu(ab, self.inner, z)?;
-        backend.project_residual_backward(parameters, &layer.down_proj, z, dx, dz, gradients)?;
-        backend.swiglu_backward(ab, dz, self.inner, d_ab)?;
+        let down = &layer.down_proj;
+        backend.project_swiglu_backward(parameters, down, ab, dx, z, dz, d_ab, gradients)?;
         let (norm, projections) = (&layer.mlp_norm, [&layer.gate_up]);
         backend.project_backward(parameters, norm, middle, &projections, &[d_ab], dx, gradients)?;
 

@@ -14,11 +14,11 @@ use half::bf16;
 use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::{Buffer, Device};
-use mmfree_kernels::training::{NormBackward, Recurrence, Training, View, ViewMut};
+use mmfree_kernels::training::{NormBackward, Recurrence, Rows, Training, View, ViewMut};
 
 pub use self::plan::CudaPlan;
-use self::plan::{Lengths, weight_places};
-use self::products::{Norms, Scratch, check_kinds};
+use self::plan::{Lengths, byte_elements, weight_places};
+use self::products::{Norms, RowsGradient, Scratch, check_kinds, operand_len};
 pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
 use self::tensors::{flat_view, flat_view_mut, rows_by_token};
 use super::{
@@ -29,7 +29,7 @@ use super::{
 /// Layers that can share an input.
 const MAX_SHARED: usize = 3;
 /// Tokens whose logits exist at a time.
-const HEAD_CHUNK: usize = 2048;
+const HEAD_CHUNK: usize = 4096;
 
 /// Trains on an NVIDIA GPU.
 #[derive(Debug)]
@@ -148,6 +148,7 @@ impl Memory for CudaBackend {
         let (starts, len) = weight_places(projections);
         Ok(CudaWeights {
             values: Buffer::zeros(&self.device, len)?,
+            bytes: Buffer::zeros(&self.device, byte_elements(projections))?,
             starts,
             gammas: Buffer::zeros(&self.device, projections.len())?,
         })
@@ -271,11 +272,13 @@ impl Backend for CudaBackend {
         for projection in projections {
             let values = flat_view(flat, &projection.weight);
             let start = weights.starts[projection.index];
+            let (place, len) = weights.byte_place(projection);
             let into = ViewMut::new(&mut weights.values, start, projection.weight.len());
             match projection.inner_norm {
                 Some(_) => {
                     let gamma = ViewMut::new(&mut weights.gammas, projection.index, 1);
-                    self.ops.ternary_weights(values, into, gamma)?;
+                    let bytes = ViewMut::new(&mut weights.bytes, place, len);
+                    self.ops.ternary_weights(values, into, bytes, gamma)?;
                 }
                 None => self.ops.half_weights(values, into)?,
             }
@@ -330,21 +333,33 @@ impl Backend for CudaBackend {
                 }
                 factors.extend(output.factors.as_mut().map(|f| ViewMut::new(f, 0, rows)));
             }
+            let form = self.form(projections);
+            let len = operand_len(form, x.len);
             let q = self.scratch.operands.iter_mut().take(projections.len());
-            let q = q.map(|buffer| ViewMut::new(buffer, 0, x.len)).collect();
-            self.ops.norm_quantize(norms.of(x.view()), q, Some(factors))?;
+            let q = q.map(|buffer| ViewMut::new(buffer, 0, len)).collect();
+            self.ops.norm_quantize(norms.of(Rows::Plain(x.view())), form, q, factors)?;
+            for (j, (projection, output)) in projections.iter().zip(outputs).enumerate() {
+                output.scaled = true;
+                let y = ViewMut::new(&mut output.half, 0, output.len);
+                let operand = View::new(&self.scratch.operands[j], 0, len);
+                products::integers(
+                    &mut self.ops,
+                    form,
+                    parameters.weights,
+                    projection,
+                    operand,
+                    y,
+                )?;
+            }
         } else {
             let weight = flat_view(parameters.flat, &norm.weight);
             let operand = ViewMut::new(&mut self.scratch.operands[0], 0, x.len);
             self.ops.norm(x.view(), weight, norm.eps, operand)?;
-        }
-        for (j, (projection, output)) in projections.iter().zip(outputs).enumerate() {
-            let operand =
-                View::new(&self.scratch.operands[if quantised { j } else { 0 }], 0, x.len);
-            let weight = parameters.weights.of(projection);
-            output.scaled = quantised;
-            let y = ViewMut::new(&mut output.half, 0, output.len);
-            self.ops.multiply(operand, weight, projection.outputs, None, y)?;
+            for (projection, output) in projections.iter().zip(outputs) {
+                let operand = View::new(&self.scratch.operands[0], 0, x.len);
+                let weight = parameters.weights.of(projection);
+                self.ops.multiply(operand, weight, projection.outputs, None, output.view_mut())?;
+            }
         }
         Ok(())
     }
@@ -362,12 +377,12 @@ impl Backend for CudaBackend {
         check_kinds(projections)?;
         let norms = Norms::new(parameters, Some(norm), projections);
         let d_outputs: Vec<_> = d_outputs.iter().map(|d| d.view()).collect();
-        let (view, len) = (x.view(), x.len);
+        let (rows, len) = (Rows::Plain(x.view()), x.len);
         self.scratch.products_backward(
             &mut self.ops,
             parameters.weights,
             &norms,
-            view,
+            rows,
             len,
             projections,
             &d_outputs,
@@ -382,10 +397,11 @@ impl Backend for CudaBackend {
             .map(|buffer| View::new(buffer, 0, len))
             .collect();
         let backward = NormBackward {
-            norms: norms.of(view),
+            norms: norms.of(rows),
             d_products: &d_products,
             dx: Some(ViewMut::new(full, 0, len)),
             dx_half: ViewMut::new(half, 0, len),
+            dh: None,
             add: true,
             d_weights: &norms.places,
         };
@@ -407,22 +423,8 @@ impl Backend for CudaBackend {
             return Ok(self.ops.multiply(input.view(), weight, projection.outputs, residual, y)?);
         }
         let norms = Norms::new(parameters, None, &[projection]);
-        let rows = input.len / projection.inputs;
-        self.ops.norm_quantize(
-            norms.of(input.view()),
-            vec![ViewMut::new(&mut self.scratch.operands[0], 0, input.len)],
-            Some(vec![ViewMut::new(&mut self.factors, 0, rows)]),
-        )?;
-        let operand = View::new(&self.scratch.operands[0], 0, input.len);
-        self.product.reserve(output.len)?;
-        let product = ViewMut::new(&mut self.product, 0, output.len);
-        self.ops.multiply(operand, weight, projection.outputs, None, product)?;
-        Ok(self.ops.add_residual(
-            residual.view(),
-            View::new(&self.product, 0, output.len),
-            View::new(&self.factors, 0, rows),
-            output.view_mut(),
-        )?)
+        let rows = norms.of(Rows::Plain(input.view()));
+        self.quantised_residual(parameters.weights, projection, rows, residual, output)
     }
 
     fn project_residual_backward(
@@ -434,35 +436,62 @@ impl Backend for CudaBackend {
         d_input: &mut CudaTensor,
         gradients: &mut Buffer<f32>,
     ) -> Result<()> {
-        let norms = Norms::new(parameters, None, &[projection]);
-        let (view, len) = (input.view(), input.len);
+        let weights = parameters.weights;
         if projection.inner_norm.is_none() {
-            let weight = parameters.weights.of(projection);
             let (dy, outputs) = (d_output.view(), projection.outputs);
             let gradient = flat_view_mut(gradients, &projection.weight);
-            self.ops.multiply_weights(dy, view, outputs, gradient)?;
+            self.ops.multiply_weights(dy, input.view(), outputs, gradient)?;
+            let weight = weights.of(projection);
             return Ok(self.ops.multiply_inputs(dy, weight, outputs, false, d_input.view_mut())?);
         }
-        let d_outputs = [d_output.view()];
-        self.scratch.products_backward(
-            &mut self.ops,
-            parameters.weights,
-            &norms,
-            view,
-            len,
-            &[projection],
-            &d_outputs,
-            gradients,
-        )?;
-        let backward = NormBackward {
-            norms: norms.of(view),
-            d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
-            dx: None,
-            dx_half: d_input.view_mut(),
-            add: false,
-            d_weights: &norms.places,
-        };
-        Ok(self.ops.norm_backward(backward, gradients)?)
+        let norms = Norms::new(parameters, None, &[projection]);
+        let rows = Rows::Plain(input.view());
+        let d_rows = RowsGradient { first: d_input.view_mut(), h: None };
+        self.quantised_residual_backward(
+            weights, projection, &norms, rows, d_output, d_rows, gradients,
+        )
+    }
+
+    fn project_swiglu(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        ab: &CudaTensor,
+        residual: &CudaTensor,
+        z: &mut CudaTensor,
+        output: &mut CudaTensor,
+    ) -> Result<()> {
+        let norms = Norms::new(parameters, None, &[projection]);
+        let rows = norms.of(swiglu_rows(ab));
+        if !rows.is_fused() {
+            self.swiglu(ab, projection.inputs, z)?;
+            return self.project_residual(parameters, projection, z, residual, output);
+        }
+        self.quantised_residual(parameters.weights, projection, rows, residual, output)
+    }
+
+    fn project_swiglu_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        projection: &Projection,
+        ab: &CudaTensor,
+        d_output: &CudaTensor,
+        z: &mut CudaTensor,
+        dz: &mut CudaTensor,
+        d_ab: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let (weights, rows) = (parameters.weights, swiglu_rows(ab));
+        let norms = Norms::new(parameters, None, &[projection]);
+        if !norms.of(rows).is_fused() {
+            self.swiglu(ab, projection.inputs, z)?;
+            self.project_residual_backward(parameters, projection, z, d_output, dz, gradients)?;
+            return self.swiglu_backward(ab, dz, projection.inputs, d_ab);
+        }
+        let d_rows = RowsGradient { first: d_ab.view_mut(), h: None };
+        self.quantised_residual_backward(
+            weights, projection, &norms, rows, d_output, d_rows, gradients,
+        )
     }
 
     fn swiglu(&mut self, ab: &CudaTensor, inner: usize, y: &mut CudaTensor) -> Result<()> {
@@ -617,6 +646,53 @@ impl Backend for CudaBackend {
         )?)
     }
 
+    fn project_norm_gate(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        projection: &Projection,
+        g: &CudaTensor,
+        h: &CudaTensor,
+        residual: &CudaTensor,
+        y: &mut CudaTensor,
+        output: &mut CudaTensor,
+    ) -> Result<()> {
+        let norms = Norms::new(parameters, Some(norm), &[projection]);
+        let rows = norms.of(norm_gate_rows(g, h));
+        if !rows.is_fused() {
+            self.norm_gate(parameters.flat, norm, g, h, y)?;
+            return self.project_residual(parameters, projection, y, residual, output);
+        }
+        self.quantised_residual(parameters.weights, projection, rows, residual, output)
+    }
+
+    fn project_norm_gate_backward(
+        &mut self,
+        parameters: Parameters<'_, Self>,
+        norm: &Norm,
+        projection: &Projection,
+        g: &CudaTensor,
+        h: &CudaTensor,
+        d_output: &CudaTensor,
+        y: &mut CudaTensor,
+        dy: &mut CudaTensor,
+        dg: &mut CudaTensor,
+        dh: &mut CudaTensor,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let (weights, rows) = (parameters.weights, norm_gate_rows(g, h));
+        let norms = Norms::new(parameters, Some(norm), &[projection]);
+        if !norms.of(rows).is_fused() {
+            self.norm_gate(parameters.flat, norm, g, h, y)?;
+            self.project_residual_backward(parameters, projection, y, d_output, dy, gradients)?;
+            return self.norm_gate_backward(parameters.flat, norm, g, h, dy, dg, dh, gradients);
+        }
+        let d_rows = RowsGradient { first: dg.view_mut(), h: Some(dh.view_mut()) };
+        self.quantised_residual_backward(
+            weights, projection, &norms, rows, d_output, d_rows, gradients,
+        )
+    }
+
     fn rope(
         &mut self,
         shape: AttentionShape,
@@ -693,6 +769,16 @@ impl Backend for CudaBackend {
             flat_view_mut(second_moment, &moments),
         )?)
     }
+}
+
+fn swiglu_rows(ab: &CudaTensor) -> Rows<'_> {
+    let (values, factors) = ab.scaled_view();
+    Rows::Swiglu(values, factors)
+}
+
+fn norm_gate_rows<'a>(g: &'a CudaTensor, h: &'a CudaTensor) -> Rows<'a> {
+    let (values, factors) = g.scaled_view();
+    Rows::NormGate(values, factors, h.view())
 }
 
 fn recurrence<'a>(

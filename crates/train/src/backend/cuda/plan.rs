@@ -70,6 +70,12 @@ pub(super) fn weight_places(projections: &[Projection]) -> (Vec<usize>, usize) {
     (starts, end)
 }
 
+/// Elements of two bytes that take the trits of all projections once more, a byte each.
+pub(super) fn byte_elements(projections: &[Projection]) -> usize {
+    let ternary = projections.iter().any(|projection| projection.inner_norm.is_some());
+    if ternary { weight_places(projections).1 / 2 } else { 0 }
+}
+
 /// Counts the bytes that a model would take on a GPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CudaPlan {
@@ -119,7 +125,8 @@ impl Memory for CudaPlan {
     }
 
     fn weights(&mut self, projections: &[Projection]) -> Result<()> {
-        self.weights += 2 * weight_places(projections).1 + 4 * projections.len();
+        let elements = weight_places(projections).1 + byte_elements(projections);
+        self.weights += 2 * elements + 4 * projections.len();
         Ok(())
     }
 

@@ -3,7 +3,9 @@
 use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::Buffer;
-use mmfree_kernels::training::{NormBackward, NormQuantize, Training, View, ViewMut};
+use mmfree_kernels::training::{
+    Integers, NormBackward, NormQuantize, Rows, Training, View, ViewMut,
+};
 
 use super::tensors::{CudaTensor, CudaTokens, CudaWeights, flat_view, flat_view_mut};
 use super::{CudaBackend, MAX_SHARED};
@@ -42,8 +44,8 @@ impl<'a> Norms<'a> {
         }
     }
 
-    pub(super) fn of<'b>(&'b self, x: View<'b, u16>) -> NormQuantize<'b> {
-        NormQuantize { x, outer: self.outer, inner: &self.inner, gamma: &self.gamma }
+    pub(super) fn of<'b>(&'b self, rows: Rows<'b>) -> NormQuantize<'b> {
+        NormQuantize { rows, outer: self.outer, inner: &self.inner, gamma: &self.gamma }
     }
 }
 
@@ -55,7 +57,7 @@ impl Scratch {
         ops: &mut Training,
         weights: &CudaWeights,
         norms: &Norms<'_>,
-        x: View<'_, u16>,
+        rows: Rows<'_>,
         len: usize,
         projections: &[&Projection],
         d_outputs: &[View<'_, u16>],
@@ -65,8 +67,8 @@ impl Scratch {
         if quantised {
             let q = self.operands.iter_mut().take(projections.len());
             let q = q.map(|buffer| ViewMut::new(buffer, 0, len)).collect();
-            ops.norm_quantize(norms.of(x), q, None)?;
-        } else if let Some((weight, eps)) = norms.outer {
+            ops.norm_quantize(norms.of(rows), Integers::Divided, q, Vec::new())?;
+        } else if let (Some((weight, eps)), Rows::Plain(x)) = (norms.outer, rows) {
             ops.norm(x, weight, eps, ViewMut::new(&mut self.operands[0], 0, len))?;
         }
         for (j, (projection, dy)) in projections.iter().zip(d_outputs).enumerate() {
@@ -119,7 +121,7 @@ impl CudaBackend {
                     &mut self.ops,
                     parameters.weights,
                     &norms,
-                    x,
+                    Rows::Plain(x),
                     len,
                     &[projection],
                     &[dz],
@@ -127,10 +129,11 @@ impl CudaBackend {
                 )?;
                 let (full, half) = dx.full_mut()?;
                 let backward = NormBackward {
-                    norms: norms.of(x),
+                    norms: norms.of(Rows::Plain(x)),
                     d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
                     dx: Some(ViewMut::new(full, from, len)),
                     dx_half: ViewMut::new(half, from, len),
+                    dh: None,
                     add: false,
                     d_weights: &norms.places,
                 };
@@ -150,19 +153,33 @@ impl CudaBackend {
         rows: usize,
     ) -> Result<()> {
         let Projection { inputs: width, outputs: vocabulary, .. } = head.projection;
-        let len = rows * width;
-        let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
-        if head.projection.inner_norm.is_some() {
-            let factors = ViewMut::new(&mut self.factors, 0, rows);
-            self.ops.norm_quantize(norms.of(x), vec![operand], Some(vec![factors]))?;
-        } else {
+        let (form, len) = (self.form(&[&head.projection]), rows * width);
+        let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
+        let weights = parameters.weights;
+        if head.projection.inner_norm.is_none() {
+            let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
             let weight = flat_view(parameters.flat, &head.norm.weight);
             self.ops.norm(x, weight, head.norm.eps, operand)?;
+            let operand = View::new(&self.scratch.operands[0], 0, len);
+            let weight = weights.of(&head.projection);
+            return Ok(self.ops.multiply_full(operand, weight, vocabulary, logits)?);
         }
-        let logits = ViewMut::new(&mut self.logits, 0, rows * vocabulary);
+        let len = operand_len(form, len);
+        let operand = ViewMut::new(&mut self.scratch.operands[0], 0, len);
+        let factors = ViewMut::new(&mut self.factors, 0, rows);
+        self.ops.norm_quantize(norms.of(Rows::Plain(x)), form, vec![operand], vec![factors])?;
         let operand = View::new(&self.scratch.operands[0], 0, len);
-        let weight = parameters.weights.of(&head.projection);
-        Ok(self.ops.multiply_full(operand, weight, vocabulary, logits)?)
+        match form {
+            Integers::Bytes => {
+                let trits = weights.bytes_of(&head.projection);
+                self.ops.multiply_bytes_full(operand, trits, vocabulary, logits)?;
+            }
+            _ => {
+                let trits = weights.of(&head.projection);
+                self.ops.multiply_full(operand, trits, vocabulary, logits)?;
+            }
+        }
+        Ok(())
     }
 
     /// Scores of the tokens that have a target.
@@ -201,6 +218,109 @@ impl CudaBackend {
             }));
         }
         Ok(scores)
+    }
+}
+
+/// The gradient of what the rows of a projection are made of: of x, of [a b], or of g and h.
+pub(super) struct RowsGradient<'a> {
+    pub(super) first: ViewMut<'a, u16>,
+    pub(super) h: Option<ViewMut<'a, u16>>,
+}
+
+/// Elements of an operand's buffer that hold `len` integers.
+pub(super) fn operand_len(form: Integers, len: usize) -> usize {
+    if form == Integers::Bytes { len / 2 } else { len }
+}
+
+/// `y = q tᵀ` of integers, rounded to bf16.
+pub(super) fn integers(
+    ops: &mut Training,
+    form: Integers,
+    weights: &CudaWeights,
+    projection: &Projection,
+    q: View<'_, u16>,
+    y: ViewMut<'_, u16>,
+) -> Result<()> {
+    let outputs = projection.outputs;
+    match form {
+        Integers::Bytes => ops.multiply_bytes(q, weights.bytes_of(projection), outputs, y)?,
+        _ => ops.multiply(q, weights.of(projection), outputs, None, y)?,
+    }
+    Ok(())
+}
+
+impl CudaBackend {
+    /// How the inputs of ternary projections of one input are written for their products.
+    pub(super) fn form(&self, projections: &[&Projection]) -> Integers {
+        let bytes = projections.iter().all(|p| self.ops.multiplies_bytes(p.inputs, p.outputs));
+        if bytes { Integers::Bytes } else { Integers::Halves }
+    }
+
+    /// `output = residual + BitLinear(rows)`, M rows.
+    pub(super) fn quantised_residual(
+        &mut self,
+        weights: &CudaWeights,
+        projection: &Projection,
+        norms: NormQuantize<'_>,
+        residual: &CudaTensor,
+        output: &mut CudaTensor,
+    ) -> Result<()> {
+        let rows = output.len / projection.outputs;
+        let len = rows * projection.inputs;
+        let form = self.form(&[projection]);
+        let len = operand_len(form, len);
+        self.ops.norm_quantize(
+            norms,
+            form,
+            vec![ViewMut::new(&mut self.scratch.operands[0], 0, len)],
+            vec![ViewMut::new(&mut self.factors, 0, rows)],
+        )?;
+        let operand = View::new(&self.scratch.operands[0], 0, len);
+        self.product.reserve(output.len)?;
+        let product = ViewMut::new(&mut self.product, 0, output.len);
+        integers(&mut self.ops, form, weights, projection, operand, product)?;
+        Ok(self.ops.add_residual(
+            residual.view(),
+            View::new(&self.product, 0, output.len),
+            View::new(&self.factors, 0, rows),
+            output.view_mut(),
+        )?)
+    }
+
+    /// Gradients of [`quantised_residual`](Self::quantised_residual).
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn quantised_residual_backward(
+        &mut self,
+        weights: &CudaWeights,
+        projection: &Projection,
+        norms: &Norms<'_>,
+        rows: Rows<'_>,
+        d_output: &CudaTensor,
+        d_rows: RowsGradient<'_>,
+        gradients: &mut Buffer<f32>,
+    ) -> Result<()> {
+        let len = d_output.len / projection.outputs * projection.inputs;
+        let d_outputs = [d_output.view()];
+        self.scratch.products_backward(
+            &mut self.ops,
+            weights,
+            norms,
+            rows,
+            len,
+            &[projection],
+            &d_outputs,
+            gradients,
+        )?;
+        let backward = NormBackward {
+            norms: norms.of(rows),
+            d_products: &[View::new(&self.scratch.d_operands[0], 0, len)],
+            dx: None,
+            dx_half: d_rows.first,
+            dh: d_rows.h,
+            add: false,
+            d_weights: &norms.places,
+        };
+        Ok(self.ops.norm_backward(backward, gradients)?)
     }
 }
 

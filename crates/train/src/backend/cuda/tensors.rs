@@ -74,6 +74,8 @@ pub struct CudaTokens {
 #[derive(Debug)]
 pub struct CudaWeights {
     pub(super) values: Buffer<u16>,
+    /// Trits once more, a byte each, if there are any.
+    pub(super) bytes: Buffer<u16>,
     pub(super) starts: Vec<usize>,
     /// γ of each projection.
     pub(super) gammas: Buffer<f32>,
@@ -82,6 +84,16 @@ pub struct CudaWeights {
 impl CudaWeights {
     pub(super) fn of(&self, projection: &Projection) -> View<'_, u16> {
         View::new(&self.values, self.starts[projection.index], projection.weight.len())
+    }
+
+    /// Place of a projection's trits in `bytes`, and how many elements they take.
+    pub(super) fn byte_place(&self, projection: &Projection) -> (usize, usize) {
+        (self.starts[projection.index] / 2, projection.weight.len().div_ceil(2))
+    }
+
+    pub(super) fn bytes_of(&self, projection: &Projection) -> View<'_, u16> {
+        let (start, len) = self.byte_place(projection);
+        View::new(&self.bytes, start, len)
     }
 
     pub(super) fn gamma(&self, projection: &Projection) -> View<'_, f32> {
@@ -103,21 +115,26 @@ pub(super) fn flat_view_mut<'a>(
 /// Rows sorted by their token and then by row, and where the rows of each token begin among them; the end behind
 /// the last. [`IGNORED`] rows come last and are no token.
 pub(super) fn rows_by_token(ids: &[u32]) -> (Vec<u32>, Vec<u32>) {
-    // Token and row in one word each: the largest token is IGNORED.
-    let mut order: Vec<u64> =
-        ids.iter().zip(0..).map(|(&id, row): (_, u64)| u64::from(id) << 32 | row).collect();
-    order.sort_unstable();
-    let token = |word: u64| (word >> 32) as u32;
-    let mut starts = Vec::new();
-    let mut last = None;
-    let rows = order.partition_point(|&word| token(word) != IGNORED);
-    for (at, &word) in order[..rows].iter().enumerate() {
-        if last.replace(token(word)) != Some(token(word)) {
-            starts.push(at as u32);
+    let known = |id: u32| (id != IGNORED).then_some(id as usize);
+    // Counted, not compared: where each token's rows begin, then each row behind those before it.
+    let bound = ids.iter().filter_map(|&id| known(id)).max().map_or(0, |id| id + 1);
+    let mut places = vec![0u32; bound + 1];
+    ids.iter().for_each(|&id| places[known(id).unwrap_or(bound)] += 1);
+    let (mut starts, mut end) = (Vec::new(), 0);
+    for (token, place) in places.iter_mut().enumerate() {
+        let count = std::mem::replace(place, end);
+        if count > 0 || token == bound {
+            starts.push(end);
         }
+        end += count;
     }
-    starts.push(rows as u32);
-    (order.into_iter().map(|word| word as u32).collect(), starts)
+    let mut order = vec![0; ids.len()];
+    for (row, &id) in (0..).zip(ids) {
+        let place = &mut places[known(id).unwrap_or(bound)];
+        order[*place as usize] = row;
+        *place += 1;
+    }
+    (order, starts)
 }
 
 #[cfg(test)]
