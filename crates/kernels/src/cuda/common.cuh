@@ -10,6 +10,23 @@ typedef unsigned long long u64;
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 
+// ---- Kernels that begin before the one before them has ended (`Launch::overlapping`) ----
+
+// Everything that earlier kernels of the stream wrote is visible behind this, and nothing is read by them any more. It
+// comes before the first access to what they touch; weights may be fetched before it.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel begin as soon as multiprocessors have room for it.
+__device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- Functions (the CPU's `lanes` module) ----
 
 // e^x as 2^n e^r, clamped to normal numbers.
@@ -154,54 +171,6 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
 __device__ __forceinline__ float4 operator-(float a, float4 b) { return make_float4(a - b.x, a - b.y, a - b.z, a - b.w); }
 
 __device__ __forceinline__ float4 silu(float4 a) { return a * sigmoid(a); }
-
-// Quantises RMSNorm(row; weight_j, 1e-6) for several layers that share a row. `store(layer, n, word)` gets four
-// activations, n < padded / 4, zeros from n on. `scale` is s of each layer; `totals`, in shared memory, the sums of the
-// integers. All of it is there for the whole block on return.
-template <u32 THREADS, u32 LAYERS, class Store>
-__device__ __forceinline__ void norm_quantize(const float* row, u32 n, u32 padded,
-                                              const float* const (&weights)[LAYERS], float* scalar, u32* parts,
-                                              float (&scale)[LAYERS], int* totals, Store store) {
-    float r = inverse_rms(row, n, 1e-6f, scalar);
-    float largest[LAYERS];
-#pragma unroll
-    for (u32 j = 0; j < LAYERS; ++j) largest[j] = 0.0f;
-    for (u32 k = threadIdx.x; k < n / 4; k += THREADS) {
-        float4 y = ((const float4*)row)[k] * r;
-#pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            float4 value = y * __ldg((const float4*)weights[j] + k);
-            largest[j] = larger(larger(larger(larger(largest[j], fabsf(value.x)), fabsf(value.y)), fabsf(value.z)),
-                                fabsf(value.w));
-        }
-    }
-    if (threadIdx.x < LAYERS) totals[threadIdx.x] = 0;
-    block_max<THREADS>(largest, parts);
-    int sum[LAYERS];
-#pragma unroll
-    for (u32 j = 0; j < LAYERS; ++j) {
-        scale[j] = quantizer_scale(largest[j]);
-        sum[j] = 0;
-    }
-    for (u32 k = threadIdx.x; k < padded / 4; k += THREADS) {
-        bool inside = k < n / 4;
-        float4 y = inside ? ((const float4*)row)[k] * r : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            float4 value = y;
-            if (inside) value = y * __ldg((const float4*)weights[j] + k) * scale[j];
-            int a = quantize(value.x), b = quantize(value.y), c = quantize(value.z), d = quantize(value.w);
-            sum[j] += a + b + c + d;
-            store(j, k, (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)d << 24);
-        }
-    }
-#pragma unroll
-    for (u32 j = 0; j < LAYERS; ++j) {
-        int part = __reduce_add_sync(ALL_LANES, sum[j]);
-        if (threadIdx.x % 32 == 0) atomicAdd(&totals[j], part);
-    }
-    __syncthreads();
-}
 
 // A sum of a ternary product becomes a float by one conversion and one product with gamma / s.
 __device__ __forceinline__ float dequantize(int sum, float factor) { return (float)sum * factor; }

@@ -78,7 +78,7 @@ pub enum CudaError {
     #[error("CUDA kernel {kernel}: {reason}")]
     Kernel {
         /// The kernel.
-        kernel: &'static str,
+        kernel: String,
         /// The driver's reason.
         reason: String,
     },

@@ -29,6 +29,9 @@ const COMMON: &str = include_str!("common.cuh");
 /// Lowest compute capability: int8 tensor cores with 16 x 32 operands, asynchronous copies.
 const MIN_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Recording a graph costs about as much as submitting its launches so many times.
+const REPEATS_WORTH_A_GRAPH: usize = 4;
+
 /// A CUDA source file: one module, compiled at first use.
 #[derive(Clone, Copy, Debug)]
 pub struct Source {
@@ -49,6 +52,7 @@ pub const SOURCES: [Source; 13] = [
     crate::fused_rows::SOURCE,
     crate::mlgru::cuda::SOURCE,
     crate::ternary_gemm::cuda::SOURCE,
+    crate::ternary_gemm::cuda::FEW_TOKENS_SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
     crate::training::ATTENTION,
     crate::training::INTEGERS,
@@ -232,12 +236,43 @@ impl Device {
         Ok(f64::from(start.elapsed_ms(&end).map_err(failed)?) / 1e3)
     }
 
+    /// Submits what `work` submits `count` times, recorded as a graph: a launch then costs the host nothing and the
+    /// device less. `work` runs once and must submit the same every time; it must neither allocate nor wait.
+    ///
+    /// # Errors
+    /// The work's or the driver's.
+    pub fn repeat<E: From<CudaError>>(
+        &self,
+        count: usize,
+        mut work: impl FnMut() -> Result<(), E>,
+    ) -> Result<(), E> {
+        if count < REPEATS_WORTH_A_GRAPH {
+            return (0..count).try_for_each(|_| work());
+        }
+        let failed = |error| CudaError::driver("recording launches", error);
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream.begin_capture(mode).map_err(failed)?;
+        let outcome = work();
+        // Whatever the outcome, the stream must be taken out of recording.
+        let graph = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        outcome?;
+        let graph = graph.map_err(failed)?;
+        // What the work borrows, it borrows until here: the buffers of the launches are alive.
+        let outcome = graph.map_or(Ok(()), |graph| {
+            (0..count)
+                .try_for_each(|_| graph.launch())
+                .and_then(|()| self.stream.synchronize())
+                .map_err(|error| CudaError::driver("running recorded launches", error))
+        });
+        Ok(outcome?)
+    }
+
     /// A kernel, compiled and loaded if this is the first use of its module. It may ask for up to
     /// `shared_bytes` of dynamic shared memory.
     pub(crate) fn kernel(
         self: &Arc<Self>,
         source: Source,
-        name: &'static str,
+        name: &str,
         shared_bytes: usize,
     ) -> Result<Kernel, CudaError> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
@@ -253,7 +288,10 @@ impl Device {
                 module
             }
         };
-        let failed = |error| CudaError::Kernel { kernel: name, reason: CudaError::describe(error) };
+        let failed = |error| CudaError::Kernel {
+            kernel: name.to_owned(),
+            reason: CudaError::describe(error),
+        };
         let function = module.load_function(name).map_err(failed)?;
         if shared_bytes > 0 {
             function
@@ -263,7 +301,7 @@ impl Device {
                 )
                 .map_err(failed)?;
         }
-        Ok(Kernel { device: Arc::clone(self), function, name })
+        Ok(Kernel { device: Arc::clone(self), function, name: name.to_owned() })
     }
 
     /// Makes the device the calling thread's.
@@ -313,11 +351,19 @@ pub(crate) struct Launch {
     pub shared_bytes: usize,
     /// All blocks must run at once, because they wait for each other.
     pub cooperative: bool,
+    /// May begin before the kernel before it has ended; the kernel itself waits before it touches anything
+    /// that earlier ones touch (`wait_for_previous` in `common.cuh`). Without effect before compute capability 9.0.
+    pub overlapping: bool,
 }
 
 impl Launch {
     pub fn new(grid: [usize; 3], threads: usize, shared_bytes: usize) -> Self {
-        Self { grid, threads, shared_bytes, cooperative: false }
+        Self { grid, threads, shared_bytes, cooperative: false, overlapping: false }
+    }
+
+    /// The same launch, beginning early.
+    pub fn overlapping(self) -> Self {
+        Self { overlapping: true, ..self }
     }
 }
 
@@ -326,7 +372,7 @@ impl Launch {
 pub(crate) struct Kernel {
     device: Arc<Device>,
     function: CudaFunction,
-    name: &'static str,
+    name: String,
 }
 
 impl Kernel {
@@ -350,8 +396,10 @@ impl Kernel {
         launch: Launch,
         args: &A,
     ) -> Result<(), CudaError> {
-        let failed =
-            |error| CudaError::Kernel { kernel: self.name, reason: CudaError::describe(error) };
+        let failed = |error| CudaError::Kernel {
+            kernel: self.name.clone(),
+            reason: CudaError::describe(error),
+        };
         let limit = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let grid = launch.grid.map(limit);
         let (grid, block) = ((grid[0], grid[1], grid[2]), (limit(launch.threads), 1, 1));
@@ -359,6 +407,37 @@ impl Kernel {
         let mut arguments = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         let stream = stream.cu_stream();
         self.device.context.bind_to_thread().map_err(failed)?;
+        if launch.overlapping && self.device.capability.0 >= 9 {
+            use sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            let mut attribute = sys::CUlaunchAttribute {
+                id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid.0,
+                gridDimY: grid.1,
+                gridDimZ: grid.2,
+                blockDimX: block.0,
+                blockDimY: block.1,
+                blockDimZ: block.2,
+                sharedMemBytes: shared,
+                hStream: stream,
+                attrs: &raw mut attribute,
+                numAttrs: 1,
+            };
+            let function = self.function.cu_function();
+            // SAFETY: the caller's promise; configuration and arguments are copied before the call returns.
+            let status = unsafe {
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    function,
+                    arguments.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
+            };
+            return status.result().map_err(failed);
+        }
         // SAFETY: the caller's promise; the arguments are copied before the call returns.
         unsafe {
             let function = self.function.cu_function();

@@ -247,6 +247,7 @@ impl Decoder {
             eps: self.eps,
         };
         let launch = Launch {
+            overlapping: false,
             grid: [self.blocks, 1, 1],
             threads: THREADS,
             shared_bytes: self.shared.bytes,

@@ -5,6 +5,7 @@
 //! | [`FusedRows::embed`] | `x = embeddings[token]` |
 //! | [`FusedRows::residual`] | x += y; Q8(RMSNorm(RMSNorm(x; norm, ε); w, 1e-6)) for one or three w |
 //! | [`FusedRows::gate`] | Q8(RMSNorm(RMSNorm(g; norm, ε) ⊙ silu(h); w, 1e-6)) |
+//! | [`FusedRows::step`] | the same behind one step of the recurrence of each row |
 //! | [`FusedRows::glu`] | Q8(RMSNorm(silu(a) ⊙ b; w, 1e-6)) |
 //! | [`FusedRows::logits`] | y |
 //!
@@ -13,6 +14,7 @@
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
+use crate::mlgru::cuda::{Layer, Sequences};
 use crate::ternary_gemm::cuda::{Quantized, Sums};
 
 pub(crate) const SOURCE: Source = Source {
@@ -22,7 +24,15 @@ pub(crate) const SOURCE: Source = Source {
     contracts: false,
 };
 
+/// Values of a row that a thread holds, in fours, as in the source.
+const FOURS_OF_A_THREAD: [usize; 3] = [2, 4, 8];
+/// Threads of a row, at most.
+const ROW_THREADS: usize = 512;
+/// The same of the widest gated units.
+const WIDE_GLU_THREADS: usize = 1024;
+/// Of the other kernels.
 const THREADS: usize = 256;
+const BEST_THREADS: usize = 1024;
 /// Shared memory that a kernel needs beside its row.
 const OTHER_SHARED_BYTES: usize = 1024;
 
@@ -34,7 +44,7 @@ struct QuantizedArgs {
     sums: u64,
     rows: u32,
     stride: u32,
-    tiled: u32,
+    tile_tokens: u32,
 }
 
 impl QuantizedArgs {
@@ -45,7 +55,7 @@ impl QuantizedArgs {
             sums: q.sums.address(0),
             rows: q.capacity as u32,
             stride: q.stride() as u32,
-            tiled: q.tiled.into(),
+            tile_tokens: q.tile_tokens as u32,
         }
     }
 }
@@ -105,6 +115,7 @@ struct ResidualArgs {
 }
 
 #[repr(C)]
+#[derive(Clone, Copy)]
 struct GateArgs {
     g: SumsArgs,
     h: u64,
@@ -114,6 +125,17 @@ struct GateArgs {
     width: u32,
     column: u32,
     q: QuantizedArgs,
+}
+
+#[repr(C)]
+struct StepArgs {
+    gate: GateArgs,
+    beta: u64,
+    states: u64,
+    state_offset: u64,
+    i: SumsArgs,
+    f: SumsArgs,
+    f_column: u32,
 }
 
 #[repr(C)]
@@ -136,6 +158,9 @@ struct BestArgs {
     logits: u64,
     tokens: u64,
     not_finite: u64,
+    passes: u64,
+    history: u64,
+    capacity: u32,
     width: u32,
 }
 
@@ -146,6 +171,7 @@ struct EmbedArgs {
     x: u64,
     width: u32,
     kind: u32,
+    passes: u64,
 }
 
 /// How embeddings are stored; all are widened to f32.
@@ -187,13 +213,36 @@ pub struct Norms<'a> {
     pub eps: f32,
 }
 
-/// The kernels.
+/// The kernels that take a row as a whole, for one number of values a thread.
 #[derive(Debug)]
-pub struct FusedRows {
+struct RowKernels {
+    fours: usize,
     residual_1: Kernel,
     residual_3: Kernel,
     gate: Kernel,
+    step: Kernel,
     glu: Kernel,
+}
+
+impl RowKernels {
+    fn new(device: &Arc<Device>, fours: usize, row_bytes: usize) -> Result<Self, CudaError> {
+        let kernel = |name: &str| device.kernel(SOURCE, &format!("{name}_{fours}"), row_bytes);
+        Ok(Self {
+            fours,
+            residual_1: kernel("residual_1")?,
+            residual_3: kernel("residual_3")?,
+            gate: kernel("gate")?,
+            step: kernel("step")?,
+            glu: kernel("glu")?,
+        })
+    }
+}
+
+/// The kernels.
+#[derive(Debug)]
+pub struct FusedRows {
+    /// For rows of different widths.
+    rows: [RowKernels; FOURS_OF_A_THREAD.len()],
     logits: Kernel,
     best: Kernel,
     embed: Kernel,
@@ -213,19 +262,35 @@ impl FusedRows {
                 device.name()
             )));
         }
-        let kernel = |name| device.kernel(SOURCE, name, bytes);
+        let rows = |fours| RowKernels::new(device, fours, bytes);
+        let [narrow, wide, widest] = FOURS_OF_A_THREAD;
         Ok(Self {
-            residual_1: kernel("residual_rows_1")?,
-            residual_3: kernel("residual_rows_3")?,
-            gate: kernel("gate_rows")?,
-            glu: kernel("glu_rows")?,
+            rows: [rows(narrow)?, rows(wide)?, rows(widest)?],
             logits: device.kernel(SOURCE, "logit_rows", 0)?,
             best: device.kernel(SOURCE, "best_rows", 0)?,
             embed: device.kernel(SOURCE, "embed_rows", 0)?,
         })
     }
 
-    /// Embeddings of tokens (buffer, first, count) to `x` [M, D].
+    /// The kernels for rows of a width, and how they are launched for some rows of at most so many threads.
+    fn for_rows(
+        &self,
+        count: usize,
+        width: usize,
+        most_threads: usize,
+    ) -> Result<(&RowKernels, Launch), CudaError> {
+        let fours = width / 4;
+        let fits = |kernels: &&RowKernels| fours <= kernels.fours * ROW_THREADS;
+        let kernels = self.rows.iter().find(fits).unwrap_or(&self.rows[self.rows.len() - 1]);
+        let threads = fours.div_ceil(kernels.fours).next_multiple_of(32);
+        if threads > most_threads {
+            let most = 4 * kernels.fours * most_threads;
+            return Err(CudaError::Shape(format!("rows of {width} values; {most} are possible")));
+        }
+        Ok((kernels, Launch::new([count, 1, 1], threads, 4 * width).overlapping()))
+    }
+
+    /// Embeddings of the first `count` tokens to `x` [M, D]. `passes`, if given, counts one more.
     ///
     /// # Errors
     /// Shapes that do not fit together; the driver's. Tokens must have been checked: `vocab` is what the
@@ -233,23 +298,25 @@ impl FusedRows {
     pub fn embed(
         &self,
         table: (&Buffer<u8>, EmbeddingType),
-        tokens: (&Buffer<u32>, usize, usize),
+        tokens: (&Buffer<u32>, usize),
+        passes: Option<&mut Buffer<u32>>,
         width: usize,
         x: &mut Buffer<f32>,
     ) -> Result<(), CudaError> {
-        let ((table, kind), (tokens, at, count)) = (table, tokens);
-        if count == 0 || at + count > tokens.len() || count * width > x.len() {
+        let ((table, kind), (tokens, count)) = (table, tokens);
+        if count == 0 || count > tokens.len() || count * width > x.len() {
             return Err(CudaError::Shape(format!("embeddings of {count} tokens")));
         }
         let args = EmbedArgs {
             table: table.address(0),
-            tokens: tokens.address(at),
+            tokens: tokens.address(0),
             x: x.address(0),
             width: width as u32,
             kind: kind.code(),
+            passes: passes.map_or(0, |passes| passes.address(0)),
         };
-        // SAFETY: reads `count` tokens, writes `count` rows of x.
-        unsafe { self.embed.launch(Launch::new([count, 1, 1], THREADS, 0), &args) }
+        // SAFETY: reads `count` tokens, writes `count` rows of x, and the counter.
+        unsafe { self.embed.launch(Launch::new([count, 1, 1], THREADS, 0).overlapping(), &args) }
     }
 
     /// Adds a product's output to rows of `x`, and quantises them for the next products into `q`, which has
@@ -286,9 +353,10 @@ impl FusedRows {
             width: width as u32,
             q: QuantizedArgs::of(q),
         };
-        let kernel = if norms.inner.len() == 3 { &self.residual_3 } else { &self.residual_1 };
+        let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
+        let kernel = if norms.inner.len() == 3 { &kernels.residual_3 } else { &kernels.residual_1 };
         // SAFETY: rows of x, sums and q were checked; `rows` holds numbers of rows of x.
-        unsafe { kernel.launch(Launch::new([count, 1, 1], THREADS, 4 * width), &args) }
+        unsafe { kernel.launch(launch, &args) }
     }
 
     /// Quantises the gated state for the o projection. g lies at `column` of the sums.
@@ -308,18 +376,55 @@ impl FusedRows {
         if count == 0 || !g.holds(count, column + width) || count * width > h.len() {
             return Err(CudaError::Shape(format!("a gate of {count} rows of {width}")));
         }
-        let args = GateArgs {
-            g: g.args(),
-            h: h.address(0),
-            norm: norms.vectors.address(norms.norm),
-            weight: norms.vectors.address(norms.inner[0]),
-            eps: norms.eps,
-            width: width as u32,
-            column: column as u32,
-            q: QuantizedArgs::of(q),
-        };
+        let args = gate_args(g, column, h.address(0), &norms, q);
+        let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
         // SAFETY: rows of sums, h and q were checked.
-        unsafe { self.gate.launch(Launch::new([count, 1, 1], THREADS, 4 * width), &args) }
+        unsafe { kernels.gate.launch(launch, &args) }
+    }
+
+    /// One step of the recurrence for sequences of one token each, and [`gate`](Self::gate) of the new states: i, f and g
+    /// lie in the sums one behind the other, as `layer` and `column` (of g) say.
+    ///
+    /// # Errors
+    /// Shapes that do not fit together; the driver's.
+    pub fn step(
+        &self,
+        g: &Output<'_>,
+        column: usize,
+        layer: Layer<'_>,
+        sequences: &Sequences,
+        norms: Norms<'_>,
+        q: &mut Quantized,
+    ) -> Result<(), CudaError> {
+        let (count, width) = (q.rows, q.cols);
+        check_norms(&norms, width, q)?;
+        let fits = count > 0
+            && g.holds(count, column + width)
+            && g.input.layers == 3
+            && layer.width == width
+            && layer.beta.is_multiple_of(4)
+            && layer.beta + width <= layer.vectors.len()
+            && layer.f_offset.is_multiple_of(4)
+            && layer.f_offset + width <= g.sums.stride
+            && layer.state_offset + width <= sequences.state_len
+            && sequences.are_single_tokens()
+            && sequences.rows == count;
+        if !fits {
+            return Err(CudaError::Shape(format!("a step of {count} rows of {width}")));
+        }
+        let scales = |layer: usize| g.input.scales.address(layer * g.input.capacity);
+        let args = StepArgs {
+            gate: gate_args(g, column, 0, &norms, q),
+            beta: layer.vectors.address(layer.beta),
+            states: sequences.states.address(0),
+            state_offset: layer.state_offset as u64,
+            i: SumsArgs { scales: scales(0), gamma: layer.gamma_i, ..g.args() },
+            f: SumsArgs { scales: scales(1), gamma: layer.gamma_f, ..g.args() },
+            f_column: layer.f_offset as u32,
+        };
+        let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
+        // SAFETY: rows of sums and q were checked; the states belong to the sequences and hold the layer.
+        unsafe { kernels.step.launch(launch, &args) }
     }
 
     /// Quantises the gated linear unit's output for the down projection. The norm's weight is at `weight`.
@@ -344,8 +449,9 @@ impl FusedRows {
             width: width as u32,
             q: QuantizedArgs::of(q),
         };
+        let (kernels, launch) = self.for_rows(count, width, WIDE_GLU_THREADS)?;
         // SAFETY: rows of sums and q were checked.
-        unsafe { self.glu.launch(Launch::new([count, 1, 1], THREADS, 4 * width), &args) }
+        unsafe { kernels.glu.launch(launch, &args) }
     }
 
     /// A product's output as floats, [rows, width].
@@ -364,15 +470,16 @@ impl FusedRows {
         }
         let args =
             LogitArgs { sums: output.args(), logits: logits.address(0), width: width as u32 };
-        let launch = Launch::new([width.div_ceil(THREADS), rows, 1], THREADS, 0);
+        let launch = Launch::new([width.div_ceil(THREADS), rows, 1], THREADS, 0).overlapping();
         // SAFETY: rows of sums and logits were checked.
         unsafe { self.logits.launch(launch, &args) }
     }
 }
 
 impl FusedRows {
-    /// The most likely token of each row of logits [rows, width], of equals the lowest. Sets `not_finite` to 1
-    /// if a logit is not finite.
+    /// The most likely token of each row of logits [rows, width], of equals the lowest. The tokens of pass p, counted from
+    /// 1 by `passes`, also go to `history` from `(p - 1) * rows` on, if they fit. Sets `not_finite` to 1 if a logit
+    /// is not finite.
     ///
     /// # Errors
     /// Shapes that do not fit together; the driver's.
@@ -381,21 +488,37 @@ impl FusedRows {
         logits: &Buffer<f32>,
         rows: usize,
         width: usize,
-        tokens: (&mut Buffer<u32>, usize),
+        tokens: &mut Buffer<u32>,
+        (history, passes): (&mut Buffer<u32>, &Buffer<u32>),
         not_finite: &mut Buffer<u32>,
     ) -> Result<(), CudaError> {
-        let (tokens, at) = tokens;
-        if rows == 0 || rows * width > logits.len() || at + rows > tokens.len() {
+        if rows == 0 || rows * width > logits.len() || rows > tokens.len() {
             return Err(CudaError::Shape(format!("best tokens of {rows} rows of {width}")));
         }
         let args = BestArgs {
             logits: logits.address(0),
-            tokens: tokens.address(at),
+            tokens: tokens.address(0),
             not_finite: not_finite.address(0),
+            passes: passes.address(0),
+            history: history.address(0),
+            capacity: (history.len() / rows) as u32,
             width: width as u32,
         };
         // SAFETY: rows of logits and tokens were checked.
-        unsafe { self.best.launch(Launch::new([rows, 1, 1], THREADS, 0), &args) }
+        unsafe { self.best.launch(Launch::new([rows, 1, 1], BEST_THREADS, 0).overlapping(), &args) }
+    }
+}
+
+fn gate_args(g: &Output<'_>, column: usize, h: u64, norms: &Norms<'_>, q: &Quantized) -> GateArgs {
+    GateArgs {
+        g: g.args(),
+        h,
+        norm: norms.vectors.address(norms.norm),
+        weight: norms.vectors.address(norms.inner[0]),
+        eps: norms.eps,
+        width: q.cols as u32,
+        column: column as u32,
+        q: QuantizedArgs::of(q),
     }
 }
 

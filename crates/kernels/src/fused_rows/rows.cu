@@ -1,39 +1,111 @@
 // What lies between the products of a block, one block of threads a row (token): dequantise the sums of the last
 // product, residual, norms, gates, quantise for the next product.
+//
+// A thread holds up to PER times four values of a row in registers, those at 4 (threadIdx.x + i * blockDim.x). All that a
+// pass reads is asked for before any of it is used, and weights before the kernel waits for the one before it: a row
+// is a chain of waits for memory, and nothing else. Shared memory serves the sums, which have an order. For the widest
+// rows there are not enough registers, and what is read is asked for where it is used.
 
-constexpr u32 THREADS = 256;
+template <u32 PER>
+constexpr bool FITS_REGISTERS = PER <= 4;
+constexpr u32 THREADS = 512;       // of a row, at most
+constexpr u32 GLU_THREADS = 1024;  // of the gated unit's where PER is 8: no other row is so wide
+constexpr u32 LINE_THREADS = 256;  // of kernels that take no row as a whole
+constexpr u32 BEST_THREADS = 1024;
 
 extern __shared__ float4 row_memory[];
 
 struct Quantized {
-    i8* values;       // natural: [layers][M][stride]; tiled: [layers][token tile][stride / 128][8][256][16]
+    i8* values;       // [layers][M][stride], or tiled: [layers][token tile][stride / 128][8][tile tokens][16]
     float* scales;    // [layers][M]
     int* sums;        // [layers][M]
     u32 rows;         // M, padded to whole token tiles where tiled
     u32 stride;       // K padded to whole weight tiles
-    u32 tiled;        // for the warpgroup product
+    u32 tile_tokens;  // for a warpgroup product; 0: not tiled
 };
 
 // Where word `n` (four activations) of a row lies.
 __device__ __forceinline__ u32* word_of(const Quantized& q, u32 layer, u32 row, u32 n) {
     size_t base = (size_t)layer * q.rows * q.stride;
-    if (!q.tiled) return (u32*)(q.values + base + (size_t)row * q.stride) + n;
+    if (q.tile_tokens == 0) return (u32*)(q.values + base + (size_t)row * q.stride) + n;
     // Natural word 8 t + 4 half + f of a tile is word t of chunk 2 f + half.
     u32 tile = n / 32, t = n / 8 % 4, half = n / 4 % 2, f = n % 4;
-    size_t block = ((size_t)(row / 256) * (q.stride / 128) + tile) * (256 * 128);
-    return (u32*)(q.values + base + block + ((2 * f + half) * 256 + row % 256) * 16) + t;
+    size_t block = ((size_t)(row / q.tile_tokens) * (q.stride / 128) + tile) * (q.tile_tokens * 128);
+    return (u32*)(q.values + base + block + ((2 * f + half) * q.tile_tokens + row % q.tile_tokens) * 16) + t;
 }
 
-// Quantises a row's BitLinear inputs into row m of q.
-template <u32 LAYERS>
-__device__ void store_quantized(const float* row, u32 n, const float* const (&weights)[LAYERS], const Quantized& q,
-                                u32 m) {
+// f(i, k) for each of the thread's fours, the number k among those of the row.
+template <u32 PER, class F>
+__device__ __forceinline__ void each(u32 fours, F f) {
+#pragma unroll
+    for (u32 i = 0; i < PER; ++i) {
+        u32 k = threadIdx.x + i * blockDim.x;
+        if (k < fours) f(i, k);
+    }
+}
+
+// Values in device memory that a thread asks for early.
+template <class T, u32 PER>
+struct Held {
+    T at[FITS_REGISTERS<PER> ? PER : 1];
+    const T* from;
+
+    __device__ __forceinline__ void ask(const void* memory, u32 fours) {
+        from = (const T*)memory;
+        if constexpr (FITS_REGISTERS<PER>) each<PER>(fours, [&](u32 i, u32 k) { at[i] = from[k]; });
+    }
+    __device__ __forceinline__ T get(u32 i, u32 k) const {
+        if constexpr (FITS_REGISTERS<PER>) return at[i];
+        return from[k];
+    }
+};
+
+// 1 / sqrt(mean(x^2) + eps) of the row that the threads hold.
+template <u32 PER>
+__device__ __forceinline__ float row_inverse_rms(const float4 (&row)[PER], u32 fours, float eps, float* scalar) {
+    each<PER>(fours, [&](u32 i, u32 k) { row_memory[k] = row[i]; });
+    return inverse_rms((const float*)row_memory, 4 * fours, eps, scalar);
+}
+
+// Quantises RMSNorm(row; weight_j, 1e-6) of one or several layers into row m of q.
+template <u32 LAYERS, u32 PER>
+__device__ __forceinline__ void store_quantized(const float4 (&row)[PER], u32 fours,
+                                                const Held<float4, PER> (&weights)[LAYERS], const Quantized& q, u32 m) {
     __shared__ float scalar;
-    __shared__ u32 parts[LAYERS * THREADS / 32];
+    __shared__ u32 parts[LAYERS][32];
     __shared__ int totals[LAYERS];
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    float r = row_inverse_rms(row, fours, 1e-6f, &scalar);
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        float largest = 0.0f;
+        each<PER>(fours, [&](u32 i, u32 k) {
+            float4 v = row[i] * r * weights[j].get(i, k);
+            largest = larger(larger(larger(larger(largest, fabsf(v.x)), fabsf(v.y)), fabsf(v.z)), fabsf(v.w));
+        });
+        // The bits of floats that are not negative are in their order.
+        u32 part = __reduce_max_sync(ALL_LANES, __float_as_uint(largest));
+        if (lane == 0) parts[j][warp] = part;
+    }
+    if (threadIdx.x < LAYERS) totals[threadIdx.x] = 0;
+    __syncthreads();
     float scale[LAYERS];
-    norm_quantize<THREADS>(row, n, q.stride, weights, &scalar, parts, scale, totals,
-                           [&](u32 layer, u32 k, u32 word) { *word_of(q, layer, m, k) = word; });
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) {
+        u32 largest = __reduce_max_sync(ALL_LANES, lane < warps ? parts[j][lane] : 0);
+        scale[j] = quantizer_scale(__uint_as_float(largest));
+        int sum = 0;
+        each<PER>(fours, [&](u32 i, u32 k) {
+            float4 v = row[i] * r * weights[j].get(i, k) * scale[j];
+            int a = quantize(v.x), b = quantize(v.y), c = quantize(v.z), d = quantize(v.w);
+            sum += a + b + c + d;
+            *word_of(q, j, m, k) = (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)d << 24;
+        });
+        for (u32 k = fours + threadIdx.x; k < q.stride / 4; k += blockDim.x) *word_of(q, j, m, k) = 0;
+        sum = __reduce_add_sync(ALL_LANES, sum);
+        if (lane == 0) atomicAdd(&totals[j], sum);
+    }
+    __syncthreads();
     if (threadIdx.x == 0) {
 #pragma unroll
         for (u32 j = 0; j < LAYERS; ++j) {
@@ -52,13 +124,25 @@ struct Sums {
     u32 clear;            // leave zeros, for a product that adds
 };
 
-// Four sums from column 4 k on, as floats.
-__device__ __forceinline__ float4 take(const Sums& sums, u32 m, u32 column, u32 k, float factor) {
-    int4* at = (int4*)(sums.values + (size_t)m * sums.stride + column) + k;
-    int4 sum = *at;
-    if (sums.clear) *at = make_int4(0, 0, 0, 0);
-    return dequantize(sum, factor);
-}
+// The sums from a column on, as floats; zeros are left where they are asked for.
+template <u32 PER>
+struct HeldSums {
+    Held<int4, PER> held;
+    int4* zeros;
+    float factor;
+
+    __device__ __forceinline__ void ask(const Sums& sums, u32 m, u32 column, u32 fours) {
+        int4* at = (int4*)(sums.values + (size_t)m * sums.stride + column);
+        held.ask(at, fours);
+        zeros = sums.clear ? at : nullptr;
+        factor = sums.gamma / sums.scales[m];
+    }
+    __device__ __forceinline__ float4 take(u32 i, u32 k) {
+        int4 sum = held.get(i, k);
+        if (zeros) zeros[k] = make_int4(0, 0, 0, 0);
+        return dequantize(sum, factor);
+    }
+};
 
 struct ResidualArgs {
     float* x;             // residual stream [M][D]
@@ -72,37 +156,31 @@ struct ResidualArgs {
 };
 
 // x += sums; quantises BitLinear inputs of RMSNorm(x; norm, eps).
-template <u32 LAYERS>
-__device__ void residual_rows(const ResidualArgs& a) {
+template <u32 LAYERS, u32 PER>
+__device__ __forceinline__ void residual_rows(const ResidualArgs& a) {
+    let_next_begin();
     __shared__ float scalar;
-    float* row = (float*)row_memory;
-    u32 m = blockIdx.x;
+    u32 m = blockIdx.x, fours = a.width / 4;
+    Held<float4, PER> norm, weights[LAYERS];
+    norm.ask(a.norm, fours);
+#pragma unroll
+    for (u32 j = 0; j < LAYERS; ++j) weights[j].ask(a.weights[j], fours);
+    wait_for_previous();
     u32 from = a.rows ? a.rows[m] : m;
     float4* x = (float4*)(a.x + (size_t)from * a.width);
-    float factor = a.sums.values ? a.sums.gamma / a.sums.scales[from] : 0.0f;
-    for (u32 k = threadIdx.x; k < a.width / 4; k += THREADS) {
-        float4 value = x[k];
-        if (a.sums.values) {
-            value = value + take(a.sums, from, 0, k, factor);
-            x[k] = value;
-        }
-        row_memory[k] = value;
+    float4 row[PER];
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = x[k]; });
+    if (a.sums.values) {
+        HeldSums<PER> sums;
+        sums.ask(a.sums, from, 0, fours);
+        each<PER>(fours, [&](u32 i, u32 k) {
+            row[i] = row[i] + sums.take(i, k);
+            x[k] = row[i];
+        });
     }
-    float r = inverse_rms(row, a.width, a.eps, &scalar);
-    for (u32 k = threadIdx.x; k < a.width / 4; k += THREADS)
-        row_memory[k] = row_memory[k] * r * ((const float4*)a.norm)[k];
-    const float* weights[LAYERS];
-#pragma unroll
-    for (u32 j = 0; j < LAYERS; ++j) weights[j] = a.weights[j];
-    store_quantized<LAYERS>(row, a.width, weights, a.q, m);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) residual_rows_1(const __grid_constant__ ResidualArgs a) {
-    residual_rows<1>(a);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) residual_rows_3(const __grid_constant__ ResidualArgs a) {
-    residual_rows<3>(a);
+    float r = row_inverse_rms(row, fours, a.eps, &scalar);
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = row[i] * r * norm.get(i, k); });
+    store_quantized<LAYERS>(row, fours, weights, a.q, m);
 }
 
 struct GateArgs {
@@ -117,18 +195,62 @@ struct GateArgs {
 };
 
 // Quantises the BitLinear input of RMSNorm(g; norm, eps) * silu(h).
-extern "C" __global__ void __launch_bounds__(THREADS) gate_rows(const __grid_constant__ GateArgs a) {
+template <u32 PER>
+__device__ __forceinline__ void gate_rows(const GateArgs& a) {
+    let_next_begin();
     __shared__ float scalar;
-    float* row = (float*)row_memory;
-    u32 m = blockIdx.x;
-    float factor = a.g.gamma / a.g.scales[m];
-    for (u32 k = threadIdx.x; k < a.width / 4; k += THREADS) row_memory[k] = take(a.g, m, a.column, k, factor);
-    float r = inverse_rms(row, a.width, a.eps, &scalar);
-    const float4* h = (const float4*)(a.h + (size_t)m * a.width);
-    for (u32 k = threadIdx.x; k < a.width / 4; k += THREADS)
-        row_memory[k] = row_memory[k] * r * ((const float4*)a.norm)[k] * silu(h[k]);
-    const float* weights[1] = {a.weight};
-    store_quantized<1>(row, a.width, weights, a.q, m);
+    u32 m = blockIdx.x, fours = a.width / 4;
+    Held<float4, PER> norm, weights[1], h;
+    HeldSums<PER> g;
+    norm.ask(a.norm, fours);
+    weights[0].ask(a.weight, fours);
+    wait_for_previous();
+    g.ask(a.g, m, a.column, fours);
+    h.ask(a.h + (size_t)m * a.width, fours);
+    float4 row[PER];
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = g.take(i, k); });
+    float r = row_inverse_rms(row, fours, a.eps, &scalar);
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = row[i] * r * norm.get(i, k) * silu(h.get(i, k)); });
+    store_quantized<1>(row, fours, weights, a.q, m);
+}
+
+struct StepArgs {
+    GateArgs gate;          // of the new states, so h is not read
+    const float* beta;      // [D]
+    float* const* states;   // the layer's state of each row comes `state_offset` floats behind these
+    u64 state_offset;
+    Sums i, f;
+    u32 f_column;           // of f in the sums; i begins them
+};
+
+// Sequences of one token each: one step of the recurrence, h = forget * h + input, and then the same.
+template <u32 PER>
+__device__ __forceinline__ void step_rows(const StepArgs& a) {
+    let_next_begin();
+    __shared__ float scalar;
+    u32 m = blockIdx.x, fours = a.gate.width / 4;
+    Held<float4, PER> norm, weights[1], beta;
+    HeldSums<PER> i_sums, f_sums, g;
+    beta.ask(a.beta, fours);
+    wait_for_previous();
+    float4* states = (float4*)(a.states[m] + a.state_offset);
+    i_sums.ask(a.i, m, 0, fours);
+    f_sums.ask(a.f, m, a.f_column, fours);
+    g.ask(a.gate.g, m, a.gate.column, fours);
+    float4 row[PER], h[PER];
+    each<PER>(fours, [&](u32 i, u32 k) { h[i] = states[k]; });
+    each<PER>(fours, [&](u32 i, u32 k) {
+        float4 b = beta.get(i, k), forget = b + (1.0f - b) * sigmoid(f_sums.take(i, k));
+        h[i] = forget * h[i] + silu(i_sums.take(i, k)) * (1.0f - forget);
+        states[k] = h[i];
+        row[i] = g.take(i, k);
+    });
+    // Held from here on, for registers; they come while the squares are summed.
+    norm.ask(a.gate.norm, fours);
+    weights[0].ask(a.gate.weight, fours);
+    float r = row_inverse_rms(row, fours, a.gate.eps, &scalar);
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = row[i] * r * norm.get(i, k) * silu(h[i]); });
+    store_quantized<1>(row, fours, weights, a.gate.q, m);
 }
 
 struct GluArgs {
@@ -139,16 +261,43 @@ struct GluArgs {
 };
 
 // Quantises the BitLinear input of silu(a) * b.
-extern "C" __global__ void __launch_bounds__(THREADS) glu_rows(const __grid_constant__ GluArgs a) {
-    u32 m = blockIdx.x;
-    float factor = a.ab.gamma / a.ab.scales[m];
-    for (u32 k = threadIdx.x; k < a.width / 4; k += THREADS) {
-        float4 left = take(a.ab, m, 0, k, factor);
-        row_memory[k] = silu(left) * take(a.ab, m, a.width, k, factor);
-    }
-    const float* weights[1] = {a.weight};
-    store_quantized<1>((float*)row_memory, a.width, weights, a.q, m);
+template <u32 PER>
+__device__ __forceinline__ void glu_rows(const GluArgs& a) {
+    let_next_begin();
+    u32 m = blockIdx.x, fours = a.width / 4;
+    Held<float4, PER> weights[1];
+    HeldSums<PER> left, right;
+    weights[0].ask(a.weight, fours);
+    wait_for_previous();
+    left.ask(a.ab, m, 0, fours);
+    right.ask(a.ab, m, a.width, fours);
+    float4 row[PER];
+    each<PER>(fours, [&](u32 i, u32 k) { row[i] = silu(left.take(i, k)) * right.take(i, k); });
+    store_quantized<1>(row, fours, weights, a.q, m);
 }
+
+// Names end with the fours of a thread.
+#define ROW_KERNELS(PER)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) residual_1_##PER(const __grid_constant__ ResidualArgs a) { \
+        residual_rows<1, PER>(a);                                                                               \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS) residual_3_##PER(const __grid_constant__ ResidualArgs a) { \
+        residual_rows<3, PER>(a);                                                                               \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS) gate_##PER(const __grid_constant__ GateArgs a) {      \
+        gate_rows<PER>(a);                                                                                      \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(THREADS) step_##PER(const __grid_constant__ StepArgs a) {      \
+        step_rows<PER>(a);                                                                                      \
+    }                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(PER == 8 ? GLU_THREADS : THREADS)                     \
+        glu_##PER(const __grid_constant__ GluArgs a) {                                                      \
+        glu_rows<PER>(a);                                                                                       \
+    }
+
+ROW_KERNELS(2)
+ROW_KERNELS(4)
+ROW_KERNELS(8)
 
 struct LogitArgs {
     Sums sums;
@@ -156,8 +305,10 @@ struct LogitArgs {
     u32 width;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) logit_rows(const __grid_constant__ LogitArgs a) {
-    u32 m = blockIdx.y, n = blockIdx.x * THREADS + threadIdx.x;
+extern "C" __global__ void __launch_bounds__(LINE_THREADS) logit_rows(const __grid_constant__ LogitArgs a) {
+    let_next_begin();
+    wait_for_previous();
+    u32 m = blockIdx.y, n = blockIdx.x * LINE_THREADS + threadIdx.x;
     if (n >= a.width) return;
     int* at = a.sums.values + (size_t)m * a.sums.stride + n;
     a.logits[(size_t)m * a.width + n] = dequantize(*at, a.sums.gamma / a.sums.scales[m]);
@@ -170,12 +321,16 @@ struct EmbedArgs {
     float* x;            // [M][D]
     u32 width;
     u32 type;            // 0: f32, 1: f16, 2: bf16
+    u32* passes;         // counts this pass; may be null
 };
 
 // x = embeddings[token], widened exactly.
-extern "C" __global__ void __launch_bounds__(THREADS) embed_rows(const __grid_constant__ EmbedArgs a) {
+extern "C" __global__ void __launch_bounds__(LINE_THREADS) embed_rows(const __grid_constant__ EmbedArgs a) {
+    let_next_begin();
+    wait_for_previous();
+    if (a.passes && blockIdx.x == 0 && threadIdx.x == 0) ++*a.passes;
     size_t from = (size_t)a.tokens[blockIdx.x] * a.width, to = (size_t)blockIdx.x * a.width;
-    for (u32 k = threadIdx.x; k < a.width; k += THREADS) {
+    for (u32 k = threadIdx.x; k < a.width; k += LINE_THREADS) {
         float value;
         if (a.type == 0) value = ((const float*)a.table)[from + k];
         else if (a.type == 1) value = f16_to_f32(((const unsigned short*)a.table)[from + k]);
@@ -188,16 +343,22 @@ struct BestArgs {
     const float* logits;  // [M][width]
     u32* tokens;          // [M]
     u32* not_finite;      // set to 1 if a logit is not
+    const u32* passes;    // passes so far, this one among them
+    u32* history;         // [capacity][M]: the tokens of each pass
+    u32 capacity;
     u32 width;
 };
 
 // The token of the highest logit, of equals the lowest.
-extern "C" __global__ void __launch_bounds__(THREADS) best_rows(const __grid_constant__ BestArgs a) {
-    __shared__ u64 keys[THREADS / 32];
+extern "C" __global__ void __launch_bounds__(BEST_THREADS) best_rows(const __grid_constant__ BestArgs a) {
+    let_next_begin();
+    __shared__ u64 keys[BEST_THREADS / 32];
+    wait_for_previous();
     const float* logits = a.logits + (size_t)blockIdx.x * a.width;
     u64 best = 0;
     bool finite = true;
-    for (u32 n = threadIdx.x; n < a.width; n += THREADS) {
+#pragma unroll 4
+    for (u32 n = threadIdx.x; n < a.width; n += BEST_THREADS) {
         float logit = logits[n];
         finite = finite && is_finite(logit);
         best = max(best, logit_key(logit, n));
@@ -208,7 +369,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) best_rows(const __grid_con
     if (threadIdx.x % 32 == 0) keys[threadIdx.x / 32] = best;
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (u32 w = 1; w < THREADS / 32; ++w) best = max(best, keys[w]);
+        for (u32 w = 1; w < BEST_THREADS / 32; ++w) best = max(best, keys[w]);
         a.tokens[blockIdx.x] = ~(u32)best;
+        u32 pass = *a.passes - 1;
+        if (pass < a.capacity) a.history[(size_t)pass * gridDim.x + blockIdx.x] = ~(u32)best;
     }
 }

@@ -33,14 +33,14 @@ struct Args {
 #[derive(Debug)]
 pub struct Sequences {
     /// Addresses of the states.
-    states: Buffer<u64>,
+    pub(crate) states: Buffer<u64>,
     /// First row of each sequence, and the number of rows.
     first_rows: Buffer<u32>,
     count: usize,
-    rows: usize,
+    pub(crate) rows: usize,
     longest: usize,
     /// Elements of the smallest state.
-    state_len: usize,
+    pub(crate) state_len: usize,
 }
 
 impl Sequences {
@@ -57,6 +57,11 @@ impl Sequences {
             longest: 0,
             state_len: 0,
         })
+    }
+
+    /// Whether every sequence has one token.
+    pub fn are_single_tokens(&self) -> bool {
+        self.longest == 1 && self.rows == self.count
     }
 
     /// Takes states and the number of tokens of each. The states are borrowed mutably by every
@@ -172,7 +177,8 @@ impl Recurrence {
         } else {
             (&self.wide_scan, 32, 256)
         };
-        let launch = Launch::new([width.div_ceil(channels), sequences.count, 1], threads, 0);
+        let grid = [width.div_ceil(channels), sequences.count, 1];
+        let launch = Launch::new(grid, threads, 0).overlapping();
         // SAFETY: the buffers were checked to hold the rows; the states belong to the sequences and hold the
         // layer.
         unsafe { kernel.launch(launch, &args) }

@@ -26,6 +26,8 @@ __device__ __forceinline__ void gates(const Args& a, u32 m, u32 channel, float b
 
 // Few tokens a sequence: a thread walks through one channel.
 extern "C" __global__ void __launch_bounds__(128) mlgru_step(const __grid_constant__ Args a) {
+    let_next_begin();
+    wait_for_previous();
     u32 channel = blockIdx.x * 128 + threadIdx.x, sequence = blockIdx.y;
     if (channel >= a.width) return;
     float* state = a.states[sequence] + a.state_offset + channel;
@@ -44,6 +46,8 @@ constexpr u32 STEPS = 64;
 
 template <u32 CHANNELS>
 __device__ void scan(const Args& a) {
+    let_next_begin();
+    wait_for_previous();
     __shared__ float forgets[2][STEPS][CHANNELS], inputs[2][STEPS][CHANNELS];
     u32 sequence = blockIdx.y, base = blockIdx.x * CHANNELS;
     u32 first = a.first_rows[sequence], count = a.first_rows[sequence + 1] - first;

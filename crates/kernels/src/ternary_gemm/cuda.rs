@@ -12,6 +12,13 @@ pub(crate) const SOURCE: Source = Source {
     contracts: false,
 };
 
+pub(crate) const FEW_TOKENS_SOURCE: Source = Source {
+    name: "ternary_few_tokens",
+    text: include_str!("few_tokens.cu"),
+    hopper_only: false,
+    contracts: false,
+};
+
 pub(crate) const WARPGROUP_SOURCE: Source = Source {
     name: "ternary_wgmma",
     text: include_str!("wgmma.cu"),
@@ -32,10 +39,25 @@ const STAGES: usize = 4;
 /// Products of at most this many tokens may be cut along K: too few blocks otherwise.
 pub const SPLIT_MAX_TOKENS: usize = 256;
 
-// The warpgroup product, as in its source.
+// The product of few tokens, as in its source.
+const FEW_TOKENS: usize = 8;
+const FEW_TOKENS_THREADS: usize = 512;
+const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 4;
+
+// The warpgroup products, as in their source: of prompts, and of batches.
 const WARPGROUP_TOKENS: usize = 256;
 const WARPGROUP_THREADS: usize = 288;
-const WARPGROUP_STAGES: usize = 6;
+const WARPGROUP_SHARED_BYTES: usize = 6 * WARPGROUP_TOKENS * TILE_COLS;
+const BATCH_TOKENS: usize = 64;
+const BATCH_THREADS: usize = 256;
+const BATCH_COL_TILES: usize = 8;
+
+/// Shared memory of the batches' product for so many column tiles: those, then the sums.
+fn batch_shared_bytes(col_tiles: usize) -> usize {
+    let tile_bytes = BATCH_TOKENS * TILE_COLS + BLOCK_ROW_TILES * TILE_WORDS * 4;
+    let sums_bytes = BATCH_TOKENS * (BLOCK_ROW_TILES * TILE_ROWS + 4) * 4;
+    sums_bytes.max(col_tiles * tile_bytes)
+}
 
 /// Quantised activations [layers][M, K] in device memory.
 #[derive(Debug)]
@@ -51,8 +73,9 @@ pub struct Quantized {
     pub(crate) layers: usize,
     /// Rows from one layer to the next.
     pub(crate) capacity: usize,
-    /// Laid out for the warpgroup product: [layers][token tile][column tile][8][256][16].
-    pub(crate) tiled: bool,
+    /// Tokens of a tile where it is laid out for a warpgroup product,
+    /// [layers][token tile][column tile][8][tile tokens][16]; 0 where it is not.
+    pub(crate) tile_tokens: usize,
 }
 
 impl Quantized {
@@ -69,7 +92,7 @@ impl Quantized {
             cols: 0,
             layers: 0,
             capacity: 0,
-            tiled: false,
+            tile_tokens: 0,
         })
     }
 
@@ -78,8 +101,13 @@ impl Quantized {
     /// # Errors
     /// No memory.
     pub fn reshape(&mut self, layers: usize, rows: usize, cols: usize) -> Result<(), CudaError> {
-        self.tiled = has_warpgroup_product(self.values.device()) && rows > SPLIT_MAX_TOKENS;
-        let capacity = if self.tiled { rows.next_multiple_of(WARPGROUP_TOKENS) } else { rows };
+        self.tile_tokens = match rows {
+            _ if !has_warpgroup_product(self.values.device()) => 0,
+            0..=FEW_TOKENS => 0,
+            ..=SPLIT_MAX_TOKENS => BATCH_TOKENS,
+            _ => WARPGROUP_TOKENS,
+        };
+        let capacity = rows.next_multiple_of(self.tile_tokens.max(1));
         self.values.reserve(layers * capacity * cols.next_multiple_of(TILE_COLS))?;
         self.scales.reserve(layers * capacity)?;
         self.sums.reserve(layers * capacity)?;
@@ -125,15 +153,16 @@ impl Quantized {
     /// Where a value lies within its layer.
     fn place(&self, row: usize, k: usize) -> usize {
         let stride = self.stride();
-        if !self.tiled {
+        let tokens = self.tile_tokens;
+        if tokens == 0 {
             return row * stride + k;
         }
         // As the quantiser's source says: input 32 t + 16 half + 4 f + b of a tile is byte 4 t + b of chunk
         // 2 f + half.
         let (tile, t, half, f, b) = (k / TILE_COLS, k / 32 % 4, k / 16 % 2, k / 4 % 4, k % 4);
-        let block = row / WARPGROUP_TOKENS * (stride / TILE_COLS) + tile;
+        let block = row / tokens * (stride / TILE_COLS) + tile;
         let chunk = 2 * f + half;
-        (block * 8 + chunk) * WARPGROUP_TOKENS * 16 + row % WARPGROUP_TOKENS * 16 + 4 * t + b
+        (block * 8 + chunk) * tokens * 16 + row % tokens * 16 + 4 * t + b
     }
 
     /// s of a row.
@@ -272,8 +301,10 @@ pub struct Gemm {
     device: Arc<Device>,
     /// Tokens and threads of a block.
     shapes: [(usize, usize, Kernel); 5],
-    /// For many tokens, on devices that have it.
-    warpgroup: Option<Kernel>,
+    /// For up to [`FEW_TOKENS`] tokens that fit into shared memory.
+    few_tokens: Kernel,
+    /// For batches and for prompts, on devices that have them.
+    warpgroup: Option<(Kernel, Kernel)>,
     repack: Kernel,
 }
 
@@ -296,10 +327,14 @@ impl Gemm {
                 shape(64, 128, "gemm_128x64")?,
                 shape(128, 256, "gemm_128x128")?,
             ],
+            few_tokens: device.kernel(FEW_TOKENS_SOURCE, "few_tokens", device.shared_bytes())?,
             warpgroup: has_warpgroup_product(device)
                 .then(|| {
-                    let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
-                    device.kernel(WARPGROUP_SOURCE, "wgmma_128x256", shared)
+                    let kernel = |name, shared| device.kernel(WARPGROUP_SOURCE, name, shared);
+                    Ok::<_, CudaError>((
+                        kernel("wgmma_128x64", batch_shared_bytes(BATCH_COL_TILES))?,
+                        kernel("wgmma_128x256", WARPGROUP_SHARED_BYTES)?,
+                    ))
                 })
                 .transpose()?,
             repack: device.kernel(SOURCE, "repack", 0)?,
@@ -364,7 +399,8 @@ impl Gemm {
             && q.stride() == matrix.col_tiles * TILE_COLS
             && matrix.row_tiles == q.layers * matrix.segment_tiles
             && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
-            && m * columns <= sums.values.len();
+            && m * columns <= sums.values.len()
+            && (q.tile_tokens != BATCH_TOKENS || sums.adds);
         if !fits {
             return Err(CudaError::Shape(format!(
                 "a product of {matrix:?} with {} times {m} rows of {}",
@@ -372,25 +408,7 @@ impl Gemm {
             )));
         }
         sums.stride = columns;
-        let (tokens, threads, shared, kernel) = match &self.warpgroup {
-            Some(kernel) if q.tiled => {
-                let shared = WARPGROUP_STAGES * WARPGROUP_TOKENS * TILE_COLS;
-                (&WARPGROUP_TOKENS, &WARPGROUP_THREADS, shared, kernel)
-            }
-            _ => {
-                let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
-                let (tokens, threads, kernel) = shape.unwrap_or(&self.shapes[4]);
-                (tokens, threads, shared_bytes(*tokens), kernel)
-            }
-        };
-        let grid = [matrix.row_tiles.div_ceil(BLOCK_ROW_TILES), m.div_ceil(*tokens)];
-        let splits = if sums.adds && !q.tiled {
-            let wanted = 2 * self.device.multiprocessors() / (grid[0] * grid[1]);
-            wanted.clamp(1, matrix.col_tiles)
-        } else {
-            1
-        };
-        let args = Args {
+        let mut args = Args {
             weights: tiles.address(matrix.first * TILE_WORDS),
             q: q.values.address(0),
             q_sums: q.sums.address(0),
@@ -400,11 +418,51 @@ impl Gemm {
             row_tiles: matrix.row_tiles as u32,
             col_tiles: matrix.col_tiles as u32,
             segment_tiles: matrix.segment_tiles as u32,
-            splits: splits as u32,
+            splits: 1,
         };
-        let launch = Launch::new([grid[0], grid[1], splits], *threads, shared);
+        if let Some(shared) = self.few_tokens_shared_bytes(matrix, q).filter(|_| sums.adds) {
+            let grid = [self.device.multiprocessors(), 1, 1];
+            let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
+            // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds a
+            // block's part.
+            return unsafe { self.few_tokens.launch(launch, &args) };
+        }
+        let col_tiles = matrix.col_tiles;
+        let row_blocks = matrix.row_tiles.div_ceil(BLOCK_ROW_TILES);
+        // Blocks over K, so that there are about two for each multiprocessor.
+        let splits = |token_blocks: usize, fewest: usize| {
+            let wanted = 2 * self.device.multiprocessors() / (row_blocks * token_blocks);
+            if sums.adds { wanted.clamp(fewest, col_tiles) } else { 1 }
+        };
+        let (tokens, threads, shared, splits, kernel) = match &self.warpgroup {
+            Some((_, kernel)) if q.tile_tokens == WARPGROUP_TOKENS => {
+                (WARPGROUP_TOKENS, WARPGROUP_THREADS, WARPGROUP_SHARED_BYTES, 1, kernel)
+            }
+            Some((kernel, _)) if q.tile_tokens == BATCH_TOKENS => {
+                let splits = splits(m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));
+                let shared = batch_shared_bytes(col_tiles.div_ceil(splits));
+                (BATCH_TOKENS, BATCH_THREADS, shared, splits, kernel)
+            }
+            _ => {
+                let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
+                let &(tokens, threads, ref kernel) = shape.unwrap_or(&self.shapes[4]);
+                (tokens, threads, shared_bytes(tokens), splits(m.div_ceil(tokens), 1), kernel)
+            }
+        };
+        args.splits = splits as u32;
+        let grid = [row_blocks, m.div_ceil(tokens), splits];
+        let launch = Launch::new(grid, threads, shared).overlapping();
         // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
         unsafe { kernel.launch(launch, &args) }
+    }
+
+    /// Shared memory of the product of few tokens, if it can do this one.
+    fn few_tokens_shared_bytes(&self, matrix: TileMatrix, q: &Quantized) -> Option<usize> {
+        // What one block touches, at most: its first and last row may be shared with other blocks.
+        let tiles = matrix.tiles().div_ceil(self.device.multiprocessors());
+        let rows = (tiles.div_ceil(matrix.col_tiles) + 1) * TILE_ROWS;
+        let bytes = FEW_TOKENS_RING_BYTES + q.rows * (q.layers * q.stride() + 4 * rows);
+        (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
 }
 

@@ -22,6 +22,7 @@ __device__ __forceinline__ void async_copy_16(void* to, const void* from) {
 template <u32 WARP_ROWS, u32 TOKEN_WARPS, u32 NT, u32 STAGES>
 __device__ void product(const Args& a) {
     constexpr u32 THREADS = WARP_ROWS * TOKEN_WARPS * 32, TOKENS = TOKEN_WARPS * NT * 8;
+    let_next_begin();
     extern __shared__ uint4 tokens_tile[];  // [stage][token][8], 16-byte chunks swapped in odd rows
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     u32 row_tile = (blockIdx.x * WARP_ROWS + warp % WARP_ROWS) * 2;
@@ -53,11 +54,12 @@ __device__ void product(const Args& a) {
         rows[r] = a.weights + (size_t)min(row_tile + r, a.row_tiles - 1) * a.col_tiles * 32 + lane;
 
     int c[2][NT][4] = {};
-#pragma unroll
-    for (u32 stage = 0; stage + 1 < STAGES; ++stage) fetch(begin + stage);
     uint4 next[2];
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) next[r] = begin < end ? __ldg(rows[r] + (size_t)begin * 32) : make_uint4(0, 0, 0, 0);
+    wait_for_previous();
+#pragma unroll
+    for (u32 stage = 0; stage + 1 < STAGES; ++stage) fetch(begin + stage);
     for (u32 tile = begin; tile < end; ++tile) {
         uint4 w[2] = {next[0], next[1]};
         if (tile + 1 < end) {

@@ -42,6 +42,9 @@ pub(super) struct CudaEngine {
 #[derive(Debug)]
 struct Work {
     tokens: Buffer<u32>,
+    /// Tokens that were chosen on the device, [passes, rows], and how many passes there were.
+    chosen: Buffer<u32>,
+    passes: Buffer<u32>,
     picked: Buffer<u32>,
     sequences: Sequences,
     /// Residual stream and recurrent states, [rows, D] each.
@@ -84,6 +87,8 @@ impl CudaEngine {
         let decoder = Decoder::new(&device, &weights, config.rms_norm_eps)?;
         let work = Work {
             tokens: Buffer::zeros(&device, 1)?,
+            chosen: Buffer::zeros(&device, 1)?,
+            passes: Buffer::zeros(&device, 1)?,
             picked: Buffer::zeros(&device, 1)?,
             sequences: Sequences::new(&device)?,
             x: Buffer::zeros(&device, 1)?,
@@ -181,7 +186,7 @@ impl CudaEngine {
         self.prepare(&mut states, tokens.len())?;
         self.work.tokens.reserve(tokens.len())?;
         self.work.tokens.write(0, &tokens)?;
-        self.pass(0, tokens.len(), observer)?;
+        self.pass(tokens.len(), false, observer)?;
         for sequence in batch {
             sequence.state.count_tokens(sequence.tokens.len());
         }
@@ -219,24 +224,29 @@ impl CudaEngine {
         let vocab = self.model.config().vocab_size;
         let mut sequences: Vec<_> = states.iter_mut().map(|state| (&mut **state, 1)).collect();
         self.prepare(&mut sequences, rows)?;
-        self.work.tokens.reserve((count + 1) * rows)?;
+        self.work.tokens.reserve(rows)?;
         self.work.tokens.write(0, tokens)?;
+        self.work.chosen.reserve(count * rows)?;
+        self.work.passes.clear()?;
         let all: Vec<u32> = (0..rows as u32).collect();
         self.prepare_head(&all)?;
-        for step in 0..count {
-            self.pass(step * rows, rows, None)?;
+        let device = Arc::clone(&self.device);
+        device.repeat(count, || {
+            self.pass(rows, true, None)?;
             self.submit_head(rows)?;
             let work = &mut self.work;
             self.rows.best(
                 &work.logits,
                 rows,
                 vocab,
-                (&mut work.tokens, (step + 1) * rows),
+                &mut work.tokens,
+                (&mut work.chosen, &work.passes),
                 &mut work.not_finite,
             )?;
-        }
+            Result::Ok(())
+        })?;
         let (mut found, mut not_finite) = (vec![0; count * rows], [0]);
-        self.work.tokens.read(rows, &mut found)?;
+        self.work.chosen.read(0, &mut found)?;
         self.work.not_finite.read(0, &mut not_finite)?;
         for state in states {
             state.count_tokens(count);
@@ -248,16 +258,18 @@ impl CudaEngine {
         Ok(found)
     }
 
-    /// All blocks for `count` tokens from `first` on in `work.tokens`.
+    /// All blocks for the first `count` tokens of `work.tokens`; a counted pass is one more of `work.passes`.
     fn pass(
         &mut self,
-        first: usize,
         count: usize,
+        is_counted: bool,
         observer: Option<&mut Observer<'_>>,
     ) -> Result<()> {
         let Shape { layers, width, .. } = self.weights.shape();
         let (work, weights, rows) = (&mut self.work, &self.weights, &self.rows);
-        rows.embed(weights.embeddings(), (&work.tokens, first, count), width, &mut work.x)?;
+        let passes = is_counted.then_some(&mut work.passes);
+        let tokens = (&work.tokens, count);
+        rows.embed(weights.embeddings(), tokens, passes, width, &mut work.x)?;
         let mut shown = match observer {
             Some(observer) => Some(Shown::new(observer, &work.x, count, width)?),
             None => None,
@@ -286,13 +298,16 @@ impl CudaEngine {
                 f_offset: segment,
                 width,
             };
-            self.recurrence.forward(
-                recurrence,
-                &work.mix,
-                &mut work.sums,
-                &work.sequences,
-                &mut work.h,
-            )?;
+            let steps = work.sequences.are_single_tokens();
+            if !steps {
+                self.recurrence.forward(
+                    recurrence,
+                    &work.mix,
+                    &mut work.sums,
+                    &work.sequences,
+                    &mut work.h,
+                )?;
+            }
             let g = Output {
                 sums: &mut work.sums,
                 input: &work.mix,
@@ -301,7 +316,12 @@ impl CudaEngine {
             };
             let inner_norm = [at(Vector::Out)];
             let gate = norms(at(Vector::GNorm), &inner_norm);
-            rows.gate(&g, 2 * segment, &work.h, gate, &mut work.out)?;
+            if steps {
+                let sequences = &work.sequences;
+                rows.step(&g, 2 * segment, recurrence, sequences, gate, &mut work.out)?;
+            } else {
+                rows.gate(&g, 2 * segment, &work.h, gate, &mut work.out)?;
+            }
             self.gemm.multiply(weights.tiles(), weights.out(layer), &work.out, &mut work.sums)?;
             let gamma = weights.gamma(layer, Projection::Out);
             if let Some(shown) = &mut shown {
