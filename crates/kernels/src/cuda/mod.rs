@@ -46,7 +46,7 @@ pub struct Source {
 }
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 13] = [
+pub const SOURCES: [Source; 14] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
