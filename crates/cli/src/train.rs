@@ -43,7 +43,7 @@ pub struct Args {
     /// Print the configuration with every default written out, and do nothing else
     #[arg(long)]
     print_config: bool,
-    /// What computes: cuda (an NVIDIA GPU), or the CPU with its fastest kernels (auto) or those of a tier: scalar,
+    /// What computes: cuda (an NVIDIA GPU), or the CPU with its fastest kernels (auto, cpu) or those of a tier: scalar,
     /// avx2, avx512, avx512vbmi, amx or neon [default: auto]
     #[arg(long)]
     backend: Option<String>,

@@ -23,7 +23,7 @@ pub enum Tier {
 #[derive(Debug, thiserror::Error)]
 pub enum TierError {
     /// No tier has this name.
-    #[error("unknown backend '{0}'; expected one of scalar, avx2, avx512, avx512vbmi, amx, neon")]
+    #[error("unknown backend '{0}'; expected one of auto, cpu, scalar, avx2, avx512, avx512vbmi, amx, neon")]
     Unknown(String),
     /// The processor lacks the instructions.
     #[error("backend '{wanted}' does not run on this processor; it offers {available}")]
@@ -121,12 +121,12 @@ impl Backend {
         Err(TierError::Unavailable { wanted: tier, available })
     }
 
-    /// A tier by its name, or `auto` for the fastest.
+    /// A tier by its name; `auto` and `cpu` are the fastest.
     ///
     /// # Errors
     /// An unknown name, or a tier that this processor lacks.
     pub fn from_name(name: &str) -> Result<Self, TierError> {
-        if name == "auto" {
+        if matches!(name, "auto" | "cpu") {
             return Ok(Self::detect());
         }
         let tier = Tier::ALL.into_iter().find(|tier| tier.name() == name);
