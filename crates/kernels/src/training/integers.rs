@@ -16,9 +16,6 @@ const THREADS: usize = 288;
 /// Four stages of 128 rows of q and 256 of t, aligned to 1024 bytes.
 const SHARED_BYTES: usize = 4 * (128 + 256) * 128 + 1024;
 
-/// Whether products are taken: they are compiled, and not yet run.
-const ENABLED: bool = false;
-
 #[repr(C)]
 struct IntegerProductArgs {
     q: sys::CUtensorMap,
@@ -33,7 +30,7 @@ impl Training {
     /// Whether this GPU multiplies bytes faster than bf16 here: Hopper, with rows of whole vectors.
     pub fn multiplies_bytes(&self, inputs: usize, outputs: usize) -> bool {
         let hopper = self.device.capability() == (9, 0);
-        ENABLED && hopper && inputs.is_multiple_of(16) && outputs.is_multiple_of(8)
+        hopper && inputs.is_multiple_of(16) && outputs.is_multiple_of(8)
     }
 
     /// `y = q tᵀ`, exact, then rounded to bf16: q [M, K], t [N, K], two elements of a byte in each of a view, y [M, N].

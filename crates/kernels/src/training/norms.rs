@@ -4,17 +4,20 @@ use super::rows::{ROW_BLOCKS, addresses, vector_blocks, vector_threads};
 use super::{NORMS, THREADS, Training, View, ViewMut, address_or_null, quotient, require};
 use crate::cuda::{Buffer, CudaError, Launch};
 
-/// Rows that a block of the quantiser in registers takes.
-const QUANTIZER_ROWS: usize = 16;
-/// Elements that a thread has of a row, in vectors of 16 bytes, and rows on their way to it.
-const VECTORS: usize = 2;
-const VECTOR_BYTES: usize = 16;
-const ROWS_AHEAD: usize = 4;
-const ROWS_AHEAD_BACKWARD: usize = 2;
+/// Registers of the quantisers, at most, by their number of layers from one on, and behind gates.
+const QUANTIZER_REGISTERS: [usize; 3] = [56, 80, 112];
+const SWIGLU_QUANTIZER_REGISTERS: usize = 56;
+const NORM_GATE_QUANTIZER_REGISTERS: usize = 64;
 /// Registers of the kernels that go back through norms, by their number of layers, and through gates.
-const BACKWARD_REGISTERS: [usize; 4] = [80, 104, 144, 168];
+const BACKWARD_REGISTERS: [usize; 4] = [72, 128, 152, 160];
 const SWIGLU_REGISTERS: usize = 80;
-const NORM_GATE_REGISTERS: usize = 128;
+const NORM_GATE_REGISTERS: usize = 136;
+
+/// Shared memory of a block of kernels in registers: places for `pieces` of 16 bytes of each of a thread's two vectors, for
+/// the rows on their way. See `Pipeline` in the kernels.
+fn place_bytes(ahead: usize, threads: usize, pieces: usize) -> usize {
+    16 * ahead * threads * (2 * pieces + 1)
+}
 
 /// What the rows x [M, K] are made of.
 #[derive(Clone, Copy, Debug)]
@@ -240,14 +243,18 @@ impl Training {
         let pointers = [&norms.pointers()[..], &args.q].concat();
         let (name, launch) = match vector_threads(width, &pointers) {
             Some(threads) => {
-                let name = match norms.rows {
-                    Rows::Plain(_) => NORM_QUANTIZE_VECTORS[layers - 1],
-                    Rows::Swiglu(..) => "swiglu_quantize",
-                    Rows::NormGate(..) => "norm_gate_quantize",
+                let (name, registers) = match norms.rows {
+                    Rows::Plain(_) => {
+                        (NORM_QUANTIZE_VECTORS[layers - 1], QUANTIZER_REGISTERS[layers - 1])
+                    }
+                    Rows::Swiglu(..) => ("swiglu_quantize", SWIGLU_QUANTIZER_REGISTERS),
+                    Rows::NormGate(..) => ("norm_gate_quantize", NORM_GATE_QUANTIZER_REGISTERS),
                 };
-                let places = ROWS_AHEAD * norms.rows.tensors() * VECTORS * threads;
-                let blocks = rows.div_ceil(QUANTIZER_ROWS);
-                (name, Launch::new([blocks, 1, 1], threads, VECTOR_BYTES * places))
+                let pieces = norms.rows.tensors();
+                let ahead = if pieces == 1 { 4 } else { 2 };
+                let blocks = vector_blocks(rows, threads, registers);
+                let shared_bytes = place_bytes(ahead, threads, pieces);
+                (name, Launch::new([blocks, 1, 1], threads, shared_bytes))
             }
             None => (NORM_QUANTIZE[layers - 1], Launch::new([rows, 1, 1], THREADS, 4 * width)),
         };
@@ -333,9 +340,8 @@ impl Training {
                 };
                 // dx is f32.
                 let tensors = norms.rows.tensors() + d_products.len() + 2 * usize::from(plain);
-                let places = ROWS_AHEAD_BACKWARD * tensors * VECTORS * threads;
                 let blocks = vector_blocks(rows, threads, registers);
-                (name, blocks, threads, VECTOR_BYTES * places)
+                (name, blocks, threads, place_bytes(2, threads, tensors))
             }
             None => {
                 let blocks = ROW_BLOCKS.min(rows);

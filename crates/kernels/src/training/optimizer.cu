@@ -144,6 +144,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) weight_trits(const __grid_
 
 // Full-precision weights as bf16.
 extern "C" __global__ void __launch_bounds__(THREADS) weight_halves(const __grid_constant__ WeightArgs a) {
-    u64 stride = (u64)gridDim.x * THREADS;
-    for (u64 k = (u64)blockIdx.x * THREADS + threadIdx.x; k < a.len; k += stride) a.out[k] = to_bf16(a.weights[k]);
+    for_all(
+        a.len, are_vectors(a.weights) && are_vectors(a.out),
+        [&](u64 k) {
+            float4 w = *(const float4*)(a.weights + k);
+            *(uint2*)(a.out + k) = make_uint2(pack_bf16(w.x, w.y), pack_bf16(w.z, w.w));
+        },
+        [&](u64 k) { a.out[k] = to_bf16(a.weights[k]); });
 }

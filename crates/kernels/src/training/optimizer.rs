@@ -5,7 +5,7 @@ use crate::adamw::{AdamW, Factors};
 use crate::cuda::{CudaError, Launch};
 
 /// Blocks of the sums for scales of weights.
-pub(super) const WEIGHT_BLOCKS: usize = 256;
+pub(super) const WEIGHT_BLOCKS: usize = 1024;
 
 #[repr(C)]
 struct AdamWArgs {
@@ -166,6 +166,7 @@ impl Training {
     }
 }
 
+/// Threads for `len` elements, four of them each.
 pub(super) fn elementwise(len: usize) -> Launch {
-    Launch::new([len.div_ceil(THREADS).min(4096), 1, 1], THREADS, 0)
+    Launch::new([len.div_ceil(4 * THREADS).min(4096), 1, 1], THREADS, 0)
 }

@@ -1,5 +1,6 @@
 // The recurrence, parallel over sequences, channels and chunks of time: each chunk as if its state began at zero, the
-// chunks one after the other, each chunk again from the state before it. One chunk is enough where there are channels
+// chunks one after the other, each chunk again from the state before it; where none follows, nothing is needed of the first
+// pass. One chunk is enough where there are channels
 // enough: then everything is read once.
 //
 //   s = sigmoid(f)    r = beta + (1 - beta) s    h_t = r h_(t-1) + silu(i) (1 - r)
@@ -34,12 +35,12 @@ struct Place {
     bool inside;         // the channel exists
 };
 
-__device__ __forceinline__ Place place_of(const RecurrenceArgs& a) {
+__device__ __forceinline__ Place place_of(const RecurrenceArgs& a, u32 chunk) {
     Place p;
     p.channel = blockIdx.x * CHANNELS + threadIdx.x;
-    p.first = blockIdx.y * a.chunk_length;
+    p.first = chunk * a.chunk_length;
     p.end = min(p.first + a.chunk_length, a.length);
-    p.carry = ((size_t)blockIdx.z * a.chunks + blockIdx.y) * a.width + p.channel;
+    p.carry = ((size_t)blockIdx.z * a.chunks + chunk) * a.width + p.channel;
     p.half = (size_t)a.sequences * a.chunks * a.width;
     p.inside = p.channel < a.width;
     p.beta = p.inside ? a.beta[p.channel] : 0.0f;
@@ -175,7 +176,7 @@ __device__ __forceinline__ void put(Ring<TENSORS>& ring, u32 stage, u32 tensor, 
 
 template <bool KEEP>
 __device__ __forceinline__ void forward(const RecurrenceArgs& a) {
-    Place p = place_of(a);
+    Place p = place_of(a, blockIdx.y);
     float product = 1.0f, state = 0.0f;
     if (KEEP && a.chunks > 1 && p.inside) state = a.carries[p.half + p.carry];
     Inputs<2, 1, false> inputs = {{a.i, a.f}, {a.i_factors, a.f_factors}};
@@ -219,9 +220,9 @@ __device__ __forceinline__ void join(const RecurrenceArgs& a, bool reverse) {
     for (u32 n = 0; n < a.chunks; ++n) {
         u32 chunk = reverse ? a.chunks - 1 - n : n;
         size_t at = ((size_t)blockIdx.z * a.chunks + chunk) * a.width + channel;
-        float product = a.carries[at], end = a.carries[half + at];
-        a.carries[half + at] = state;
-        state = product * state + end;
+        float before = state;
+        if (n + 1 < a.chunks) state = a.carries[at] * state + a.carries[half + at];
+        a.carries[half + at] = before;
     }
 }
 
@@ -234,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(CHANNELS) recurrence_join_back(cons
 
 // What flows from step t to t - 1 is r (dh + what flows from t + 1).
 extern "C" __global__ void __launch_bounds__(CHANNELS) recurrence_chunks_back(const __grid_constant__ RecurrenceArgs a) {
-    Place p = place_of(a);
+    Place p = place_of(a, blockIdx.y + 1);
     float product = 1.0f, carry = 0.0f;
     Inputs<2, 0, false> inputs = {{a.f, a.dh}, {a.f_factors, nullptr}};
     u16* none[1] = {nullptr};
@@ -259,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(CHANNELS) recurrence_chunks_back(co
 
 extern "C" __global__ void __launch_bounds__(CHANNELS) recurrence_backward(const __grid_constant__ RecurrenceArgs a) {
     constexpr u32 PART = 8;  // steps whose inputs are in registers together
-    Place p = place_of(a);
+    Place p = place_of(a, blockIdx.y);
     float d_beta = 0.0f, carry = a.chunks > 1 && p.inside ? a.carries[p.half + p.carry] : 0.0f;
     u16* to[2] = {a.di, a.df};
     Inputs<4, 1, true> inputs = {{a.i, a.f, a.dh, a.h}, {a.i_factors, a.f_factors}};

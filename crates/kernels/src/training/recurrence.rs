@@ -10,8 +10,9 @@ const fn ring_bytes(tensors: usize) -> usize {
     const STAGES: usize = 4;
     CHANNELS / 32 * STAGES * STEPS * (tensors * 32 * size_of::<u16>() + 2 * size_of::<f32>())
 }
-/// Threads that a recurrence should have, by cutting time if need be: cut time is read twice.
-const RECURRENCE_THREADS: usize = 1 << 13;
+/// Sequences times channels from which on time is not cut: cut time is read twice. With fewer, so many threads are wanted.
+const ENOUGH_CHANNELS: usize = 3 << 13;
+const THREADS_OF_CHUNKS: usize = 7 << 13;
 /// Steps of a tile.
 const STEPS: usize = 16;
 /// Steps that a chunk of time has at least.
@@ -88,11 +89,12 @@ impl Training {
         args.h = h.address();
         args.align();
         self.mark("recurrence")?;
-        let launch = launch_of(&args, 2);
+        let launch = launch_of(&args, 2, args.chunks);
         let across = Launch::new([launch.grid[0], 1, launch.grid[2]], CHANNELS, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
         unsafe {
             if args.chunks > 1 {
+                let launch = launch_of(&args, 2, args.chunks - 1);
                 self.launch(RECURRENCE, "recurrence_chunks", launch, &args)?;
                 self.launch(RECURRENCE, "recurrence_join", across, &args)?;
             }
@@ -124,12 +126,12 @@ impl Training {
         args.partials = self.partials.address(0);
         args.align();
         self.mark("recurrence, backward")?;
-        let launch = launch_of(&args, 4);
+        let launch = launch_of(&args, 4, args.chunks);
         let across = Launch::new([launch.grid[0], 1, launch.grid[2]], CHANNELS, 0);
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
         unsafe {
             if args.chunks > 1 {
-                let launch = launch_of(&args, 2);
+                let launch = launch_of(&args, 2, args.chunks - 1);
                 self.launch(RECURRENCE, "recurrence_chunks_back", launch, &args)?;
                 self.launch(RECURRENCE, "recurrence_join_back", across, &args)?;
             }
@@ -219,14 +221,15 @@ impl Training {
 
 /// Number and length of the chunks of time: enough threads for a GPU, whichever it is.
 pub(super) fn chunks(sequences: usize, length: usize, width: usize) -> (usize, usize) {
-    let wanted = RECURRENCE_THREADS.div_ceil((sequences * width).max(1));
+    let channels = (sequences * width).max(1);
+    let wanted = if channels < ENOUGH_CHANNELS { THREADS_OF_CHUNKS.div_ceil(channels) } else { 1 };
     let most = (length / MIN_CHUNK).clamp(1, 1024);
     let chunk_length = length.div_ceil(wanted.clamp(1, most)).next_multiple_of(STEPS);
     (length.div_ceil(chunk_length), chunk_length)
 }
 
-fn launch_of(args: &RecurrenceArgs, tensors: usize) -> Launch {
-    let grid =
-        [(args.width as usize).div_ceil(CHANNELS), args.chunks as usize, args.sequences as usize];
+/// Blocks of so many of the chunks.
+fn launch_of(args: &RecurrenceArgs, tensors: usize, chunks: u32) -> Launch {
+    let grid = [(args.width as usize).div_ceil(CHANNELS), chunks as usize, args.sequences as usize];
     Launch::new(grid, CHANNELS, ring_bytes(tensors))
 }

@@ -102,7 +102,7 @@ __device__ __forceinline__ u32 pack_bytes(const int* x) {
 // First element of a thread's vector j.
 __device__ __forceinline__ u32 vector_at(u32 j) { return (j * blockDim.x + threadIdx.x) * 8; }
 
-// SUMS sums and, behind them, largest values over the block. `parts` must not be one that the call before used.
+// SUMS sums and, behind them, largest values, none negative, over the block. `parts` must not be one that the call before used.
 template <u32 SUMS, u32 ALL>
 __device__ __forceinline__ void block_reduce(float (&value)[ALL], float* parts) {
 #pragma unroll
@@ -119,12 +119,14 @@ __device__ __forceinline__ void block_reduce(float (&value)[ALL], float* parts) 
         for (u32 i = 0; i < ALL; ++i) parts[threadIdx.x / 32 * ALL + i] = value[i];
     }
     __syncthreads();
+    // Every warp adds the warps' values in the same order, a lane each, repeated where there are more lanes.
+    u32 lanes = 1u << (32 - __clz(warps - 1)), lane = threadIdx.x & (lanes - 1);
 #pragma unroll
-    for (u32 i = 0; i < ALL; ++i) value[i] = parts[i];
-    for (u32 w = 1; w < warps; ++w) {
+    for (u32 i = 0; i < ALL; ++i) value[i] = lane < warps ? parts[lane * ALL + i] : 0.0f;
+    for (u32 width = 1; width < lanes; width *= 2) {
 #pragma unroll
         for (u32 i = 0; i < ALL; ++i) {
-            float other = parts[w * ALL + i];
+            float other = __shfl_xor_sync(ALL_LANES, value[i], width);
             value[i] = i < SUMS ? value[i] + other : fmaxf(value[i], other);
         }
     }

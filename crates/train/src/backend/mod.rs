@@ -224,6 +224,10 @@ pub trait Backend: Memory {
     fn read(&mut self, tensor: &Self::Tensor, values: &mut [f32]) -> Result<()>;
     /// Copies token ids to the device.
     fn write_tokens(&mut self, tokens: &mut Self::Tokens, ids: &[u32]) -> Result<()>;
+    /// Copies targets to the device: tokens that nothing is embedded for.
+    fn write_targets(&mut self, targets: &mut Self::Tokens, ids: &[u32]) -> Result<()> {
+        self.write_tokens(targets, ids)
+    }
 
     // Weights.
 

@@ -301,7 +301,7 @@ impl<B: Backend + 'static> Model<B> {
             return Err(Error::Invalid("the batch has no target: no loss is defined".to_owned()));
         }
         backend.write_tokens(&mut self.ids, batch.ids)?;
-        backend.write_tokens(&mut self.targets, batch.targets)?;
+        backend.write_targets(&mut self.targets, batch.targets)?;
         Ok((f64::from(scale) / count as f64) as f32)
     }
 

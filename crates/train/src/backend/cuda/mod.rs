@@ -18,7 +18,9 @@ use mmfree_kernels::training::{NormBackward, Recurrence, Rows, Training, View, V
 
 pub use self::plan::CudaPlan;
 use self::plan::{Lengths, byte_elements, weight_places};
-use self::products::{Norms, RowsGradient, Scratch, check_kinds, operand_len};
+use self::products::{
+    Norms, RowsGradient, Scratch, check_kinds, norm_gate_rows, operand_len, swiglu_rows,
+};
 pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
 use self::tensors::{flat_view, flat_view_mut, rows_by_token};
 use super::{
@@ -261,6 +263,10 @@ impl Backend for CudaBackend {
         tokens.starts.write(0, &starts)?;
         tokens.distinct = starts.len() - 1;
         Ok(())
+    }
+
+    fn write_targets(&mut self, targets: &mut CudaTokens, ids: &[u32]) -> Result<()> {
+        Ok(targets.ids.write(0, ids)?)
     }
 
     fn prepare(
@@ -769,16 +775,6 @@ impl Backend for CudaBackend {
             flat_view_mut(second_moment, &moments),
         )?)
     }
-}
-
-fn swiglu_rows(ab: &CudaTensor) -> Rows<'_> {
-    let (values, factors) = ab.scaled_view();
-    Rows::Swiglu(values, factors)
-}
-
-fn norm_gate_rows<'a>(g: &'a CudaTensor, h: &'a CudaTensor) -> Rows<'a> {
-    let (values, factors) = g.scaled_view();
-    Rows::NormGate(values, factors, h.view())
 }
 
 fn recurrence<'a>(

@@ -221,6 +221,16 @@ impl CudaBackend {
     }
 }
 
+pub(super) fn swiglu_rows(ab: &CudaTensor) -> Rows<'_> {
+    let (values, factors) = ab.scaled_view();
+    Rows::Swiglu(values, factors)
+}
+
+pub(super) fn norm_gate_rows<'a>(g: &'a CudaTensor, h: &'a CudaTensor) -> Rows<'a> {
+    let (values, factors) = g.scaled_view();
+    Rows::NormGate(values, factors, h.view())
+}
+
 /// The gradient of what the rows of a projection are made of: of x, of [a b], or of g and h.
 pub(super) struct RowsGradient<'a> {
     pub(super) first: ViewMut<'a, u16>,
