@@ -60,27 +60,15 @@ pub(crate) fn lane_max(x: &[f32], w: &[f32], f: impl Fn(f32, f32) -> f32) -> f32
 }
 
 #[inline(always)]
-fn combine(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32 + Copy) -> f32 {
-    let sixteen = halve::<32, 16>(lanes, f);
-    let eight = halve::<16, 8>(sixteen, f);
-    let four = halve::<8, 4>(eight, f);
-    let two = halve::<4, 2>(four, f);
-    f(two[0], two[1])
-}
-
-/// `f` of an array's two halves. One loop a call, of a length that is known: the compiler makes each a vector
-/// operation, where from one loop over all halves it makes single additions.
-#[inline(always)]
-fn halve<const N: usize, const HALF: usize>(
-    lanes: [f32; N],
-    f: impl Fn(f32, f32) -> f32,
-) -> [f32; HALF] {
-    const { assert!(N == 2 * HALF) };
-    let mut half = [0.0; HALF];
-    for (i, half) in half.iter_mut().enumerate() {
-        *half = f(lanes[i], lanes[i + HALF]);
+fn combine(mut lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = f(lanes[i], lanes[i + width]);
+        }
+        width /= 2;
     }
-    half
+    lanes[0]
 }
 
 /// `e^x`, within 2 units in the last place for |x| up to 87, clamped to normal numbers beyond.
