@@ -23,7 +23,9 @@ pub enum Tier {
 #[derive(Debug, thiserror::Error)]
 pub enum TierError {
     /// No tier has this name.
-    #[error("unknown backend '{0}'; expected one of auto, cpu, scalar, avx2, avx512, avx512vbmi, amx, neon")]
+    #[error(
+        "unknown backend '{0}'; expected one of auto, cpu, scalar, avx2, avx512, avx512vbmi, amx, neon"
+    )]
     Unknown(String),
     /// The processor lacks the instructions.
     #[error("backend '{wanted}' does not run on this processor; it offers {available}")]

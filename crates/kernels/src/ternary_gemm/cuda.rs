@@ -429,9 +429,10 @@ impl Gemm {
         }
         let col_tiles = matrix.col_tiles;
         let row_blocks = matrix.row_tiles.div_ceil(BLOCK_ROW_TILES);
-        // Blocks over K, so that there are about two for each multiprocessor.
-        let splits = |token_blocks: usize, fewest: usize| {
-            let wanted = 2 * self.device.multiprocessors() / (row_blocks * token_blocks);
+        // Blocks over K, so that there are about so many for each multiprocessor.
+        let splits = |per_multiprocessor: usize, token_blocks: usize, fewest: usize| {
+            let blocks = per_multiprocessor * self.device.multiprocessors();
+            let wanted = blocks / (row_blocks * token_blocks);
             if sums.adds { wanted.clamp(fewest, col_tiles) } else { 1 }
         };
         let (tokens, threads, shared, splits, kernel) = match &self.warpgroup {
@@ -439,14 +440,15 @@ impl Gemm {
                 (WARPGROUP_TOKENS, WARPGROUP_THREADS, WARPGROUP_SHARED_BYTES, 1, kernel)
             }
             Some((kernel, _)) if q.tile_tokens == BATCH_TOKENS => {
-                let splits = splits(m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));
+                let splits =
+                    splits(1, m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));
                 let shared = batch_shared_bytes(col_tiles.div_ceil(splits));
                 (BATCH_TOKENS, BATCH_THREADS, shared, splits, kernel)
             }
             _ => {
                 let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
                 let &(tokens, threads, ref kernel) = shape.unwrap_or(&self.shapes[4]);
-                (tokens, threads, shared_bytes(tokens), splits(m.div_ceil(tokens), 1), kernel)
+                (tokens, threads, shared_bytes(tokens), splits(2, m.div_ceil(tokens), 1), kernel)
             }
         };
         args.splits = splits as u32;
