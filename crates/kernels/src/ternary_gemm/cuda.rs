@@ -101,9 +101,9 @@ impl Quantized {
     /// # Errors
     /// No memory.
     pub fn reshape(&mut self, layers: usize, rows: usize, cols: usize) -> Result<(), CudaError> {
+        let has_tiles = has_warpgroup_product(self.values.device());
         self.tile_tokens = match rows {
-            _ if !has_warpgroup_product(self.values.device()) => 0,
-            0..=FEW_TOKENS => 0,
+            _ if !has_tiles || rows <= FEW_TOKENS => 0,
             ..=SPLIT_MAX_TOKENS => BATCH_TOKENS,
             _ => WARPGROUP_TOKENS,
         };
