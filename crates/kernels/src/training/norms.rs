@@ -4,10 +4,8 @@ use super::rows::{ROW_BLOCKS, addresses, vector_blocks, vector_threads};
 use super::{NORMS, THREADS, Training, View, ViewMut, address_or_null, quotient, require};
 use crate::cuda::{Buffer, CudaError, Launch};
 
-/// Registers of the quantisers, at most, by their number of layers from one on, and behind gates.
-const QUANTIZER_REGISTERS: [usize; 3] = [56, 80, 112];
-const SWIGLU_QUANTIZER_REGISTERS: usize = 56;
-const NORM_GATE_QUANTIZER_REGISTERS: usize = 64;
+/// Rows that a block of the quantisers in registers takes.
+const QUANTIZER_ROWS: usize = 8;
 /// Registers of the kernels that go back through norms, by their number of layers, and through gates.
 const BACKWARD_REGISTERS: [usize; 4] = [72, 128, 152, 160];
 const SWIGLU_REGISTERS: usize = 80;
@@ -16,7 +14,7 @@ const NORM_GATE_REGISTERS: usize = 136;
 /// Shared memory of a block of kernels in registers: places for `pieces` of 16 bytes of each of a thread's two vectors, for
 /// the rows on their way. See `Pipeline` in the kernels.
 fn place_bytes(ahead: usize, threads: usize, pieces: usize) -> usize {
-    16 * ahead * threads * (2 * pieces + 1)
+    16 * ahead * threads * 2 * pieces
 }
 
 /// What the rows x [M, K] are made of.
@@ -243,16 +241,14 @@ impl Training {
         let pointers = [&norms.pointers()[..], &args.q].concat();
         let (name, launch) = match vector_threads(width, &pointers) {
             Some(threads) => {
-                let (name, registers) = match norms.rows {
-                    Rows::Plain(_) => {
-                        (NORM_QUANTIZE_VECTORS[layers - 1], QUANTIZER_REGISTERS[layers - 1])
-                    }
-                    Rows::Swiglu(..) => ("swiglu_quantize", SWIGLU_QUANTIZER_REGISTERS),
-                    Rows::NormGate(..) => ("norm_gate_quantize", NORM_GATE_QUANTIZER_REGISTERS),
+                let name = match norms.rows {
+                    Rows::Plain(_) => NORM_QUANTIZE_VECTORS[layers - 1],
+                    Rows::Swiglu(..) => "swiglu_quantize",
+                    Rows::NormGate(..) => "norm_gate_quantize",
                 };
                 let pieces = norms.rows.tensors();
                 let ahead = if pieces == 1 { 4 } else { 2 };
-                let blocks = vector_blocks(rows, threads, registers);
+                let blocks = rows.div_ceil(QUANTIZER_ROWS);
                 let shared_bytes = place_bytes(ahead, threads, pieces);
                 (name, Launch::new([blocks, 1, 1], threads, shared_bytes))
             }

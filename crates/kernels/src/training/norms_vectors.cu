@@ -10,16 +10,16 @@
 
 enum Input { ROWS, SWIGLU, NORM_GATE };
 
-// A thread's places in shared memory for PIECES times 16 bytes of each of its vectors, for AHEAD rows. Threads are an odd
-// number of pieces apart, so that neighbours do not meet in a bank. The host knows the size, too.
+// A thread's places in shared memory for PIECES times 16 bytes of each of its vectors, for AHEAD of its block's rows. A
+// piece's places of neighbouring threads are neighbours: a warp's copies are whole lines. The host knows the size, too.
 template <u32 PIECES, u32 AHEAD>
 struct Pipeline {
-    static constexpr u32 PITCH = PIECES * VECTORS | 1;
-
-    static __device__ __forceinline__ uint4* row(u32 m) {
-        return (uint4*)memory + ((m % AHEAD) * blockDim.x + threadIdx.x) * PITCH;
+    static __device__ __forceinline__ uint4* row(u32 turn) {
+        return (uint4*)memory + turn % AHEAD * PIECES * VECTORS * blockDim.x + threadIdx.x;
     }
-    static __device__ __forceinline__ uint4* at(uint4* row, u32 piece, u32 j) { return row + piece * VECTORS + j; }
+    static __device__ __forceinline__ uint4* at(uint4* row, u32 piece, u32 j) {
+        return row + (piece * VECTORS + j) * blockDim.x;
+    }
 };
 
 // Whether there is a norm before the inner one.
@@ -76,8 +76,7 @@ __device__ __forceinline__ float weighted(const Elements& z, u32 e) {
 
 // Begins to copy the parts of row m that the input is made of.
 template <Input INPUT, typename Places>
-__device__ __forceinline__ void fetch_input(const u16* x, const u16* h, u32 m, u32 n) {
-    uint4* places = Places::row(m);
+__device__ __forceinline__ void fetch_input(uint4* places, const u16* x, const u16* h, u32 m, u32 n) {
 #pragma unroll
     for (u32 j = 0; j < VECTORS; ++j) {
         u32 k = vector_at(j);
@@ -122,16 +121,17 @@ __device__ __forceinline__ void norm_quantize_vectors(const QuantizeArgs& a) {
 #pragma unroll
     for (u32 l = 0; l < LAYERS; ++l) gamma[l] = *a.gamma[l];
     u32 first = row_of_block(a.rows, blockIdx.x), end = row_of_block(a.rows, blockIdx.x + 1);
+    auto fetch = [&](u32 m) { fetch_input<INPUT, Places>(Places::row(m - first), a.x, a.h, m, n); };
     for (u32 m = first; m < first + AHEAD - 1; ++m) {
-        if (m < end) fetch_input<INPUT, Places>(a.x, a.h, m, n);
+        if (m < end) fetch(m);
         commit_ahead();
     }
     for (u32 m = first; m < end; ++m) {
-        if (m + AHEAD - 1 < end) fetch_input<INPUT, Places>(a.x, a.h, m + AHEAD - 1, n);
+        if (m + AHEAD - 1 < end) fetch(m + AHEAD - 1);
         commit_ahead();
         wait_ahead<AHEAD - 1>();
         float factor = INPUT == ROWS ? 1.0f : factor_of(a.x_factors, m);
-        uint4* places = Places::row(m);
+        uint4* places = Places::row(m - first);
         // z, or z times its weight if there is only one.
         float z[VECTORS][8], all[2 + LAYERS];
 #pragma unroll
@@ -223,9 +223,10 @@ __device__ __forceinline__ void norm_backward_vectors(const NormBackwardArgs& a)
     float gamma[GRADIENTS], last = LAYERS == 1 ? *a.gamma[0] : 1.0f;
 #pragma unroll
     for (u32 l = 0; l < GRADIENTS; ++l) gamma[l] = LAYERS > 1 ? *a.gamma[l] : 1.0f;
+    u32 first = row_of_block(a.rows, blockIdx.x), end = row_of_block(a.rows, blockIdx.x + 1);
     auto fetch = [&](u32 m) {
-        fetch_input<INPUT, Places>(a.x, a.h, m, n);
-        uint4* places = Places::row(m);
+        uint4* places = Places::row(m - first);
+        fetch_input<INPUT, Places>(places, a.x, a.h, m, n);
 #pragma unroll
         for (u32 j = 0; j < VECTORS; ++j) {
             u32 k = vector_at(j);
@@ -239,7 +240,6 @@ __device__ __forceinline__ void norm_backward_vectors(const NormBackwardArgs& a)
             }
         }
     };
-    u32 first = row_of_block(a.rows, blockIdx.x), end = row_of_block(a.rows, blockIdx.x + 1);
     for (u32 m = first; m < first + AHEAD - 1; ++m) {
         if (m < end) fetch(m);
         commit_ahead();
@@ -249,7 +249,7 @@ __device__ __forceinline__ void norm_backward_vectors(const NormBackwardArgs& a)
         commit_ahead();
         wait_ahead<AHEAD - 1>();
         float factor = INPUT == ROWS ? 1.0f : factor_of(a.x_factors, m);
-        uint4* places = Places::row(m);
+        uint4* places = Places::row(m - first);
         float v[VECTORS][8], all[3] = {0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (u32 j = 0; j < VECTORS; ++j) {
