@@ -15,8 +15,12 @@ use crate::ternary::{Layout, PANEL_ROWS, PanelVector, WORD_TRITS};
 /// Kernels with VNNI.
 pub(super) struct Avx512;
 
-/// Kernels with VNNI and VBMI.
-pub(super) struct Avx512Vbmi;
+/// Bytes of weights in base 3 that Intel's processors with AMX are told to fetch before they are used (measured: one core
+/// then reads 1.6 times as fast). AMD's Zen 4 reads slower with it.
+pub(super) const INTEL_FETCH_AHEAD: usize = 8 << 10;
+
+/// Kernels with VNNI and VBMI; with weights in base 3 fetched so many bytes ahead, if any.
+pub(super) struct Avx512Vbmi<const FETCH_AHEAD: usize>;
 
 impl Kernels for Avx512 {
     type Lanes = Lanes32<false>;
@@ -33,7 +37,7 @@ impl Kernels for Avx512 {
     }
 }
 
-impl Kernels for Avx512Vbmi {
+impl<const FETCH_AHEAD: usize> Kernels for Avx512Vbmi<FETCH_AHEAD> {
     type Lanes = Lanes32<true>;
     const LOOKUP_MIN_ROWS: usize = Avx512::LOOKUP_MIN_ROWS;
     const LOOKUP_MIN_TOKENS: usize = Avx512::LOOKUP_MIN_TOKENS;
@@ -54,7 +58,7 @@ impl Kernels for Avx512Vbmi {
         inputs: [&[i8]; M],
     ) -> [[i32; PANEL_ROWS]; M] {
         // SAFETY: the caller runs with this tier's features.
-        unsafe { base3_dots(units, words, inputs) }
+        unsafe { base3_dots::<M, FETCH_AHEAD>(units, words, inputs) }
     }
 }
 
@@ -148,7 +152,7 @@ pub(super) fn corrections(codes: __m512i, table: __m512i) -> __m512i {
 /// and of the fifths stay below 65,024 a unit each, so below 2^31 together for K up to 330,000.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx512vbmi")]
 #[inline]
-fn base3_dots<const M: usize>(
+fn base3_dots<const M: usize, const FETCH_AHEAD: usize>(
     units: &[PanelVector],
     words: usize,
     inputs: [&[i8]; M],
@@ -177,6 +181,14 @@ fn base3_dots<const M: usize>(
     for (group, units) in groups.chunks_exact(GROUP_UNITS).enumerate() {
         let first = group * GROUP_WORDS * WORD_TRITS;
         for (i, unit) in units.iter().enumerate() {
+            if FETCH_AHEAD > 0 {
+                let ahead = unit.as_ptr().wrapping_byte_add(FETCH_AHEAD).cast();
+                // SAFETY: fetching is a hint, which any address may be given to. Older compilers call it unsafe.
+                #[allow(unused_unsafe)]
+                unsafe {
+                    _mm_prefetch::<_MM_HINT_T0>(ahead)
+                };
+            }
             let unit = load(unit);
             let mend = corrections(unit, mends);
             add_quads(unit, mend, first + i * WORD_TRITS);

@@ -131,12 +131,17 @@ fn run_on(backend: Backend, work: impl Work) {
             #[target_feature(
                 enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
             )]
-            fn run(work: impl Work) {
+            fn run<const FETCH_AHEAD: usize>(work: impl Work) {
                 // SAFETY: this function is compiled with the tier's features.
-                unsafe { work.run::<avx512::Avx512Vbmi>() }
+                unsafe { work.run::<avx512::Avx512Vbmi<FETCH_AHEAD>>() }
             }
             // SAFETY: a `Backend` of this tier exists only where its features were detected.
-            unsafe { run(work) }
+            unsafe {
+                match backend.tier() {
+                    Tier::Amx => run::<{ avx512::INTEL_FETCH_AHEAD }>(work),
+                    _ => run::<0>(work),
+                }
+            }
         }
         #[cfg(target_arch = "x86_64")]
         Tier::Avx2 => {
