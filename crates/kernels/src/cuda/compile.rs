@@ -14,7 +14,7 @@ use super::{COMMON, CudaError, Source};
 /// Environment variable: folder of the cache; empty switches it off.
 const CACHE_VARIABLE: &str = "MMFREE_CUDA_CACHE";
 /// Environment variable: architecture to compile for, as in `sm_90a` or `compute_80`, instead of the device's.
-const ARCHITECTURE_VARIABLE: &str = "MMFREE_CUDA_ARCH";
+pub(super) const ARCHITECTURE_VARIABLE: &str = "MMFREE_CUDA_ARCH";
 /// Begins a cached file; followed by the code's length and its XXH3.
 const MAGIC: [u8; 8] = *b"MMFCUDA1";
 

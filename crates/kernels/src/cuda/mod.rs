@@ -69,6 +69,8 @@ pub struct Device {
     stream: Arc<CudaStream>,
     name: String,
     capability: (i32, i32),
+    /// Kernels can begin early, and are compiled to wait: not if they are compiled for an older architecture.
+    overlaps: bool,
     multiprocessors: usize,
     shared_bytes: usize,
     driver_version: i32,
@@ -135,6 +137,8 @@ impl Device {
             stream,
             name,
             capability,
+            overlaps: capability.0 >= 9
+                && std::env::var_os(compile::ARCHITECTURE_VARIABLE).is_none(),
             multiprocessors,
             shared_bytes,
             driver_version,
@@ -407,7 +411,7 @@ impl Kernel {
         let mut arguments = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         let stream = stream.cu_stream();
         self.device.context.bind_to_thread().map_err(failed)?;
-        if launch.overlapping && self.device.capability.0 >= 9 {
+        if launch.overlapping && self.device.overlaps {
             use sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
             let mut attribute = sys::CUlaunchAttribute {
                 id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
