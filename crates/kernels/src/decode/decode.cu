@@ -114,8 +114,6 @@ struct Plan {
 };
 
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
 struct Stream {
     // Next chunk to fetch (used by lane 0).
     u32 layer, phase, at, end, fetch_slot;
@@ -144,12 +142,8 @@ struct Stream {
         u32 piece = (at >= p.piece_end[0]) + (at >= p.piece_end[1]), count = p.unit;
         u64 tile = a.tile_at[phase] + (phase == HEAD ? 0 : (u64)layer * a.layer_tiles) + (at + p.piece_at[piece]);
         u32 barrier = shared_address(full + fetch_slot), bytes = count * TILE_BYTES;
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                shared_address(ring + fetch_slot * (CHUNK_BYTES / 16))),
-            "l"(a.weights + tile * 32), "r"(bytes), "r"(barrier)
-            : "memory");
+        expect_bytes(barrier, bytes);
+        bulk_copy(ring + fetch_slot * (CHUNK_BYTES / 16), a.weights + tile * 32, bytes, barrier);
         at += count;
         fetch_slot = fetch_slot + 1 == a.slots ? 0 : fetch_slot + 1;
     }
@@ -172,13 +166,7 @@ struct Stream {
 
     // Waits for the next chunk.
     __device__ __forceinline__ const uint4* wait() {
-        u32 barrier = shared_address(full + slot), done = 0;
-        while (!done)
-            asm volatile(
-                "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                : "=r"(done)
-                : "r"(barrier), "r"(parity)
-                : "memory");
+        wait_for(shared_address(full + slot), parity);
         return ring + slot * (CHUNK_BYTES / 16);
     }
 

@@ -7,21 +7,21 @@ use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 
 pub(crate) const SOURCE: Source = Source {
     name: "ternary_gemm",
-    text: include_str!("gemm.cu"),
+    text: concat!(include_str!("product.cuh"), include_str!("gemm.cu")),
     hopper_only: false,
     contracts: false,
 };
 
 pub(crate) const FEW_TOKENS_SOURCE: Source = Source {
     name: "ternary_few_tokens",
-    text: include_str!("few_tokens.cu"),
+    text: concat!(include_str!("product.cuh"), include_str!("few_tokens.cu")),
     hopper_only: false,
     contracts: false,
 };
 
 pub(crate) const WARPGROUP_SOURCE: Source = Source {
     name: "ternary_wgmma",
-    text: include_str!("wgmma.cu"),
+    text: concat!(include_str!("product.cuh"), include_str!("wgmma.cu")),
     hopper_only: true,
     contracts: false,
 };

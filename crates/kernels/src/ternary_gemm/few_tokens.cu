@@ -4,18 +4,6 @@
 // begin and end, and streams it through a ring of its own in shared memory; each lane copies what itself will read, so
 // the ring needs no synchronisation. The instruction multiplies eight columns whether there are eight tokens or one.
 
-struct Args {
-    const uint4* weights;  // tiles [row tile][column tile][lane]
-    const i8* q;           // [segment][rows][K padded to whole tiles]
-    const int* q_sums;     // [segment][rows]
-    int* out;              // [M][row tiles * 16]
-    u32 m;                 // tokens
-    u32 rows;              // rows of q and q_sums in a segment
-    u32 row_tiles, col_tiles;
-    u32 segment_tiles;     // row tiles that share an input
-    u32 splits;            // unused here
-};
-
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
 constexpr u32 DEPTH = 8;         // tiles on their way, a warp

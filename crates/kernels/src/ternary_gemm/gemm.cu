@@ -1,18 +1,6 @@
 // Products of ternary weights with 8-bit activations on the int8 tensor cores, as exact 32-bit sums:
 // y[m, n] = sum_k q[m, k] t[n, k]. Codes are t + 1, so sum_k q (t + 1) - sum_k q.
 
-struct Args {
-    const uint4* weights;  // tiles [row tile][column tile][lane]
-    const i8* q;           // [segment][rows][K padded to whole tiles]
-    const int* q_sums;     // [segment][rows]
-    int* out;              // [M][row tiles * 16]
-    u32 m;                 // tokens
-    u32 rows;              // rows of q and q_sums in a segment
-    u32 row_tiles, col_tiles;
-    u32 segment_tiles;     // row tiles that share an input
-    u32 splits;            // blocks that share the column tiles of an output and add to it
-};
-
 __device__ __forceinline__ void async_copy_16(void* to, const void* from) {
     u32 address = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");

@@ -5,46 +5,11 @@
 // where the quantiser has laid them out so that one bulk copy brings a tile as the instruction wants it: eight
 // chunks of 16 inputs, each [tokens][16 bytes]. Two warpgroups of 64 rows take turns on the tensor cores.
 
-struct Args {
-    const uint4* weights;  // tiles [row tile][column tile][lane]
-    const i8* q;           // [segment][token tile][column tile][8][tile tokens][16]
-    const int* q_sums;     // [segment][rows]
-    int* out;              // [M][row tiles * 16]
-    u32 m;                 // tokens
-    u32 rows;              // rows of q and q_sums in a segment
-    u32 row_tiles, col_tiles;
-    u32 segment_tiles;     // row tiles that share an input
-    u32 splits;            // batches: blocks that share the column tiles of an output and add to it
-};
-
 #if __CUDA_ARCH__ >= 900
 constexpr u32 TOKEN_TILE = 256;
 constexpr u32 STAGES = 6;
 constexpr u32 TILE_BYTES = TOKEN_TILE * TILE_COLS;
 constexpr u32 CONSUMERS = 256;
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(done)
-                     : "r"(barrier), "r"(parity)
-                     : "memory");
-}
-
-// Brings bytes to shared memory; they count towards what `expect` told the barrier.
-__device__ __forceinline__ void fetch(void* to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
 
 // Operand in shared memory: core matrices of 8 tokens by 16 bytes, 128 bytes apart by token, 16 bytes for each token of a
 // tile by chunk.
@@ -67,33 +32,8 @@ __device__ __forceinline__ void unpack(uint4 w, u32 (&codes)[4][4]) {
 // d += codes (64 x 32) * activations (32 x 256).
 __device__ __forceinline__ void wgmma(int (&d)[128], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k32.s32.u8.s8 "
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
-        "{%128, %129, %130, %131}, %132, 1;"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]),
-          "+r"(d[8]), "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15]),
-          "+r"(d[16]), "+r"(d[17]), "+r"(d[18]), "+r"(d[19]), "+r"(d[20]), "+r"(d[21]), "+r"(d[22]), "+r"(d[23]),
-          "+r"(d[24]), "+r"(d[25]), "+r"(d[26]), "+r"(d[27]), "+r"(d[28]), "+r"(d[29]), "+r"(d[30]), "+r"(d[31]),
-          "+r"(d[32]), "+r"(d[33]), "+r"(d[34]), "+r"(d[35]), "+r"(d[36]), "+r"(d[37]), "+r"(d[38]), "+r"(d[39]),
-          "+r"(d[40]), "+r"(d[41]), "+r"(d[42]), "+r"(d[43]), "+r"(d[44]), "+r"(d[45]), "+r"(d[46]), "+r"(d[47]),
-          "+r"(d[48]), "+r"(d[49]), "+r"(d[50]), "+r"(d[51]), "+r"(d[52]), "+r"(d[53]), "+r"(d[54]), "+r"(d[55]),
-          "+r"(d[56]), "+r"(d[57]), "+r"(d[58]), "+r"(d[59]), "+r"(d[60]), "+r"(d[61]), "+r"(d[62]), "+r"(d[63]),
-          "+r"(d[64]), "+r"(d[65]), "+r"(d[66]), "+r"(d[67]), "+r"(d[68]), "+r"(d[69]), "+r"(d[70]), "+r"(d[71]),
-          "+r"(d[72]), "+r"(d[73]), "+r"(d[74]), "+r"(d[75]), "+r"(d[76]), "+r"(d[77]), "+r"(d[78]), "+r"(d[79]),
-          "+r"(d[80]), "+r"(d[81]), "+r"(d[82]), "+r"(d[83]), "+r"(d[84]), "+r"(d[85]), "+r"(d[86]), "+r"(d[87]),
-          "+r"(d[88]), "+r"(d[89]), "+r"(d[90]), "+r"(d[91]), "+r"(d[92]), "+r"(d[93]), "+r"(d[94]), "+r"(d[95]),
-          "+r"(d[96]), "+r"(d[97]), "+r"(d[98]), "+r"(d[99]), "+r"(d[100]), "+r"(d[101]), "+r"(d[102]),
-          "+r"(d[103]), "+r"(d[104]), "+r"(d[105]), "+r"(d[106]), "+r"(d[107]), "+r"(d[108]), "+r"(d[109]),
-          "+r"(d[110]), "+r"(d[111]), "+r"(d[112]), "+r"(d[113]), "+r"(d[114]), "+r"(d[115]), "+r"(d[116]),
-          "+r"(d[117]), "+r"(d[118]), "+r"(d[119]), "+r"(d[120]), "+r"(d[121]), "+r"(d[122]), "+r"(d[123]),
-          "+r"(d[124]), "+r"(d[125]), "+r"(d[126]), "+r"(d[127])
+        "wgmma.mma_async.sync.aligned.m64n256k32.s32.u8.s8 " SUM_REGISTERS_128 ", {%128, %129, %130, %131}, %132, 1;"
+        : SUM_OPERANDS_128(d)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
@@ -121,10 +61,10 @@ __device__ __forceinline__ void product(const Args& a) {
                       (size_t)blockIdx.y * a.col_tiles * TILE_BYTES;
         for (u32 tile = 0; tile < a.col_tiles; ++tile) {
             u32 stage = tile % STAGES;
-            if (tile >= STAGES) wait(shared_address(empty + stage), (tile / STAGES - 1) % 2);
+            if (tile >= STAGES) wait_for(shared_address(empty + stage), (tile / STAGES - 1) % 2);
             u32 barrier = shared_address(full + stage);
-            expect(barrier, TILE_BYTES);
-            fetch(tiles + stage * TILE_BYTES, q + (size_t)tile * TILE_BYTES, TILE_BYTES, barrier);
+            expect_bytes(barrier, TILE_BYTES);
+            bulk_copy(tiles + stage * TILE_BYTES, q + (size_t)tile * TILE_BYTES, TILE_BYTES, barrier);
         }
         return;
     }
@@ -144,7 +84,7 @@ __device__ __forceinline__ void product(const Args& a) {
         u32 codes[4][4];
         unpack(w, codes);
         u32 stage = tile % STAGES;
-        wait(shared_address(full + stage), tile / STAGES % 2);
+        wait_for(shared_address(full + stage), tile / STAGES % 2);
         u32 address = shared_address(tiles + stage * TILE_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -213,9 +153,9 @@ __device__ __forceinline__ void batch_product(const Args& a) {
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + i)) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        expect(shared_address(&weights_full), row_tiles * count * 512);
+        expect_bytes(shared_address(&weights_full), row_tiles * count * 512);
         for (u32 r = 0; r < row_tiles; ++r)
-            fetch(weights + r * count * 512, a.weights + ((size_t)(first_tile + r) * a.col_tiles + begin) * 32,
+            bulk_copy(weights + r * count * 512, a.weights + ((size_t)(first_tile + r) * a.col_tiles + begin) * 32,
                   count * 512, shared_address(&weights_full));
     }
     __syncthreads();
@@ -224,20 +164,20 @@ __device__ __forceinline__ void batch_product(const Args& a) {
         const i8* q = a.q + (size_t)segment * a.rows * a.col_tiles * TILE_COLS +
                       ((size_t)blockIdx.y * a.col_tiles + begin) * BATCH_TILE_BYTES;
         for (u32 i = 0; i < count; ++i) {
-            expect(shared_address(full + i), BATCH_TILE_BYTES);
-            fetch(tiles + i * BATCH_TILE_BYTES, q + (size_t)i * BATCH_TILE_BYTES, BATCH_TILE_BYTES,
+            expect_bytes(shared_address(full + i), BATCH_TILE_BYTES);
+            bulk_copy(tiles + i * BATCH_TILE_BYTES, q + (size_t)i * BATCH_TILE_BYTES, BATCH_TILE_BYTES,
                   shared_address(full + i));
         }
     }
     int d[32];
 #pragma unroll
     for (u32 i = 0; i < 32; ++i) d[i] = 0;
-    wait(shared_address(&weights_full), 0);
+    wait_for(shared_address(&weights_full), 0);
     for (u32 i = 0; i < count; ++i) {
         // Rows beyond the last tile multiply what happens to lie there; they are dropped.
         u32 codes[4][4];
         unpack(((const uint4*)(weights + (warp * count + i) * 512))[lane], codes);
-        wait(shared_address(full + i), 0);
+        wait_for(shared_address(full + i), 0);
         u32 address = shared_address(tiles + i * BATCH_TILE_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
