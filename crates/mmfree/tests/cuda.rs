@@ -30,23 +30,31 @@ fn engine(model: &Arc<Model>, backend: &str) -> Engine {
     Engine::new(Arc::clone(model), &options).expect("engine")
 }
 
-fn models() -> Vec<(&'static str, Arc<Model>)> {
-    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
-    let config = |hidden_size, intermediate_size, num_hidden_layers, vocab_size| ModelConfig {
+fn random(
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    vocab_size: usize,
+) -> Arc<Model> {
+    let config = ModelConfig {
         hidden_size,
         intermediate_size,
         num_hidden_layers,
         vocab_size,
         ..ModelConfig::preset("370m").expect("preset")
     };
-    let random = |config| {
-        Arc::new(Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5).expect("random model"))
-    };
+    Arc::new(Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5).expect("random model"))
+}
+
+fn models() -> Vec<(&'static str, Arc<Model>)> {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
     vec![
         ("tiny", Arc::new(Model::load(&Checkpoint::open(fixture).expect("opens")).expect("loads"))),
         ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),
-        ("odd sizes", random(config(132, 340, 2, 1003))),
-        ("wide", random(config(1024, 2816, 2, 5000))),
+        ("odd sizes", random(132, 340, 2, 1003)),
+        ("wide", random(1024, 2816, 2, 5000)),
+        // A thread holds two fours of a row of the others, four and eight of these.
+        ("widest", random(4100, 8204, 1, 300)),
     ]
 }
 
