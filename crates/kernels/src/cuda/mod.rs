@@ -10,6 +10,7 @@
 mod buffer;
 mod compile;
 mod error;
+mod pinned;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -23,6 +24,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStrea
 pub use buffer::{Buffer, Element};
 pub use compile::{Compiled, compile_for, is_compiler_present};
 pub use error::CudaError;
+pub use pinned::Pinned;
 
 /// Put in front of every source.
 const COMMON: &str = include_str!("common.cuh");
