@@ -216,13 +216,16 @@ pub fn run<B: Backend + 'static>(
         let rates = Rates { learning_rate: 1e-4, weight_decay_factor: 1.0 };
         engine.update(number as u64, rates)
     };
-    // One step after the other, as in training: the host submits a step while a device computes the one before it.
+    // One step after the other, as in training: the host submits a step while a device computes the one before it, and looks
+    // then whether that is done. So there is one more step behind those that count: else the last would seem shorter, as the
+    // end of the one before it was seen late.
     let steps = options.warmup + options.repetitions;
+    let submitted = steps + usize::from(engine.backend().is_asynchronous());
     let (mut losses, mut seconds) = (Vec::new(), Vec::new());
     let mut clock = Instant::now();
-    for number in 1..=steps {
+    for number in 1..=submitted {
         step(&mut engine, number)?;
-        while let Some(outcome) = engine.next_outcome(number == steps)? {
+        while let Some(outcome) = engine.next_outcome(false)? {
             losses.push(outcome.loss);
             let now = Instant::now();
             if losses.len() > options.warmup {
@@ -232,12 +235,13 @@ pub fn run<B: Backend + 'static>(
             progress(losses.len());
         }
     }
+    engine.next_outcome(true)?;
     engine.backend().begin_timeline()?;
-    step(&mut engine, steps + 1)?;
+    step(&mut engine, submitted + 1)?;
     let breakdown = engine.backend().end_timeline()?;
     engine.next_outcome(true)?;
     engine.backend().begin_submission()?;
-    step(&mut engine, steps + 2)?;
+    step(&mut engine, submitted + 2)?;
     let submission = engine.backend().end_submission();
     engine.next_outcome(true)?;
     let whole: f64 = breakdown.iter().map(|(_, seconds)| seconds).sum();
