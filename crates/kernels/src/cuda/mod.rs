@@ -10,6 +10,7 @@
 mod buffer;
 mod compile;
 mod error;
+mod pinned;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -25,6 +26,7 @@ pub use buffer::{Buffer, Element};
 pub(crate) use compile::compile_with;
 pub use compile::{Compiled, compile_for, is_compiler_present};
 pub use error::CudaError;
+pub use pinned::Pinned;
 
 /// Put in front of every source.
 const COMMON: &str = include_str!("common.cuh");
