@@ -46,7 +46,7 @@ pub struct Source {
 }
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 14] = [
+pub const SOURCES: [Source; 15] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
@@ -54,6 +54,7 @@ pub const SOURCES: [Source; 14] = [
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::FEW_TOKENS_SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
+    crate::ternary_gemm::cuda::PROMPT_SOURCE,
     crate::training::ATTENTION,
     crate::training::INTEGERS,
     crate::training::NORMS,
