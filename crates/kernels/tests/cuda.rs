@@ -22,6 +22,8 @@ fn every_kernel_compiles_within_its_register_budget() {
             }
             let compiled = cuda::compile_for(source, architecture).expect("compiles");
             assert!(!compiled.code.is_empty());
+            // "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...".
+            assert!(!compiled.log.contains("serialized"), "{}: {}", source.name, compiled.log);
             let kernels = compiled.log.matches("Compiling entry function").count();
             println!("{} for {architecture}: {kernels} kernels", source.name);
             let mut kernel = "";
@@ -46,9 +48,17 @@ fn every_kernel_compiles_within_its_register_budget() {
     }
 }
 
-/// Registers a thread of training's kernels on Hopper, at most: what their launches count on, or what lets enough blocks
-/// share a multiprocessor.
-const REGISTERS: [(&str, usize); 17] = [
+/// Registers a thread of some kernels on Hopper, at most: what their launches count on, or what lets enough blocks share a
+/// multiprocessor.
+const REGISTERS: [(&str, usize); 25] = [
+    ("prompt_product", 168),
+    ("mlgru_scan_8_256", 56),
+    ("mlgru_scan_16_512", 56),
+    ("mlgru_scan_16_256", 56),
+    ("residual_1_many_2", 64),
+    ("residual_3_many_2", 64),
+    ("gate_many_2", 64),
+    ("glu_many_2", 64),
     ("norm_quantize_vectors_1", 56),
     ("norm_quantize_vectors_2", 80),
     ("norm_quantize_vectors_3", 112),
@@ -132,6 +142,8 @@ fn products_are_exact() {
         (1, 700, 96, 130),
         (3, 300, 140, 260),
         (1, 520, 300, 1000),
+        // More tiles than an H200 has multiprocessors: whole ones, then halves.
+        (1, 1030, 4300, 130),
     ] {
         for extreme in [false, true] {
             let q: Vec<i8> = (0..layers * m * k)

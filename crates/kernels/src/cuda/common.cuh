@@ -150,33 +150,38 @@ __device__ __forceinline__ u64 logit_key(float logit, u32 token) {
 
 // ---- Rows: one block works on one row that lies in shared memory. Widths are multiples of four ----
 
-// 1 / sqrt(mean(x^2) + eps). Element k goes to partial sum k % 32; partial sums are combined in halves. One warp
-// sums, for the order is fixed; all threads get the result. Synchronises before and after.
+// 1 / sqrt(mean(x^2) + eps), by one warp. Element k goes to partial sum k % 32; partial sums are combined in halves.
+__device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float eps) {
+    // A batch is loaded while the one before it is summed.
+    constexpr u32 BATCH = 8;
+    float sum = 0.0f, next[BATCH];
+    u32 k = threadIdx.x % 32, batches = n / (32 * BATCH);
+    if (batches > 0)
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
+    for (u32 batch = 1; batch <= batches; ++batch) {
+        float square[BATCH];
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) square[j] = next[j] * next[j];
+        k += 32 * BATCH;
+        if (batch < batches)
+#pragma unroll
+            for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
+#pragma unroll
+        for (u32 j = 0; j < BATCH; ++j) sum += square[j];
+    }
+    for (; k < n; k += 32) sum += row[k] * row[k];
+#pragma unroll
+    for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
+    return 1.0f / sqrtf(sum / (float)n + eps);
+}
+
+// The same for a block: one warp sums, for the order is fixed; all threads get the result. Synchronises before and after.
 __device__ __forceinline__ float inverse_rms(const float* row, u32 n, float eps, float* result) {
     __syncthreads();
     if (threadIdx.x < 32) {
-        // A batch is loaded while the one before it is summed.
-        constexpr u32 BATCH = 8;
-        float sum = 0.0f, next[BATCH];
-        u32 k = threadIdx.x, batches = n / (32 * BATCH);
-        if (batches > 0)
-#pragma unroll
-            for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
-        for (u32 batch = 1; batch <= batches; ++batch) {
-            float square[BATCH];
-#pragma unroll
-            for (u32 j = 0; j < BATCH; ++j) square[j] = next[j] * next[j];
-            k += 32 * BATCH;
-            if (batch < batches)
-#pragma unroll
-                for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
-#pragma unroll
-            for (u32 j = 0; j < BATCH; ++j) sum += square[j];
-        }
-        for (; k < n; k += 32) sum += row[k] * row[k];
-#pragma unroll
-        for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
-        if (threadIdx.x == 0) *result = 1.0f / sqrtf(sum / (float)n + eps);
+        float r = warp_inverse_rms(row, n, eps);
+        if (threadIdx.x == 0) *result = r;
     }
     __syncthreads();
     return *result;
@@ -228,6 +233,12 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
 __device__ __forceinline__ float4 operator-(float a, float4 b) { return make_float4(a - b.x, a - b.y, a - b.z, a - b.w); }
 
 __device__ __forceinline__ float4 silu(float4 a) { return a * sigmoid(a); }
+
+// The forget gate's and the input's part of one step of four channels.
+__device__ __forceinline__ void recurrence_gates(float4 i, float4 f, float4 beta, float4& forget, float4& input) {
+    forget = beta + (1.0f - beta) * sigmoid(f);
+    input = silu(i) * (1.0f - forget);
+}
 
 // A sum of a ternary product becomes a float by one conversion and one product with gamma / s.
 __device__ __forceinline__ float dequantize(int sum, float factor) { return (float)sum * factor; }

@@ -56,7 +56,7 @@ pub(crate) type Constant = (&'static str, usize);
 type Modules = HashMap<(&'static str, Vec<Constant>), Arc<CudaModule>>;
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 14] = [
+pub const SOURCES: [Source; 15] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
@@ -64,6 +64,7 @@ pub const SOURCES: [Source; 14] = [
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::FEW_TOKENS_SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
+    crate::ternary_gemm::cuda::PROMPT_SOURCE,
     crate::training::ATTENTION,
     crate::training::INTEGERS,
     crate::training::NORMS,

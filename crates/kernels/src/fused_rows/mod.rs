@@ -11,21 +11,30 @@
 //!
 //! where y, g, a and b are sums of the last product times γ / s. The same bits as the CPU's kernels.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::mlgru::cuda::{Layer, Sequences};
-use crate::ternary_gemm::cuda::{Quantized, Sums};
+use crate::ternary_gemm::cuda::{Quantized, SPLIT_MAX_TOKENS, Sums};
 
 pub(crate) const SOURCE: Source = Source {
     name: "fused_rows",
-    text: include_str!("rows.cu"),
+    text: concat!(include_str!("rows.cu"), include_str!("many_rows.cu")),
     hopper_only: false,
     contracts: false,
 };
 
 /// Values of a row that a thread holds, in fours, as in the source.
 const FOURS_OF_A_THREAD: [usize; 3] = [2, 4, 8];
+/// Rows of a block where there are many, as in the source.
+const MANY_ROWS: [usize; 2] = [1, 2];
+/// Shared memory of those rows, if there is more than one.
+const MANY_BYTES: usize = 64 << 10;
+/// Values of a row that a thread has where there are many rows, in fours, if threads are not too many.
+const FOURS_OF_MANY: usize = 2;
+/// Threads of a block of many rows.
+const MANY_THREADS: RangeInclusive<usize> = 64..=256;
 /// Threads of a row, at most.
 const ROW_THREADS: usize = 512;
 /// The same of the widest gated units.
@@ -112,6 +121,7 @@ struct ResidualArgs {
     eps: f32,
     width: u32,
     q: QuantizedArgs,
+    count: u32,
 }
 
 #[repr(C)]
@@ -125,6 +135,7 @@ struct GateArgs {
     width: u32,
     column: u32,
     q: QuantizedArgs,
+    count: u32,
 }
 
 #[repr(C)]
@@ -144,6 +155,7 @@ struct GluArgs {
     weight: u64,
     width: u32,
     q: QuantizedArgs,
+    count: u32,
 }
 
 #[repr(C)]
@@ -238,11 +250,37 @@ impl RowKernels {
     }
 }
 
+/// The kernels that take rows as a whole, for many rows; `rows` of them a block.
+#[derive(Debug)]
+struct ManyRowKernels {
+    rows: usize,
+    residual_1: Kernel,
+    residual_3: Kernel,
+    gate: Kernel,
+    glu: Kernel,
+}
+
+impl ManyRowKernels {
+    fn new(device: &Arc<Device>, rows: usize, row_bytes: usize) -> Result<Self, CudaError> {
+        let bytes = if rows == 1 { row_bytes } else { MANY_BYTES };
+        let kernel = |name: &str| device.kernel(SOURCE, &format!("{name}_many_{rows}"), bytes);
+        Ok(Self {
+            rows,
+            residual_1: kernel("residual_1")?,
+            residual_3: kernel("residual_3")?,
+            gate: kernel("gate")?,
+            glu: kernel("glu")?,
+        })
+    }
+}
+
 /// The kernels.
 #[derive(Debug)]
 pub struct FusedRows {
-    /// For rows of different widths.
+    /// For rows of different widths, few of them.
     rows: [RowKernels; FOURS_OF_A_THREAD.len()],
+    /// The same for many rows.
+    many: [ManyRowKernels; MANY_ROWS.len()],
     logits: Kernel,
     best: Kernel,
     embed: Kernel,
@@ -263,13 +301,29 @@ impl FusedRows {
             )));
         }
         let rows = |fours| RowKernels::new(device, fours, bytes);
+        let many = |rows| ManyRowKernels::new(device, rows, bytes);
         let [narrow, wide, widest] = FOURS_OF_A_THREAD;
+        let [one, two] = MANY_ROWS;
         Ok(Self {
             rows: [rows(narrow)?, rows(wide)?, rows(widest)?],
+            many: [many(one)?, many(two)?],
             logits: device.kernel(SOURCE, "logit_rows", 0)?,
             best: device.kernel(SOURCE, "best_rows", 0)?,
             embed: device.kernel(SOURCE, "embed_rows", 0)?,
         })
+    }
+
+    /// The kernels for many rows of a width, and how they are launched; none if they are few.
+    fn for_many_rows(&self, count: usize, width: usize) -> Option<(&ManyRowKernels, Launch)> {
+        if count <= SPLIT_MAX_TOKENS {
+            return None;
+        }
+        let fits = |kernels: &&ManyRowKernels| kernels.rows * 4 * width <= MANY_BYTES;
+        let kernels = self.many.iter().rev().find(fits).unwrap_or(&self.many[0]);
+        let threads = (width / 4).div_ceil(FOURS_OF_MANY).next_multiple_of(32);
+        let threads = threads.clamp(*MANY_THREADS.start(), *MANY_THREADS.end());
+        let blocks = count.div_ceil(kernels.rows);
+        Some((kernels, Launch::new([blocks, 1, 1], threads, 4 * width * kernels.rows)))
     }
 
     /// The kernels for rows of a width, and how they are launched for some rows of at most so many threads.
@@ -352,9 +406,17 @@ impl FusedRows {
             eps: norms.eps,
             width: width as u32,
             q: QuantizedArgs::of(q),
+            count: count as u32,
         };
-        let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
-        let kernel = if norms.inner.len() == 3 { &kernels.residual_3 } else { &kernels.residual_1 };
+        let is_three = norms.inner.len() == 3;
+        let (kernel, launch) = match self.for_many_rows(count, width) {
+            Some((kernels, launch)) if is_three => (&kernels.residual_3, launch),
+            Some((kernels, launch)) => (&kernels.residual_1, launch),
+            None => {
+                let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
+                (if is_three { &kernels.residual_3 } else { &kernels.residual_1 }, launch)
+            }
+        };
         // SAFETY: rows of x, sums and q were checked; `rows` holds numbers of rows of x.
         unsafe { kernel.launch(launch, &args) }
     }
@@ -377,9 +439,15 @@ impl FusedRows {
             return Err(CudaError::Shape(format!("a gate of {count} rows of {width}")));
         }
         let args = gate_args(g, column, h.address(0), &norms, q);
-        let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
+        let (kernel, launch) = match self.for_many_rows(count, width) {
+            Some((kernels, launch)) => (&kernels.gate, launch),
+            None => {
+                let (kernels, launch) = self.for_rows(count, width, ROW_THREADS)?;
+                (&kernels.gate, launch)
+            }
+        };
         // SAFETY: rows of sums, h and q were checked.
-        unsafe { kernels.gate.launch(launch, &args) }
+        unsafe { kernel.launch(launch, &args) }
     }
 
     /// One step of the recurrence for sequences of one token each, and [`gate`](Self::gate) of the new states: i, f and g
@@ -448,10 +516,17 @@ impl FusedRows {
             weight: vectors.address(weight),
             width: width as u32,
             q: QuantizedArgs::of(q),
+            count: count as u32,
         };
-        let (kernels, launch) = self.for_rows(count, width, WIDE_GLU_THREADS)?;
+        let (kernel, launch) = match self.for_many_rows(count, width) {
+            Some((kernels, launch)) => (&kernels.glu, launch),
+            None => {
+                let (kernels, launch) = self.for_rows(count, width, WIDE_GLU_THREADS)?;
+                (&kernels.glu, launch)
+            }
+        };
         // SAFETY: rows of sums and q were checked.
-        unsafe { kernels.glu.launch(launch, &args) }
+        unsafe { kernel.launch(launch, &args) }
     }
 
     /// A product's output as floats, [rows, width].
@@ -519,6 +594,7 @@ fn gate_args(g: &Output<'_>, column: usize, h: u64, norms: &Norms<'_>, q: &Quant
         width: q.cols as u32,
         column: column as u32,
         q: QuantizedArgs::of(q),
+        count: q.rows as u32,
     }
 }
 

@@ -34,6 +34,20 @@ __device__ __forceinline__ u32* word_of(const Quantized& q, u32 layer, u32 row, 
     return (u32*)(q.values + base + block + ((2 * f + half) * q.tile_tokens + row % q.tile_tokens) * 16) + t;
 }
 
+// Quantises four values, already scaled, and adds the integers to a sum. As `quantize`: a NaN becomes -127.
+__device__ __forceinline__ u32 quantize_word(float4 y, int& sum) {
+    auto bits = [](float y) { return __float_as_uint(fminf(fmaxf(y, -127.0f), 127.0f) + 12582912.0f); };
+    u32 low = __byte_perm(bits(y.x), bits(y.y), 0x0040), high = __byte_perm(bits(y.z), bits(y.w), 0x0040);
+    u32 word = __byte_perm(low, high, 0x5410);
+    sum = __dp4a((int)word, 0x01010101, sum);
+    return word;
+}
+
+// The largest of values that are not negative; a NaN is none.
+__device__ __forceinline__ float largest_of(float largest, float4 v) {
+    return fmaxf(fmaxf(fmaxf(fmaxf(largest, fabsf(v.x)), fabsf(v.y)), fabsf(v.z)), fabsf(v.w));
+}
+
 // f(i, k) for each of the thread's fours, the number k among those of the row.
 template <u32 PER, class F>
 __device__ __forceinline__ void each(u32 fours, F f) {
@@ -67,52 +81,67 @@ __device__ __forceinline__ float row_inverse_rms(const float4 (&row)[PER], u32 f
     return inverse_rms((const float*)row_memory, 4 * fours, eps, scalar);
 }
 
+// What the threads of a row share while they quantise it for several layers.
+template <u32 LAYERS>
+struct QuantizerMemory {
+    float scalar;
+    u32 parts[LAYERS][32];
+    int totals[LAYERS];
+
+    // Takes the largest value that a thread has seen; before `scale`, with a barrier in between.
+    __device__ __forceinline__ void offer(u32 layer, float largest) {
+        // The bits of floats that are not negative are in their order.
+        u32 part = __reduce_max_sync(ALL_LANES, __float_as_uint(largest));
+        if (threadIdx.x % 32 == 0) parts[layer][threadIdx.x / 32] = part;
+        if (threadIdx.x == 0) totals[layer] = 0;
+    }
+    __device__ __forceinline__ float scale(u32 layer) const {
+        u32 lane = threadIdx.x % 32;
+        return quantizer_scale(
+            __uint_as_float(__reduce_max_sync(ALL_LANES, lane < blockDim.x / 32 ? parts[layer][lane] : 0)));
+    }
+    // Takes the sum of the integers that a thread has stored.
+    __device__ __forceinline__ void add(u32 layer, int sum) {
+        sum = __reduce_add_sync(ALL_LANES, sum);
+        if (threadIdx.x % 32 == 0) atomicAdd(&totals[layer], sum);
+    }
+    // All that belongs to the row beside its integers.
+    __device__ __forceinline__ void finish(const Quantized& q, u32 m, const float (&scale)[LAYERS], bool is_row = true) {
+        __syncthreads();
+        if (threadIdx.x == 0 && is_row) {
+#pragma unroll
+            for (u32 j = 0; j < LAYERS; ++j) {
+                q.scales[j * q.rows + m] = scale[j];
+                q.sums[j * q.rows + m] = totals[j];
+            }
+        }
+    }
+};
+
 // Quantises RMSNorm(row; weight_j, 1e-6) of one or several layers into row m of q.
 template <u32 LAYERS, u32 PER>
 __device__ __forceinline__ void store_quantized(const float4 (&row)[PER], u32 fours,
                                                 const Held<float4, PER> (&weights)[LAYERS], const Quantized& q, u32 m) {
-    __shared__ float scalar;
-    __shared__ u32 parts[LAYERS][32];
-    __shared__ int totals[LAYERS];
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    float r = row_inverse_rms(row, fours, 1e-6f, &scalar);
+    __shared__ QuantizerMemory<LAYERS> memory;
+    float r = row_inverse_rms(row, fours, 1e-6f, &memory.scalar), scale[LAYERS];
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
         float largest = 0.0f;
-        each<PER>(fours, [&](u32 i, u32 k) {
-            float4 v = row[i] * r * weights[j].get(i, k);
-            largest = larger(larger(larger(larger(largest, fabsf(v.x)), fabsf(v.y)), fabsf(v.z)), fabsf(v.w));
-        });
-        // The bits of floats that are not negative are in their order.
-        u32 part = __reduce_max_sync(ALL_LANES, __float_as_uint(largest));
-        if (lane == 0) parts[j][warp] = part;
+        each<PER>(fours, [&](u32 i, u32 k) { largest = largest_of(largest, row[i] * r * weights[j].get(i, k)); });
+        memory.offer(j, largest);
     }
-    if (threadIdx.x < LAYERS) totals[threadIdx.x] = 0;
     __syncthreads();
-    float scale[LAYERS];
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
-        u32 largest = __reduce_max_sync(ALL_LANES, lane < warps ? parts[j][lane] : 0);
-        scale[j] = quantizer_scale(__uint_as_float(largest));
+        scale[j] = memory.scale(j);
         int sum = 0;
         each<PER>(fours, [&](u32 i, u32 k) {
-            float4 v = row[i] * r * weights[j].get(i, k) * scale[j];
-            int a = quantize(v.x), b = quantize(v.y), c = quantize(v.z), d = quantize(v.w);
-            sum += a + b + c + d;
-            *word_of(q, j, m, k) = (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)d << 24;
+            *word_of(q, j, m, k) = quantize_word(row[i] * r * weights[j].get(i, k) * scale[j], sum);
         });
         for (u32 k = fours + threadIdx.x; k < q.stride / 4; k += blockDim.x) *word_of(q, j, m, k) = 0;
-        sum = __reduce_add_sync(ALL_LANES, sum);
-        if (lane == 0) atomicAdd(&totals[j], sum);
+        memory.add(j, sum);
     }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-#pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            q.scales[j * q.rows + m] = scale[j];
-            q.sums[j * q.rows + m] = totals[j];
-        }
-    }
+    memory.finish(q, m, scale);
 }
 
 // Sums of a product, [M][stride], and what turns them into floats.
@@ -153,6 +182,7 @@ struct ResidualArgs {
     float eps;
     u32 width;
     Quantized q;
+    u32 count;            // M
 };
 
 // x += sums; quantises BitLinear inputs of RMSNorm(x; norm, eps).
@@ -192,6 +222,7 @@ struct GateArgs {
     u32 width;
     u32 column;           // of g in the sums
     Quantized q;
+    u32 count;            // M
 };
 
 // Quantises the BitLinear input of RMSNorm(g; norm, eps) * silu(h).
@@ -258,6 +289,7 @@ struct GluArgs {
     const float* weight;  // [F]
     u32 width;            // F
     Quantized q;
+    u32 count;            // M
 };
 
 // Quantises the BitLinear input of silu(a) * b.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
-use crate::ternary_gemm::cuda::{Quantized, Sums};
+use crate::ternary_gemm::cuda::{Quantized, SPLIT_MAX_TOKENS, Sums};
 
 pub(crate) const SOURCE: Source =
     Source { name: "mlgru", text: include_str!("mlgru.cu"), hopper_only: false, contracts: false };
@@ -112,8 +112,8 @@ pub struct Layer<'a> {
 pub struct Recurrence {
     device: Arc<Device>,
     step: Kernel,
-    narrow_scan: Kernel,
-    wide_scan: Kernel,
+    /// Channels and threads of a block, and up to how many of those a multiprocessor it is the best.
+    scans: [(usize, usize, usize, Kernel); 3],
 }
 
 impl Recurrence {
@@ -125,8 +125,11 @@ impl Recurrence {
         Ok(Self {
             device: Arc::clone(device),
             step: device.kernel(SOURCE, "mlgru_step", 0)?,
-            narrow_scan: device.kernel(SOURCE, "mlgru_scan_8", 0)?,
-            wide_scan: device.kernel(SOURCE, "mlgru_scan_32", 0)?,
+            scans: [
+                (8, 288, 1, device.kernel(SOURCE, "mlgru_scan_8_256", 0)?),
+                (16, 544, 2, device.kernel(SOURCE, "mlgru_scan_16_512", 0)?),
+                (16, 288, 4, device.kernel(SOURCE, "mlgru_scan_16_256", 0)?),
+            ],
         })
     }
 
@@ -145,6 +148,7 @@ impl Recurrence {
     ) -> Result<(), CudaError> {
         let width = layer.width;
         let fits = layer.beta + width <= layer.vectors.len()
+            && [layer.beta, width, layer.f_offset, sums.stride].iter().all(|n| n.is_multiple_of(4))
             && q.layers >= 2
             && q.rows == sequences.rows
             && layer.f_offset + width <= sums.stride
@@ -170,15 +174,19 @@ impl Recurrence {
             rows: q.capacity as u32,
             clear: sums.adds.into(),
         };
-        let (kernel, channels, threads) = if sequences.longest <= STEP_MAX_TOKENS {
-            (&self.step, 128, 128)
-        } else if width.div_ceil(32) * sequences.count < self.device.multiprocessors() {
-            (&self.narrow_scan, 8, 256)
+        let (channels, threads, kernel) = if sequences.longest <= STEP_MAX_TOKENS {
+            (128, 128, &self.step)
         } else {
-            (&self.wide_scan, 32, 256)
+            let is_best = |&&(channels, _, blocks, _): &&(usize, usize, usize, _)| {
+                width.div_ceil(channels) * sequences.count <= blocks * self.device.multiprocessors()
+            };
+            let scan = self.scans.iter().find(is_best).unwrap_or(&self.scans[2]);
+            (scan.0, scan.1, &scan.3)
         };
         let grid = [width.div_ceil(channels), sequences.count, 1];
-        let launch = Launch::new(grid, threads, 0).overlapping();
+        let launch = Launch::new(grid, threads, 0);
+        // Not among the kernels of many rows, see there.
+        let launch = if q.rows <= SPLIT_MAX_TOKENS { launch.overlapping() } else { launch };
         // SAFETY: the buffers were checked to hold the rows; the states belong to the sequences and hold the
         // layer.
         unsafe { kernel.launch(launch, &args) }

@@ -41,43 +41,133 @@ extern "C" __global__ void __launch_bounds__(128) mlgru_step(const __grid_consta
     *state = h;
 }
 
-// Many tokens: one warp walks, seven compute the gates of the next steps into the other half of a buffer.
-constexpr u32 STEPS = 64;
+// Many tokens: a warp walks through a tile of steps in shared memory, where all others have left the gates, and leaves the
+// states there; meanwhile these compute the gates of the next tile into the other half, four channels of a step a thread.
+// What a thread reads was asked for a tile ahead.
+constexpr u32 GROUP = 8;   // steps that the walker reads at once, ahead
 
-template <u32 CHANNELS>
-__device__ void scan(const Args& a) {
-    let_next_begin();
-    wait_for_previous();
-    __shared__ float forgets[2][STEPS][CHANNELS], inputs[2][STEPS][CHANNELS];
+struct GateSums {
+    int4 i, f;
+    float scale_i, scale_f;
+};
+
+// The gates of a tile, then in place of the inputs its states; a channel's steps one behind the other.
+template <u32 CHANNELS, u32 STEPS>
+struct ScanTile {
+    // Four steps more: walkers of eight channels meet in no bank.
+    float forgets[CHANNELS][STEPS + 4], inputs[CHANNELS][STEPS + 4];
+};
+
+// Whole groups of steps, from `h` on.
+template <u32 CHANNELS, u32 STEPS>
+__device__ __forceinline__ float walk(ScanTile<CHANNELS, STEPS>& tile, u32 channel, u32 steps, float h) {
+    const float4* forgets = (const float4*)tile.forgets[channel];
+    float4* inputs = (float4*)tile.inputs[channel];
+    float4 forget[GROUP / 4], input[GROUP / 4];
+#pragma unroll
+    for (u32 s = 0; s < GROUP / 4; ++s) {
+        forget[s] = forgets[s];
+        input[s] = inputs[s];
+    }
+    u32 whole = steps / GROUP;
+    for (u32 group = 0; group < whole; ++group) {
+        // The last group is read again instead of one beyond it: no branch keeps the loads behind the sums.
+        u32 next = min(group + 1, STEPS / GROUP - 1) * (GROUP / 4);
+        float4 next_forget[GROUP / 4], next_input[GROUP / 4];
+#pragma unroll
+        for (u32 s = 0; s < GROUP / 4; ++s) {
+            next_forget[s] = forgets[next + s];
+            next_input[s] = inputs[next + s];
+        }
+#pragma unroll
+        for (u32 s = 0; s < GROUP / 4; ++s) {
+            float4 state;
+            h = state.x = forget[s].x * h + input[s].x;
+            h = state.y = forget[s].y * h + input[s].y;
+            h = state.z = forget[s].z * h + input[s].z;
+            h = state.w = forget[s].w * h + input[s].w;
+            inputs[group * (GROUP / 4) + s] = state;
+        }
+#pragma unroll
+        for (u32 s = 0; s < GROUP / 4; ++s) {
+            forget[s] = next_forget[s];
+            input[s] = next_input[s];
+        }
+    }
+    for (u32 s = whole * GROUP; s < steps; ++s) h = tile.inputs[channel][s] = tile.forgets[channel][s] * h + tile.inputs[channel][s];
+    return h;
+}
+
+template <u32 CHANNELS, u32 GATES>
+__device__ __forceinline__ void scan(const Args& a) {
+    constexpr u32 FOURS = CHANNELS / 4, STEPS = GATES / FOURS;
+    __shared__ __align__(16) ScanTile<CHANNELS, STEPS> halves[2];
     u32 sequence = blockIdx.y, base = blockIdx.x * CHANNELS;
+    wait_for_previous();
     u32 first = a.first_rows[sequence], count = a.first_rows[sequence + 1] - first;
     u32 tiles = (count + STEPS - 1) / STEPS;
-    u32 lane = threadIdx.x, walker = base + lane;
-    bool walks = lane < CHANNELS && walker < a.width;
-    float* state = a.states[sequence] + a.state_offset + walker;
-    float h = walks ? *state : 0.0f;
-    for (u32 tile = 0; tile <= tiles; ++tile) {
-        if (threadIdx.x >= 32 && tile < tiles) {
-            for (u32 at = threadIdx.x - 32; at < STEPS * CHANNELS; at += 224) {
-                u32 step = at / CHANNELS, channel = at % CHANNELS, m = tile * STEPS + step;
-                if (m < count && base + channel < a.width)
-                    gates(a, first + m, base + channel, a.beta[base + channel], forgets[tile % 2][step][channel],
-                          inputs[tile % 2][step][channel]);
-            }
-        } else if (walks && tile > 0) {
-            u32 begin = (tile - 1) * STEPS, steps = min(STEPS, count - begin);
-            float* out = a.h + (size_t)(first + begin) * a.width + walker;
-#pragma unroll 8
-            for (u32 step = 0; step < steps; ++step) {
-                h = forgets[(tile - 1) % 2][step][lane] * h + inputs[(tile - 1) % 2][step][lane];
-                out[(size_t)step * a.width] = h;
-            }
+    if (threadIdx.x >= GATES) {
+        u32 lane = threadIdx.x - GATES;
+        bool walks = lane < CHANNELS && base + lane < a.width;
+        float* state = a.states[sequence] + a.state_offset + base + lane;
+        float h = walks ? *state : 0.0f;
+        for (u32 tile = 0; tile < tiles + 2; ++tile) {
+            if (walks && tile > 0 && tile <= tiles)
+                h = walk(halves[(tile - 1) % 2], lane, min(STEPS, count - (tile - 1) * STEPS), h);
+            __syncthreads();
+        }
+        if (walks) *state = h;
+        let_next_begin();
+        return;
+    }
+    u32 step = threadIdx.x / FOURS, four = threadIdx.x % FOURS, channel = base + 4 * four;
+    auto has = [&](u32 tile) { return channel < a.width && tile * STEPS + step < count; };
+    GateSums next;
+    auto ask = [&](u32 tile) {
+        if (!has(tile)) return;
+        u32 m = first + tile * STEPS + step;
+        int4* sums = (int4*)(a.sums + (size_t)m * a.stride + channel);
+        next.i = *sums;
+        next.f = sums[a.f_offset / 4];
+        next.scale_i = a.scales[m];
+        next.scale_f = a.scales[a.rows + m];
+        if (a.clear) *sums = sums[a.f_offset / 4] = make_int4(0, 0, 0, 0);
+    };
+    float4 beta = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (has(0)) beta = *(const float4*)(a.beta + channel);
+    ask(0);
+    for (u32 tile = 0; tile < tiles + 2; ++tile) {
+        auto &forgets = halves[tile % 2].forgets, &inputs = halves[tile % 2].inputs;
+        if (tile >= 2 && has(tile - 2))
+            *(float4*)(a.h + (size_t)(first + (tile - 2) * STEPS + step) * a.width + channel) =
+                make_float4(inputs[4 * four][step], inputs[4 * four + 1][step], inputs[4 * four + 2][step],
+                            inputs[4 * four + 3][step]);
+        if (has(tile)) {
+            GateSums now = next;
+            ask(tile + 1);
+            float4 forget, input;
+            recurrence_gates(dequantize(now.i, a.gamma_i / now.scale_i), dequantize(now.f, a.gamma_f / now.scale_f), beta,
+                             forget, input);
+            forgets[4 * four][step] = forget.x;
+            forgets[4 * four + 1][step] = forget.y;
+            forgets[4 * four + 2][step] = forget.z;
+            forgets[4 * four + 3][step] = forget.w;
+            inputs[4 * four][step] = input.x;
+            inputs[4 * four + 1][step] = input.y;
+            inputs[4 * four + 2][step] = input.z;
+            inputs[4 * four + 3][step] = input.w;
         }
         __syncthreads();
     }
-    if (walks) *state = h;
+    let_next_begin();
 }
 
-extern "C" __global__ void __launch_bounds__(256) mlgru_scan_8(const __grid_constant__ Args a) { scan<8>(a); }
+// Names: channels of a block and threads for their gates.
+#define SCAN(CHANNELS, GATES)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(GATES + 32, 1024 / GATES) mlgru_scan_##CHANNELS##_##GATES(const __grid_constant__ Args a) { \
+        scan<CHANNELS, GATES>(a);                                                                                      \
+    }
 
-extern "C" __global__ void __launch_bounds__(256) mlgru_scan_32(const __grid_constant__ Args a) { scan<32>(a); }
+SCAN(8, 256)
+SCAN(16, 256)
+SCAN(16, 512)

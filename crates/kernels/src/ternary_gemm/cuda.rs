@@ -26,6 +26,13 @@ pub(crate) const WARPGROUP_SOURCE: Source = Source {
     contracts: false,
 };
 
+pub(crate) const PROMPT_SOURCE: Source = Source {
+    name: "ternary_prompt",
+    text: concat!(include_str!("product.cuh"), include_str!("prompt.cu")),
+    hopper_only: true,
+    contracts: false,
+};
+
 /// Rows of a tile.
 pub const TILE_ROWS: usize = 16;
 /// Inputs of a tile.
@@ -45,9 +52,12 @@ const FEW_TOKENS_THREADS: usize = 512;
 const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 4;
 
 // The warpgroup products, as in their source: of prompts, and of batches.
-const WARPGROUP_TOKENS: usize = 256;
-const WARPGROUP_THREADS: usize = 288;
-const WARPGROUP_SHARED_BYTES: usize = 6 * WARPGROUP_TOKENS * TILE_COLS;
+const PROMPT_TOKENS: usize = 128;
+const PROMPT_THREADS: usize = 384;
+const PROMPT_ROWS: usize = 256;
+/// Four stages of activations and codes, and for each of eight warps sums of 8 tokens by 128 rows, padded.
+const PROMPT_SHARED_BYTES: usize =
+    4 * (PROMPT_TOKENS + PROMPT_ROWS) * TILE_COLS + 8 * 8 * (128 + 8) * 4;
 const BATCH_TOKENS: usize = 64;
 const BATCH_THREADS: usize = 256;
 const BATCH_COL_TILES: usize = 8;
@@ -105,7 +115,7 @@ impl Quantized {
         self.tile_tokens = match rows {
             _ if !has_tiles || rows <= FEW_TOKENS => 0,
             ..=SPLIT_MAX_TOKENS => BATCH_TOKENS,
-            _ => WARPGROUP_TOKENS,
+            _ => PROMPT_TOKENS,
         };
         let capacity = rows.next_multiple_of(self.tile_tokens.max(1));
         self.values.reserve(layers * capacity * cols.next_multiple_of(TILE_COLS))?;
@@ -330,10 +340,10 @@ impl Gemm {
             few_tokens: device.kernel(FEW_TOKENS_SOURCE, "few_tokens", device.shared_bytes())?,
             warpgroup: has_warpgroup_product(device)
                 .then(|| {
-                    let kernel = |name, shared| device.kernel(WARPGROUP_SOURCE, name, shared);
+                    let batch = batch_shared_bytes(BATCH_COL_TILES);
                     Ok::<_, CudaError>((
-                        kernel("wgmma_128x64", batch_shared_bytes(BATCH_COL_TILES))?,
-                        kernel("wgmma_128x256", WARPGROUP_SHARED_BYTES)?,
+                        device.kernel(WARPGROUP_SOURCE, "wgmma_128x64", batch)?,
+                        device.kernel(PROMPT_SOURCE, "prompt_product", PROMPT_SHARED_BYTES)?,
                     ))
                 })
                 .transpose()?,
@@ -427,6 +437,14 @@ impl Gemm {
             // block's part.
             return unsafe { self.few_tokens.launch(launch, &args) };
         }
+        if let Some((_, kernel)) =
+            self.warpgroup.as_ref().filter(|_| q.tile_tokens == PROMPT_TOKENS)
+        {
+            let grid = [self.device.multiprocessors(), 1, 1];
+            let launch = Launch::new(grid, PROMPT_THREADS, PROMPT_SHARED_BYTES);
+            // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
+            return unsafe { kernel.launch(launch, &args) };
+        }
         let col_tiles = matrix.col_tiles;
         let row_blocks = matrix.row_tiles.div_ceil(BLOCK_ROW_TILES);
         // Blocks over K, so that there are about so many for each multiprocessor.
@@ -436,9 +454,6 @@ impl Gemm {
             if sums.adds { wanted.clamp(fewest, col_tiles) } else { 1 }
         };
         let (tokens, threads, shared, splits, kernel) = match &self.warpgroup {
-            Some((_, kernel)) if q.tile_tokens == WARPGROUP_TOKENS => {
-                (WARPGROUP_TOKENS, WARPGROUP_THREADS, WARPGROUP_SHARED_BYTES, 1, kernel)
-            }
             Some((kernel, _)) if q.tile_tokens == BATCH_TOKENS => {
                 let splits =
                     splits(1, m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));

@@ -1,22 +1,16 @@
-// Products on Hopper's warpgroup instructions: y[m, n] = sum_k q[m, k] t[n, k], exact. One kernel for prompts, one for
-// batches.
+// Products of batches on Hopper's warpgroup instructions: y[m, n] += sum_k q[m, k] t[n, k], exact. A block computes 128 rows
+// by 64 tokens over its part of K, and adds.
 //
 // Trits are the first operand, unpacked into registers (see common.cuh); activations are the second, in shared memory,
 // where the quantiser has laid them out so that one bulk copy brings a tile as the instruction wants it: eight
 // chunks of 16 inputs, each [tokens][16 bytes]. Two warpgroups of 64 rows take turns on the tensor cores.
 
 #if __CUDA_ARCH__ >= 900
-constexpr u32 TOKEN_TILE = 256;
-constexpr u32 STAGES = 6;
-constexpr u32 TILE_BYTES = TOKEN_TILE * TILE_COLS;
-constexpr u32 CONSUMERS = 256;
-
-// Operand in shared memory: core matrices of 8 tokens by 16 bytes, 128 bytes apart by token, 16 bytes for each token of a
-// tile by chunk.
-template <u32 TOKENS>
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)(address >> 4 & 0x3fff) | (u64)(TOKENS * 16 >> 4) << 16 | (u64)(128 >> 4) << 32;
-}
+constexpr u32 BATCH_TOKENS = 64;
+constexpr u32 BATCH_TILE_BYTES = BATCH_TOKENS * TILE_COLS;
+constexpr u32 BATCH_ROW_TILES = 8;
+constexpr u32 BATCH_TILES = 8;               // column tiles of a block, at most
+constexpr u32 STAGED = 16 * BATCH_ROW_TILES + 4;  // from token to token where sums are staged; in no bank twice
 
 // A tile's codes as registers of the first operand.
 __device__ __forceinline__ void unpack(uint4 w, u32 (&codes)[4][4]) {
@@ -28,98 +22,6 @@ __device__ __forceinline__ void unpack(uint4 w, u32 (&codes)[4][4]) {
         codes[f][3] = w.w >> 2 * f & FIELD;
     }
 }
-
-// d += codes (64 x 32) * activations (32 x 256).
-__device__ __forceinline__ void wgmma(int (&d)[128], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-    asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n256k32.s32.u8.s8 " SUM_REGISTERS_128 ", {%128, %129, %130, %131}, %132, 1;"
-        : SUM_OPERANDS_128(d)
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
-}
-
-// ---- Prompts: a block computes 128 rows by 256 tokens; one thread of a ninth warp fetches ----
-
-__device__ __forceinline__ void product(const Args& a) {
-    let_next_begin();
-    extern __shared__ __align__(128) u8 tiles[];  // [stage][TILE_BYTES]
-    __shared__ u64 full[STAGES], empty[STAGES];
-    u32 warp = threadIdx.x / 32, segment = blockIdx.x * 8 / a.segment_tiles;
-    if (threadIdx.x == 0) {
-        for (u32 s = 0; s < STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 2;" ::"r"(shared_address(empty + s)) : "memory");
-        }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncthreads();
-
-    if (warp == CONSUMERS / 32) {
-        if (threadIdx.x % 32 != 0) return;
-        wait_for_previous();
-        const i8* q = a.q + (size_t)segment * a.rows * a.col_tiles * TILE_COLS +
-                      (size_t)blockIdx.y * a.col_tiles * TILE_BYTES;
-        for (u32 tile = 0; tile < a.col_tiles; ++tile) {
-            u32 stage = tile % STAGES;
-            if (tile >= STAGES) wait_for(shared_address(empty + stage), (tile / STAGES - 1) % 2);
-            u32 barrier = shared_address(full + stage);
-            expect_bytes(barrier, TILE_BYTES);
-            bulk_copy(tiles + stage * TILE_BYTES, q + (size_t)tile * TILE_BYTES, TILE_BYTES, barrier);
-        }
-        return;
-    }
-
-    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    u32 row_tile = blockIdx.x * 8 + warp;
-    // Row tiles beyond the last one repeat it; their results are dropped.
-    const uint4* weights = a.weights + (size_t)min(row_tile, a.row_tiles - 1) * a.col_tiles * 32 + lane;
-    int d[128];
-#pragma unroll
-    for (u32 i = 0; i < 128; ++i) d[i] = 0;
-    uint4 next = __ldg(weights);
-    wait_for_previous();
-    for (u32 tile = 0; tile < a.col_tiles; ++tile) {
-        uint4 w = next;
-        if (tile + 1 < a.col_tiles) next = __ldg(weights + (size_t)(tile + 1) * 32);
-        u32 codes[4][4];
-        unpack(w, codes);
-        u32 stage = tile % STAGES;
-        wait_for(shared_address(full + stage), tile / STAGES % 2);
-        u32 address = shared_address(tiles + stage * TILE_BYTES);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-        for (u32 f = 0; f < 4; ++f)
-            wgmma(d, codes[f][0], codes[f][1], codes[f][2], codes[f][3],
-                  descriptor<TOKEN_TILE>(address + 2 * f * TOKEN_TILE * 16));
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (threadIdx.x % 128 == 0)
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(empty + stage)) : "memory");
-    }
-    if (row_tile >= a.row_tiles) return;
-    u32 width = a.row_tiles * TILE_ROWS, row = row_tile * TILE_ROWS + g;
-    u32 first = blockIdx.y * TOKEN_TILE + 2 * t;
-#pragma unroll
-    for (u32 i = 0; i < 128; i += 4) {
-#pragma unroll
-        for (u32 side = 0; side < 2; ++side) {
-            u32 m = first + 2 * i + side;
-            if (m >= a.m) continue;
-            int sum = __ldg(a.q_sums + segment * a.rows + m);
-            int* out = a.out + (size_t)m * width + row;
-            out[0] = d[i + side] - sum;
-            out[8] = d[i + 2 + side] - sum;
-        }
-    }
-}
-
-// ---- Batches: a block computes 128 rows by 64 tokens over its part of K, and adds ----
-
-constexpr u32 BATCH_TOKENS = 64;
-constexpr u32 BATCH_TILE_BYTES = BATCH_TOKENS * TILE_COLS;
-constexpr u32 BATCH_ROW_TILES = 8;
-constexpr u32 BATCH_TILES = 8;               // column tiles of a block, at most
-constexpr u32 STAGED = 16 * BATCH_ROW_TILES + 4;  // from token to token where sums are staged; in no bank twice
 
 // d += codes (64 x 32) * activations (32 x 64).
 __device__ __forceinline__ void wgmma(int (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
@@ -217,11 +119,5 @@ __device__ __forceinline__ void batch_product(const Args& a) {
 extern "C" __global__ void __launch_bounds__(256, 2) wgmma_128x64(const __grid_constant__ Args a) {
 #if __CUDA_ARCH__ >= 900
     batch_product(a);
-#endif
-}
-
-extern "C" __global__ void __launch_bounds__(288, 1) wgmma_128x256(const __grid_constant__ Args a) {
-#if __CUDA_ARCH__ >= 900
-    product(a);
 #endif
 }
