@@ -1,6 +1,6 @@
-//! The engine on a GPU. The same bits as on the processor.
+//! The engine on a GPU. The same bits as on the processor, but for a sequence that is decoded alone.
 //!
-//! One token of one sequence takes one launch ([`Decoder`]). Everything else goes through the blocks with one
+//! Tokens of one sequence take one launch ([`Decoder`]). Everything else goes through the blocks with one
 //! launch for each product and one for what lies between two products.
 
 use std::ops::Range;
