@@ -446,6 +446,9 @@ fn a_run_that_diverges_stops_and_keeps_its_checkpoint() {
     let set = ["optimizer.learning_rate=9", "optimizer.clip_grad_norm=0", "guard.divergence=0.5"];
     let error = refused(run.command(&set).args(["--set", "run.steps=400"]));
     assert!(error.contains("stopped at step") && error.contains("learning_rate"), "{error}");
+    // Without ε a token that is not there becomes 0 / 0 in the first step.
+    let error = refused(&mut run.beside("without-eps").command(&["optimizer.eps=0"]));
+    assert!(error.contains("stopped at step 2") && error.contains("is NaN"), "{error}");
 }
 
 /// Starts the processes of a run as a launcher does.

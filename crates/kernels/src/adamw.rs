@@ -1,4 +1,4 @@
-//! AdamW as PyTorch computes it, and the norm of gradients.
+//! AdamW as PyTorch computes it, the norm of gradients and the factor that clips them.
 //!
 //! ```text
 //! g = gradient · gradient_scale
@@ -28,15 +28,12 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// t, 1 for the first step.
     pub step: u64,
-    /// Multiplies gradients first: the clipping factor.
-    pub gradient_scale: f32,
 }
 
 /// The constants as every element uses them.
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Factors {
-    gradient_scale: f32,
     keep: f32,
     one_minus_beta1: f32,
     beta2: f32,
@@ -51,10 +48,9 @@ pub(crate) struct Factors {
 impl AdamW {
     /// What every element is multiplied with.
     pub(crate) fn factors(&self) -> Factors {
-        let Self { learning_rate, beta1, beta2, eps, weight_decay, step, gradient_scale } = *self;
+        let Self { learning_rate, beta1, beta2, eps, weight_decay, step } = *self;
         let power = |beta: f64| beta.powf(step as f64);
         Factors {
-            gradient_scale,
             keep: (1.0 - learning_rate * weight_decay) as f32,
             one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
@@ -66,14 +62,32 @@ impl AdamW {
     }
 }
 
-/// Updates parameters and both moments, all of one length.
+/// What a global gradient norm asks gradients to be multiplied by: `max_norm / (norm + 1e-6)`, at most 1, as
+/// PyTorch has it. `max_norm` 0 does not clip.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
+    if max_norm > 0.0 { (max_norm / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 }
+}
+
+/// The norm of gradients and the factor that clips them, of a step: from the last factor, all losses and sums of squares.
+///
+/// The factor is NaN, for a step that changes nothing, if the norm or a loss is not finite or the last factor was NaN:
+/// the steps that follow such a one change nothing, either.
+pub fn clip(factor: f64, losses: &[f64], squares: &[f64], max_norm: f64) -> (f64, f64) {
+    let norm = squares.iter().sum::<f64>().sqrt();
+    let usable = norm.is_finite() && !factor.is_nan() && losses.iter().all(|loss| loss.is_finite());
+    (norm, if usable { f64::from(clip_factor(norm, max_norm)) } else { f64::NAN })
+}
+
+/// Updates parameters and both moments, all of one length. `gradient_scale` multiplies gradients first.
 ///
 /// # Panics
 /// If the lengths differ.
+#[allow(clippy::too_many_arguments)]
 pub fn step(
     backend: Backend,
     pool: &Pool,
     constants: &AdamW,
+    gradient_scale: f32,
     parameters: &mut [f32],
     gradients: &[f32],
     first_moment: &mut [f32],
@@ -87,19 +101,26 @@ pub fn step(
         let (from, len) = (task * TASK, parameters.len());
         // SAFETY: tasks have disjoint parts, and both stay borrowed until all are done.
         let (m, v) = unsafe { (m.slice(from, len), v.slice(from, len)) };
-        update(backend, factors, parameters, &gradients[from..from + len], m, v);
+        update(backend, factors, gradient_scale, parameters, &gradients[from..from + len], m, v);
     });
 }
 
 compiled_for_each_tier! {
-    fn update(factors: Factors, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32])
+    fn update(factors: Factors, scale: f32, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32])
         = update_body
 }
 
 #[inline(always)]
-fn update_body(factors: Factors, p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+fn update_body(
+    factors: Factors,
+    scale: f32,
+    p: &mut [f32],
+    g: &[f32],
+    m: &mut [f32],
+    v: &mut [f32],
+) {
     for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-        let g = g * factors.gradient_scale;
+        let g = g * scale;
         *m += factors.one_minus_beta1 * (g - *m);
         *v = factors.beta2 * *v + factors.one_minus_beta2 * (g * g);
         let denominator = v.sqrt() * factors.correction2 + factors.eps;

@@ -73,7 +73,7 @@ const REGISTERS: [(&str, usize); 25] = [
     ("recurrence_forward", 64),
     ("recurrence_backward", 64),
     ("cross_entropy_vectors", 64),
-    ("adamw_step", 40),
+    ("adamw_step", 48),
     ("integer_product_half", 168),
     ("integer_product_full", 168),
 ];

@@ -573,6 +573,26 @@ fn rope_turns_pairs_and_back() {
 }
 
 #[test]
+fn gradients_are_clipped_down_only_and_a_loss_or_norm_that_is_no_number_ends_it() {
+    assert_eq!(adamw::clip(0.0, &[1.0], &[0.25], 1.0), (0.5, 1.0));
+    let (norm, factor) = adamw::clip(1.0, &[1.0, 2.0], &[9.0, 7.0], 1.0);
+    assert!(norm == 4.0 && (factor - 0.25).abs() < 1e-6 && factor == f64::from(factor as f32));
+    assert_eq!(adamw::clip(1.0, &[], &[16.0], 0.0), (4.0, 1.0));
+    for (factor, loss, square) in [
+        (1.0, f64::NAN, 1.0),
+        (1.0, f64::INFINITY, 1.0),
+        (1.0, 1.0, f64::NAN),
+        (1.0, 1.0, f64::INFINITY),
+        (f64::NAN, 1.0, 1.0),
+    ] {
+        for max_norm in [0.0, 1.0] {
+            let (_, factor) = adamw::clip(factor, &[0.5, loss], &[square, 1.0], max_norm);
+            assert!(factor.is_nan(), "{loss} {square} {max_norm}");
+        }
+    }
+}
+
+#[test]
 fn adamw_follows_its_equation() {
     for len in [1, 33, 40_000] {
         let mut random = Random(len as u64);
@@ -585,13 +605,12 @@ fn adamw_follows_its_equation() {
             eps: 1e-8,
             weight_decay: 0.1,
             step,
-            gradient_scale: 0.5,
         };
         let run = |backend, pool: &Pool| {
             let (mut p, mut m, mut v) = (start.clone(), vec![0.0; len], vec![0.0; len]);
             for (step, g) in gradients.iter().enumerate() {
                 let constants = constants(step as u64 + 1);
-                adamw::step(backend, pool, &constants, &mut p, g, &mut m, &mut v);
+                adamw::step(backend, pool, &constants, 0.5, &mut p, g, &mut m, &mut v);
             }
             let norm = adamw::sum_of_squares(backend, pool, &p) as f32;
             [p, m, v, vec![norm]].concat()

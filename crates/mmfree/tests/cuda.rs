@@ -1,4 +1,5 @@
-//! The engine on a GPU against the engine on the processor: the same bits. Skipped, loudly, without a GPU.
+//! The engine on a GPU against the engine on the processor: prompts and batches give the same bits, decoding of one
+//! sequence logits within a budget. Skipped, loudly, without a GPU.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -63,12 +64,43 @@ fn tokens(model: &Model, count: usize) -> Vec<u32> {
     (0..count).map(|i| ((i * i * 37 + 11 * i + 5) % vocab) as u32).collect()
 }
 
+/// Of decoding: the difference of logits, and of states, in units of their spread (RMS). A last bit can flip the rounding of
+/// an activation, and flips spread: two correct evaluations, in f32 and f64, are 0.014 apart for the trained model.
+const BUDGET: f32 = 0.1;
+/// How far below the largest logit the chosen one may be, in the same units.
+const GAP: f32 = 0.3;
+
+fn spread(values: &[f32]) -> f32 {
+    let mean = values.iter().sum::<f32>() / values.len() as f32;
+    (values.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / values.len() as f32).sqrt()
+}
+
+/// RMS of the difference in units of the spread of the expected.
+fn distance(found: &[f32], expected: &[f32]) -> f32 {
+    assert_eq!(found.len(), expected.len());
+    let squares = found.iter().zip(expected).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+    (squares / found.len() as f32).sqrt() / spread(expected)
+}
+
+/// Feeds the first token and then those that were chosen, and checks that each was as good as the most likely one.
+fn follow(cpu: &mut Engine, state: &mut State, first: u32, chosen: &[u32], name: &str) {
+    let mut token = first;
+    for (step, &next) in chosen.iter().enumerate() {
+        let logits = cpu.decode(state, token).expect("runs");
+        let largest = logits.iter().copied().fold(f32::MIN, f32::max);
+        let (gap, unit) = (largest - logits[next as usize], spread(logits));
+        // All logits are zero behind a token whose embedding is.
+        assert!(gap <= GAP * unit, "{name}: step {step} chose {next}, {gap} of {unit} too low");
+        token = next;
+    }
+}
+
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
 #[test]
-fn every_way_of_feeding_gives_the_bits_of_the_processor() {
+fn prompts_give_the_bits_of_the_processor_and_decoding_stays_close() {
     let cancel = AtomicBool::new(false);
     for (name, model) in models() {
         let Some(mut gpu) = gpu(&model) else { return };
@@ -84,7 +116,7 @@ fn every_way_of_feeding_gives_the_bits_of_the_processor() {
         assert!(bits(state.hidden()) == bits(expected_state.hidden()), "{name}: state of prefill");
         assert_eq!(state.to_bytes(&model), expected_state.to_bytes(&model));
 
-        for chunk in [1, 3, 9, 20, 50, 100, 130] {
+        for chunk in [3, 9, 20, 50, 100, 130] {
             let mut state = State::new(&model);
             let mut found = Vec::new();
             for chunk in text.chunks(chunk) {
@@ -94,13 +126,19 @@ fn every_way_of_feeding_gives_the_bits_of_the_processor() {
             assert!(state == expected_state, "{name}: state of chunks of {chunk}");
         }
 
-        let mut state = State::new(&model);
-        let mut found = Vec::new();
+        let (mut state, mut on_cpu) = (State::new(&model), State::new(&model));
+        let (mut worst, mut sum) = (0.0f32, 0.0f32);
         for &token in &text {
-            found = bits(gpu.decode(&mut state, token).expect("runs"));
+            let expected = cpu.decode(&mut on_cpu, token).expect("runs").to_vec();
+            let found = gpu.decode(&mut state, token).expect("runs");
+            let off = distance(found, &expected);
+            worst = worst.max(off);
+            sum += off;
         }
-        assert!(found == expected, "{name}: token by token");
-        assert!(state == expected_state, "{name}: state of token by token");
+        let of_state = distance(state.hidden(), on_cpu.hidden());
+        let mean = sum / text.len() as f32;
+        println!("{name}: decoding is off by {mean} ({worst} at worst), its state by {of_state}");
+        assert!(mean <= BUDGET && of_state <= BUDGET, "{name}: token by token");
     }
 }
 
@@ -168,7 +206,7 @@ fn logits_and_activations_of_every_position_agree() {
 }
 
 #[test]
-fn greedy_text_is_the_same_and_states_move_between_devices() {
+fn greedy_text_agrees_and_states_move_between_devices() {
     for (name, model) in models() {
         let Some(mut gpu) = gpu(&model) else { return };
         let mut cpu = engine(&model, "cpu");
@@ -177,16 +215,29 @@ fn greedy_text_is_the_same_and_states_move_between_devices() {
         let (mut on_cpu, mut on_gpu) = (State::new(&model), State::new(&model));
         cpu.prefill(&mut on_cpu, &prompt, &cancel).expect("runs");
         gpu.prefill(&mut on_gpu, &prompt, &cancel).expect("runs");
-        let expected = cpu.greedy(&mut on_cpu, 3, 40).expect("runs");
-        assert_eq!(gpu.greedy(&mut on_gpu, 3, 40).expect("runs"), expected, "{name}");
-        assert!(on_cpu == on_gpu, "{name}");
+        assert!(on_cpu == on_gpu, "{name}: prompt");
+        let before = on_gpu.to_bytes(&model);
+        let chosen = gpu.greedy(&mut on_gpu, 3, 300).expect("runs");
+        follow(&mut cpu, &mut on_cpu, 3, &chosen, name);
+        let off = distance(on_gpu.hidden(), on_cpu.hidden());
+        assert!(off <= BUDGET, "{name}: states are {off} apart");
+        // Step by step the same bits as in few launches.
+        let mut again = State::from_bytes(&model, &before).expect("own bytes");
+        let mut token = 3;
+        for &next in &chosen {
+            let logits = gpu.decode(&mut again, token).expect("runs");
+            let best = logits.iter().copied().fold(f32::MIN, f32::max);
+            token = logits.iter().position(|&logit| logit == best).expect("one") as u32;
+            assert_eq!(token, next, "{name}");
+        }
+        assert!(again == on_gpu, "{name}: one launch and many");
         // Through bytes to the other device, and on.
-        let bytes = on_gpu.to_bytes(&model);
-        let mut moved = State::from_bytes(&model, &bytes).expect("own bytes");
-        let next = cpu.greedy(&mut moved, 7, 5).expect("runs");
-        assert_eq!(gpu.greedy(&mut on_cpu, 7, 5).expect("runs"), next, "{name}: state of the CPU");
-        assert_eq!(cpu.greedy(&mut on_gpu, 7, 5).expect("runs"), next, "{name}: state of the GPU");
-        assert!(moved == on_cpu && moved == on_gpu, "{name}");
+        let mut moved = State::from_bytes(&model, &on_gpu.to_bytes(&model)).expect("own bytes");
+        let next = gpu.greedy(&mut on_gpu, 7, 5).expect("runs");
+        follow(&mut cpu, &mut moved, 7, &next, name);
+        let mut moved = State::from_bytes(&model, &on_cpu.to_bytes(&model)).expect("own bytes");
+        let next = gpu.greedy(&mut moved, 7, 5).expect("runs");
+        follow(&mut cpu, &mut on_cpu, 7, &next, name);
 
         let first: Vec<u32> = tokens(&model, 9);
         let run = |engine: &mut Engine| {

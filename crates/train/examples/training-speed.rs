@@ -9,7 +9,9 @@ use std::time::Instant;
 use mmfree::config::ModelConfig;
 use mmfree_train::architecture::Architecture;
 use mmfree_train::backend::{AdamW, Backend, BatchShape, CpuBackend};
+use mmfree_train::communicator::{Local, shards};
 use mmfree_train::model::{Batch, Model, ModelOptions};
+use mmfree_train::outcome::{NORM_UNIT, Outcomes};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -24,6 +26,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let len = model.layout().len();
     let mut parameters = model.layout().initialize(0, 0.02);
     let (mut gradients, mut m, mut v) = (vec![0.0; len], vec![0.0; len], vec![0.0; len]);
+    let mut outcomes: Outcomes<CpuBackend> =
+        Outcomes::new(&mut backend, 0, &shards(len, NORM_UNIT, 1), 1)?;
     let mut state = 1u64;
     let mut tokens = || -> Vec<u32> {
         let next = |_| {
@@ -39,8 +43,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         model.update_weights(&mut backend, &parameters)?;
         let batch = Batch { ids: &ids, targets: &targets };
         model.accumulate(&mut backend, &parameters, batch, 1.0, &mut gradients)?;
-        let loss = model.take_loss(&mut backend)?;
-        let norm = backend.sum_of_squares(&gradients, 0..len)?.sqrt();
+        outcomes.move_loss(&mut backend, 0)?;
+        outcomes.clip(&mut backend, &mut Local, &gradients, 0..len, 1.0)?;
         let constants = AdamW {
             learning_rate: 1e-3,
             beta1: 0.9,
@@ -48,11 +52,14 @@ fn main() -> Result<(), Box<dyn Error>> {
             eps: 1e-8,
             weight_decay: 0.01,
             step,
-            gradient_scale: (1.0 / (norm + 1e-6)).min(1.0) as f32,
         };
-        backend.adamw(&constants, 0..len, &mut parameters, &gradients, 0, &mut m, &mut v)?;
+        let clip = outcomes.numbers();
+        backend.adamw(&constants, clip, 0..len, &mut parameters, &gradients, 0, &mut m, &mut v)?;
         println!("{}", start.elapsed().as_secs_f64());
-        eprintln!("step {step}: loss {loss:.4}");
+        outcomes.begin_copy(&mut backend)?;
+        if let Some(outcome) = outcomes.next(&mut backend, &mut Local, true)? {
+            eprintln!("step {step}: loss {:.4}", outcome.loss);
+        }
     }
     Ok(())
 }

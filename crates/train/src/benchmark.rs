@@ -101,6 +101,17 @@ pub struct Report {
     pub losses: [f64; 2],
     /// Where the time of one more step went; GPUs only.
     pub breakdown: Vec<Share>,
+    /// What the host did in one more step; one GPU only.
+    pub host: Option<Host>,
+}
+
+/// The host's part of a step: what does not show as long as it is less than the device's, which goes on meanwhile.
+#[derive(Clone, Debug, Serialize)]
+pub struct Host {
+    /// Kernels and products submitted.
+    pub launches: usize,
+    /// Seconds for them, and for making the batch, without waiting for the device.
+    pub seconds: f64,
 }
 
 /// The names of all sizes.
@@ -191,10 +202,8 @@ pub fn run<B: Backend + 'static>(
     let mut engine = DataParallel::new(backend, communicator, &architecture, &config, &parameters)?;
     drop(parameters);
     let vocabulary = architecture.vocab_size() as u64;
-    let mut losses = [0.0; 2];
-    let mut seconds = Vec::new();
     let mut step = |engine: &mut DataParallel<B>, number: usize| -> Result<()> {
-        let loss = engine.accumulate(&mut |rows| {
+        engine.accumulate(&mut |rows| {
             let count = rows.len() * options.sequence_length;
             let ids: Vec<u32> = (0..=count).map(|_| (random.next() % vocabulary) as u32).collect();
             Ok(Batch {
@@ -204,31 +213,37 @@ pub fn run<B: Backend + 'static>(
                 ids: ids[..count].to_vec(),
             })
         })?;
-        let norm = engine.gradient_norm()?;
         let rates = Rates { learning_rate: 1e-4, weight_decay_factor: 1.0 };
-        engine.update(number as u64, rates, norm)?;
-        engine.communicator().wait()?;
-        if number == 1 {
-            losses[0] = loss;
-        }
-        losses[1] = loss;
-        Ok(())
+        engine.update(number as u64, rates)
     };
-    // One step after the other, as in training: a device may still change the weights while the host makes the next batch.
+    // One step after the other, as in training: the host submits a step while a device computes the one before it, and looks
+    // then whether that is done. So there is one more step behind those that count: else the last would seem shorter, as the
+    // end of the one before it was seen late.
+    let steps = options.warmup + options.repetitions;
+    let submitted = steps + usize::from(engine.backend().is_asynchronous());
+    let (mut losses, mut seconds) = (Vec::new(), Vec::new());
     let mut clock = Instant::now();
-    for number in 1..=options.warmup + options.repetitions {
+    for number in 1..=submitted {
         step(&mut engine, number)?;
-        let now = Instant::now();
-        if number > options.warmup {
-            seconds.push((now - clock).as_secs_f64());
+        while let Some(outcome) = engine.next_outcome(false)? {
+            losses.push(outcome.loss);
+            let now = Instant::now();
+            if losses.len() > options.warmup {
+                seconds.push((now - clock).as_secs_f64());
+            }
+            clock = now;
+            progress(losses.len());
         }
-        clock = now;
-        progress(number);
     }
-    engine.backend().synchronize()?;
+    engine.next_outcome(true)?;
     engine.backend().begin_timeline()?;
-    step(&mut engine, options.warmup + options.repetitions + 1)?;
+    step(&mut engine, submitted + 1)?;
     let breakdown = engine.backend().end_timeline()?;
+    engine.next_outcome(true)?;
+    engine.backend().begin_submission()?;
+    step(&mut engine, submitted + 2)?;
+    let submission = engine.backend().end_submission();
+    engine.next_outcome(true)?;
     let whole: f64 = breakdown.iter().map(|(_, seconds)| seconds).sum();
     let tokens = (options.batch * options.sequence_length) as f64;
     let flops_per_token = flops_per_token(&architecture, options.sequence_length);
@@ -255,11 +270,15 @@ pub fn run<B: Backend + 'static>(
             .map(|_| tokens_per_second.median * flops_per_token / (PEAK_FLOPS * processes as f64)),
         peak_device_bytes,
         peak_rss_bytes: peak_rss_bytes(),
-        losses,
+        losses: [losses[0], losses[steps - 1]],
         breakdown: breakdown
             .into_iter()
             .map(|(kind, seconds)| Share { kind: kind.to_owned(), seconds, share: seconds / whole })
             .collect(),
+        // Among several processes the host also waits for the others.
+        host: submission
+            .filter(|_| processes == 1)
+            .map(|(launches, seconds)| Host { launches, seconds }),
     })
 }
 
@@ -322,6 +341,7 @@ mod tests {
             // Random tokens cannot be predicted.
             assert!((report.losses[0] - 256f64.ln()).abs() < 0.5, "{:?}", report.losses);
             assert!(report.share_of_peak.is_none() && report.breakdown.is_empty());
+            assert!(report.host.is_none());
         }
         assert!(architecture("nothing", false).is_err());
     }

@@ -15,6 +15,7 @@
 //! | [`plot`] | loss curves of runs |
 //! | [`scaling`] | scaling laws of runs, and where architectures cross |
 //! | [`optimizer`] | AdamW over parameter groups, its moments sharded over processes |
+//! | [`outcome`] | [`Outcomes`](outcome::Outcomes): loss, gradient norm and clip factor of steps, on the device |
 //! | [`schedule`] | learning rate and weight decay over the steps |
 //! | [`communicator`] | [`Communicator`](communicator::Communicator): processes that train together |
 //! | [`checkpoint`] | [`Checkpoints`](checkpoint::Checkpoints): what a run resumes from |
@@ -34,6 +35,7 @@ pub mod likelihood;
 pub mod log;
 pub mod model;
 pub mod optimizer;
+pub mod outcome;
 pub mod parameters;
 pub mod plot;
 pub mod scaling;

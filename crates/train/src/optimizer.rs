@@ -56,7 +56,8 @@ impl<F> Optimizer<F> {
         &mut self.moments
     }
 
-    /// Step number `step`, from 1, for this process's shard of the parameters.
+    /// Step number `step`, from 1, for this process's shard of the parameters, with gradients clipped as
+    /// [`Outcomes::clip`](crate::outcome::Outcomes::clip) has computed in `numbers`.
     ///
     /// # Errors
     /// Errors of the device.
@@ -65,7 +66,7 @@ impl<F> Optimizer<F> {
         backend: &mut B,
         step: u64,
         rates: Rates,
-        gradient_scale: f32,
+        numbers: &F,
         parameters: &mut F,
         gradients: &F,
     ) -> Result<()> {
@@ -78,10 +79,10 @@ impl<F> Optimizer<F> {
                 eps: self.config.eps,
                 weight_decay: group.weight_decay * rates.weight_decay_factor,
                 step,
-                gradient_scale,
             };
             backend.adamw(
                 &adamw,
+                numbers,
                 group.range.clone(),
                 parameters,
                 gradients,
@@ -92,12 +93,6 @@ impl<F> Optimizer<F> {
         }
         Ok(())
     }
-}
-
-/// What a global gradient norm asks gradients to be multiplied by: `clip / (norm + 1e-6)`, at most 1, as
-/// PyTorch has it. `clip` 0 does not clip.
-pub fn clip_factor(norm: f64, clip: f64) -> f32 {
-    if clip > 0.0 { (clip / (norm + 1e-6)).min(1.0) as f32 } else { 1.0 }
 }
 
 /// The groups of a shard, neighbours of one weight decay joined.
@@ -151,12 +146,5 @@ mod tests {
         assert_eq!(cut(0..35), [(0..10, 0.2), (10..15, 0.0), (15..35, 0.1)]);
         assert_eq!(cut(11..16), [(11..15, 0.0), (15..16, 0.1)]);
         assert_eq!(cut(35..35), []);
-    }
-
-    #[test]
-    fn clipping_scales_down_only() {
-        assert_eq!(clip_factor(0.5, 1.0), 1.0);
-        assert!((clip_factor(4.0, 1.0) - 0.25).abs() < 1e-6);
-        assert_eq!(clip_factor(4.0, 0.0), 1.0);
     }
 }

@@ -8,10 +8,11 @@ use std::path::PathBuf;
 use mmfree_train::architecture::Architecture;
 use mmfree_train::backend::{AdamW, Backend, BatchShape};
 use mmfree_train::benchmark;
-use mmfree_train::communicator::Local;
+use mmfree_train::communicator::{Local, shards};
 use mmfree_train::config::TrainConfig;
 use mmfree_train::data::Batch as Rows;
 use mmfree_train::model::{Batch, Model, ModelOptions};
+use mmfree_train::outcome::{NORM_UNIT, Outcome, Outcomes};
 use mmfree_train::schedule::Rates;
 use mmfree_train::trainer::{DataParallel, plan_memory};
 use mmfree_train::weights;
@@ -145,14 +146,16 @@ fn trajectory<B: Backend + 'static>(backend: &mut B) -> (Vec<f64>, Vec<f32>) {
     let mut parameters = backend.flat_from(&parameters).unwrap();
     let (mut m, mut v) = (backend.flat_zeros(len).unwrap(), backend.flat_zeros(len).unwrap());
     let mut gradients = backend.flat_zeros(len).unwrap();
+    let mut outcomes: Outcomes<B> =
+        Outcomes::new(backend, 0, &shards(len, NORM_UNIT, 1), 1).unwrap();
     let losses = (1..=30)
         .map(|step| {
             backend.clear_flat(&mut gradients, 0..len).unwrap();
             model.update_weights(backend, &parameters).unwrap();
             let batch = Batch { ids: &ids, targets: &targets };
             model.accumulate(backend, &parameters, batch, 1.0, &mut gradients).unwrap();
-            let loss = model.take_loss(backend).unwrap();
-            let norm = backend.sum_of_squares(&gradients, 0..len).unwrap().sqrt();
+            outcomes.move_loss(backend, 0).unwrap();
+            outcomes.clip(backend, &mut Local, &gradients, 0..len, 1.0).unwrap();
             let constants = AdamW {
                 learning_rate: 4e-3,
                 beta1: 0.9,
@@ -160,12 +163,13 @@ fn trajectory<B: Backend + 'static>(backend: &mut B) -> (Vec<f64>, Vec<f32>) {
                 eps: 1e-8,
                 weight_decay: 0.01,
                 step,
-                gradient_scale: (1.0 / (norm + 1e-6)).min(1.0) as f32,
             };
+            let clip = outcomes.numbers();
             backend
-                .adamw(&constants, 0..len, &mut parameters, &gradients, 0, &mut m, &mut v)
+                .adamw(&constants, clip, 0..len, &mut parameters, &gradients, 0, &mut m, &mut v)
                 .unwrap();
-            loss
+            outcomes.begin_copy(backend).unwrap();
+            outcomes.next(backend, &mut Local, true).unwrap().unwrap().loss
         })
         .collect();
     let mut values = vec![0.0; len];
@@ -216,7 +220,7 @@ fn what_is_allocated_was_planned_and_a_step_allocates_nothing() {
         let mut engine =
             DataParallel::new(gpu, Box::new(Local), &architecture, &config, &parameters).unwrap();
         let allocated = engine.backend().peak_device_bytes().unwrap();
-        // Sums of squares, and elements that buffers have before they grow.
+        // Elements that buffers have before they grow.
         let found = allocated - before;
         assert!(found.abs_diff(planned) < 1 << 14, "{found} bytes for {planned}: {config:?}");
         let mut random = Random(3);
@@ -230,12 +234,48 @@ fn what_is_allocated_was_planned_and_a_step_allocates_nothing() {
                     Ok(Rows { rows: rows.len(), seq_len: length, ids, targets })
                 })
                 .unwrap();
-            let norm = engine.gradient_norm().unwrap();
             let rates = Rates { learning_rate: 1e-3, weight_decay_factor: 1.0 };
-            engine.update(step, rates, norm).unwrap();
+            engine.update(step, rates).unwrap();
+            engine.next_outcome(false).unwrap();
         }
         assert_eq!(engine.backend().peak_device_bytes().unwrap(), allocated, "{config:?}");
     }
+}
+
+#[test]
+fn steps_under_way_are_the_steps_that_are_waited_for() {
+    let run = |wait: bool| -> Option<(Vec<Outcome>, Vec<f32>)> {
+        let architecture = benchmark::architecture("tiny", false).unwrap();
+        let set = ["data.train=none", "batch.sequences=12", "batch.micro_batch=2"];
+        let set = set.map(|text| text.parse().unwrap());
+        let config = TrainConfig::parse("test", "", &set).unwrap();
+        let length = config.batch.sequence_length;
+        let parameters = architecture.layout().initialize(1, 0.02);
+        let mut engine =
+            DataParallel::new(gpu()?, Box::new(Local), &architecture, &config, &parameters)
+                .unwrap();
+        let (mut random, mut outcomes) = (Random(5), Vec::new());
+        for step in 1..=9 {
+            let mut rows = |rows: std::ops::Range<usize>| {
+                let mut ids = || -> Vec<u32> {
+                    (0..rows.len() * length).map(|_| random.next() as u32 % 256).collect()
+                };
+                let (ids, targets) = (ids(), ids());
+                Ok(Rows { rows: rows.len(), seq_len: length, ids, targets })
+            };
+            engine.accumulate(&mut rows).unwrap();
+            engine.update(step, Rates { learning_rate: 1e-3, weight_decay_factor: 1.0 }).unwrap();
+            while let Some(outcome) = engine.next_outcome(wait || step == 9).unwrap() {
+                outcomes.push(outcome);
+            }
+        }
+        let mut weights = vec![0.0; parameters.len()];
+        engine.read_parameters(&mut weights).unwrap();
+        Some((outcomes, weights))
+    };
+    let Some(waited) = run(true) else { return };
+    assert_eq!(waited.0.len(), 9);
+    assert!(run(false).unwrap() == waited);
 }
 
 #[test]
@@ -255,5 +295,7 @@ fn a_benchmark_has_a_breakdown() {
     let report = benchmark::run(&options, gpu, Box::new(Local), &mut |_| {}).unwrap();
     println!("{report:?}");
     assert!(report.peak_device_bytes.is_some() && report.breakdown.len() > 5);
+    // Forward and backward pass of two micro-batches, the optimiser.
+    assert!(report.host.is_some_and(|host| host.launches > 100 && host.seconds > 0.0));
     assert!((report.losses[0] - 256f64.ln()).abs() < 0.5, "{:?}", report.losses);
 }

@@ -5,6 +5,7 @@
 //! Tensors are bf16 there: a value carries a relative error of 2^-9 for each rounding on its way, so that results are
 //! compared by the norm of the difference over the norm, which for one operation stays below 1 %.
 
+use mmfree_train::backend::numbers::{self, ELEMENTS, LOSSES};
 use mmfree_train::backend::{
     AdamW, AttentionShape, Backend, BatchShape, CpuBackend, CudaBackend, Head, IGNORED, Norm,
     Parameters, Precision, Projection,
@@ -458,19 +459,22 @@ fn steps<B: Fill>(backend: &mut B, len: usize) -> Results {
         eps: 1e-8,
         weight_decay: 0.01,
         step: 3,
-        gradient_scale: 0.7,
     };
+    // Norm and factor, a loss, sums of squares of each 1000 elements.
+    let units = len.div_ceil(1000);
+    let mut clip = backend.flat_zeros((LOSSES + 1 + units) * ELEMENTS).unwrap();
+    backend.sums_of_squares(&g, 0..len, 1000, &mut clip, LOSSES + 1).unwrap();
+    backend.move_loss(&mut clip, LOSSES).unwrap();
+    backend.clip(&mut clip, 1, 0.7).unwrap();
     let (from, part) = (len / 3, len - len / 3 - len / 5);
-    backend.adamw(&step, from..from + part, &mut p, &g, 1, &mut m, &mut v).unwrap();
-    let sum = backend.sum_of_squares(&g, 1..len).unwrap() as f32;
-    let sums = backend.sums_of_squares(&g, 0..len, 1000).unwrap();
+    backend.adamw(&step, &clip, from..from + part, &mut p, &g, 1, &mut m, &mut v).unwrap();
+    let clip = numbers::all(&backend.flat_values(&clip, (LOSSES + 1 + units) * ELEMENTS));
     backend.add_flat(&g, &mut m, 0..len).unwrap();
     vec![
         ("parameters", backend.flat_values(&p, len)),
         ("first moment", backend.flat_values(&m, len)),
         ("second moment", backend.flat_values(&v, len)),
-        ("sum of squares", vec![sum]),
-        ("sums of squares", sums.iter().map(|&sum| sum as f32).collect()),
+        ("norm, factor, loss and sums of squares", clip.iter().map(|&x| x as f32).collect()),
     ]
 }
 
@@ -479,6 +483,58 @@ fn the_optimiser_is_the_cpus() {
     let Some(mut gpu) = gpu() else { return };
     for len in [5, 1000, 123_457] {
         compare(&format!("{len}"), 1e-6, steps(&mut gpu, len), steps(&mut cpu(), len));
+    }
+}
+
+/// Norm and factor for given losses and sums of squares after a factor, and parameters after a step with them: as bits.
+fn clipped<B: Fill>(backend: &mut B, factor: f64, losses: &[f64], squares: &[f64]) -> Vec<u64> {
+    let all = [&[0.0, factor], losses, squares].concat();
+    let mut clip = vec![0.0; all.len() * ELEMENTS];
+    numbers::set(&mut clip, 0, &all);
+    let mut clip = backend.flat_from(&clip).unwrap();
+    backend.clip(&mut clip, losses.len(), 1.5).unwrap();
+    let mut flat = |value| backend.flat_from(&[value; 7]).unwrap();
+    let (mut p, g, mut m, mut v) = (flat(0.3), flat(0.7), flat(0.1), flat(0.2));
+    let step = AdamW {
+        learning_rate: 4e-3,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.01,
+        step: 3,
+    };
+    backend.adamw(&step, &clip, 0..7, &mut p, &g, 0, &mut m, &mut v).unwrap();
+    let found = numbers::all(&backend.flat_values(&clip, LOSSES * ELEMENTS));
+    let changed = [p, m, v].map(|flat| backend.flat_values(&flat, 7));
+    // NaNs differ in their sign.
+    let bits = |x: f64| if x.is_nan() { u64::MAX } else { x.to_bits() };
+    let floats = changed.concat().into_iter().map(f64::from);
+    found.into_iter().chain(floats).map(bits).collect()
+}
+
+#[test]
+fn clipping_is_the_cpus_bit_for_bit() {
+    let Some(mut gpu) = gpu() else { return };
+    let mut random = Random(23);
+    for count in [1, 255, 256, 257, 5000] {
+        let squares: Vec<f64> =
+            random.values(count, 1.0).iter().map(|&x| f64::from(x * x) / 3.0).collect();
+        for (factor, loss) in [(0.0, 2.0), (1.0, f64::NAN), (1.0, f64::INFINITY), (f64::NAN, 2.0)] {
+            for poisoned in [false, true] {
+                let mut squares = squares.clone();
+                if poisoned {
+                    squares[count / 2] = f64::INFINITY;
+                }
+                let run = [
+                    clipped(&mut gpu, factor, &[1.0, loss], &squares),
+                    clipped(&mut cpu(), factor, &[1.0, loss], &squares),
+                ];
+                assert_eq!(run[0], run[1], "{count} sums, factor {factor}, loss {loss}");
+                let untouched = f64::from(0.3f32).to_bits();
+                let changes = factor == 0.0 && loss == 2.0 && !poisoned;
+                assert_eq!(run[0][2] != untouched, changes);
+            }
+        }
     }
 }
 

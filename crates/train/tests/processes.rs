@@ -44,7 +44,8 @@ fn powers_of_two_give_the_same_bits_and_others_the_same_curve() {
 /// Asks for gradients part by part, as an exchange beside the computation does.
 struct InParts {
     processes: Processes,
-    /// Elements of the parts so far in this step.
+    /// All elements, and those of the parts so far in this step.
+    len: usize,
     reduced: usize,
     parts: usize,
 }
@@ -73,14 +74,15 @@ impl Communicator<Vec<f32>> for InParts {
     }
 
     fn all_gather(&mut self, buffer: &mut Vec<f32>, shards: &[Range<usize>]) -> Result<()> {
-        // Once a step: by then everything was reduced, once.
+        // By the first of a step everything was reduced, once.
         if std::mem::take(&mut self.parts) > 0 {
-            assert_eq!(std::mem::take(&mut self.reduced), buffer.len());
+            assert_eq!(std::mem::take(&mut self.reduced), self.len);
         }
         self.processes.all_gather(buffer, shards)
     }
 
     fn broadcast(&mut self, buffer: &mut Vec<f32>) -> Result<()> {
+        self.len = buffer.len();
         self.processes.broadcast(buffer)
     }
 
@@ -101,7 +103,7 @@ fn gradients_that_are_reduced_in_parts_have_the_same_bits() {
         let (alone, state, _) = train(cpu(), Box::new(Local), 0..STEPS, &set, None);
         for size in [1, 2, 4] {
             let results = joined(size, |processes| {
-                let processes = Box::new(InParts { processes, reduced: 0, parts: 0 });
+                let processes = Box::new(InParts { processes, len: 0, reduced: 0, parts: 0 });
                 let (trajectory, state, mut processes) =
                     train(cpu(), processes, 0..STEPS, &set, None);
                 processes.finish();

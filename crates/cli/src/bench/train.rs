@@ -153,6 +153,13 @@ fn print_table(report: &Report) -> anyhow::Result<()> {
         1e3 * time.min,
         1e3 * time.max
     );
+    if let Some(host) = &report.host {
+        line!(
+            "host's part of a step  {:>10.1}  ms, {} launches; it submits a step while the GPU computes the last",
+            1e3 * host.seconds,
+            host.launches
+        );
+    }
     line!("products               {:>10.3}  GFLOP a token", report.flops_per_token / 1e9);
     if let Some(share) = report.share_of_peak {
         line!("share of {:.0} TFLOP/s   {:>10.1}  %", PEAK_FLOPS / 1e12, 100.0 * share);

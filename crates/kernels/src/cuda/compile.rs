@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use cudarc::nvrtc::{Ptx, result, sys};
 use twox_hash::XxHash3_64;
 
-use super::{COMMON, CudaError, Source};
+use super::{COMMON, Constant, CudaError, Source};
 
 /// Environment variable: folder of the cache; empty switches it off.
 const CACHE_VARIABLE: &str = "MMFREE_CUDA_CACHE";
@@ -43,6 +43,15 @@ pub fn is_compiler_present() -> bool {
 /// # Errors
 /// No compiler, or its complaints.
 pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaError> {
+    compile_with(source, &[], architecture)
+}
+
+/// As [`compile_for`], for some sizes.
+pub(crate) fn compile_with(
+    source: Source,
+    constants: &[Constant],
+    architecture: &str,
+) -> Result<Compiled, CudaError> {
     if !is_compiler_present() {
         return Err(CudaError::NoCompiler { kernel: source.name });
     }
@@ -57,6 +66,7 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
         result::create_program(&text, Some(&name)).map_err(|error| failed(error.to_string()))?,
     );
     let mut options: Vec<String> = options(source).map(str::to_owned).into();
+    options.extend(constants.iter().map(define));
     options.push(format!("--gpu-architecture={architecture}"));
     options.push("--ptxas-options=-v".to_owned());
     // SAFETY: the program is alive.
@@ -95,6 +105,10 @@ pub fn compile_for(source: Source, architecture: &str) -> Result<Compiled, CudaE
     Ok(Compiled { code, log })
 }
 
+fn define(&(name, value): &Constant) -> String {
+    format!("--define-macro={name}={value}")
+}
+
 struct Program(sys::nvrtcProgram);
 
 impl Drop for Program {
@@ -107,6 +121,7 @@ impl Drop for Program {
 /// The module for a device, from the cache if it is there.
 pub(super) fn load(
     source: Source,
+    constants: &[Constant],
     capability: (i32, i32),
     driver_version: i32,
 ) -> Result<Ptx, CudaError> {
@@ -114,13 +129,13 @@ pub(super) fn load(
     let architecture = std::env::var(ARCHITECTURE_VARIABLE).ok().filter(|_| !source.hopper_only);
     let architecture = architecture.unwrap_or_else(|| architecture_of(source, capability));
     let file = cache_folder().map(|folder| {
-        let key = cache_key(source, &architecture, driver_version);
+        let key = cache_key(source, constants, &architecture, driver_version);
         folder.join(format!("{}-{architecture}-{key:016x}.bin", source.name))
     });
     if let Some(code) = file.as_deref().and_then(read_cached) {
         return Ok(to_image(&architecture, code));
     }
-    let compiled = compile_for(source, &architecture)?;
+    let compiled = compile_with(source, constants, &architecture)?;
     if let Some(file) = file {
         // A cache that cannot be written costs time, not results.
         let _ = write_cached(&file, &compiled.code);
@@ -170,10 +185,19 @@ fn supported_architectures() -> Vec<i32> {
 }
 
 /// A hash of everything that the code depends on.
-fn cache_key(source: Source, architecture: &str, driver_version: i32) -> u64 {
+fn cache_key(
+    source: Source,
+    constants: &[Constant],
+    architecture: &str,
+    driver_version: i32,
+) -> u64 {
     let mut hash = XxHash3_64::with_seed(0);
     for part in [COMMON, source.text, architecture].into_iter().chain(options(source)) {
         hash.write(part.as_bytes());
+        hash.write(&[0]);
+    }
+    for constant in constants {
+        hash.write(define(constant).as_bytes());
         hash.write(&[0]);
     }
     hash.write(&driver_version.to_le_bytes());
@@ -236,13 +260,15 @@ mod tests {
     }
 
     #[test]
-    fn the_key_depends_on_source_architecture_and_driver() {
+    fn the_key_depends_on_source_constants_architecture_and_driver() {
         let source = |text| Source { name: "probe", text, hopper_only: false, contracts: false };
         let keys = [
-            cache_key(source("a"), "sm_80", 13000),
-            cache_key(source("b"), "sm_80", 13000),
-            cache_key(source("a"), "sm_90a", 13000),
-            cache_key(source("a"), "sm_80", 13010),
+            cache_key(source("a"), &[], "sm_80", 13000),
+            cache_key(source("b"), &[], "sm_80", 13000),
+            cache_key(source("a"), &[], "sm_90a", 13000),
+            cache_key(source("a"), &[], "sm_80", 13010),
+            cache_key(source("a"), &[("N", 1)], "sm_80", 13000),
+            cache_key(source("a"), &[("N", 2)], "sm_80", 13000),
         ];
         for (at, key) in keys.iter().enumerate() {
             assert!(!keys[..at].contains(key));

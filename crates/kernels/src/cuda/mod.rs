@@ -10,6 +10,7 @@
 mod buffer;
 mod compile;
 mod error;
+mod pinned;
 
 use std::collections::HashMap;
 use std::ffi::c_void;
@@ -21,8 +22,11 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, result};
 
 pub use buffer::{Buffer, Element};
+#[cfg(test)]
+pub(crate) use compile::compile_with;
 pub use compile::{Compiled, compile_for, is_compiler_present};
 pub use error::CudaError;
+pub use pinned::Pinned;
 
 /// Put in front of every source.
 const COMMON: &str = include_str!("common.cuh");
@@ -44,6 +48,12 @@ pub struct Source {
     /// Whether products and sums may be contracted: floats need not be the bits that the CPU computes.
     pub contracts: bool,
 }
+
+/// A size that a source is compiled for: a macro's name and its value.
+pub(crate) type Constant = (&'static str, usize);
+
+/// Modules by their source's name and the sizes that they were compiled for.
+type Modules = HashMap<(&'static str, Vec<Constant>), Arc<CudaModule>>;
 
 /// Every module of this crate.
 pub const SOURCES: [Source; 15] = [
@@ -75,7 +85,7 @@ pub struct Device {
     multiprocessors: usize,
     shared_bytes: usize,
     driver_version: i32,
-    modules: Mutex<HashMap<&'static str, Arc<CudaModule>>>,
+    modules: Mutex<Modules>,
     allocated: AtomicUsize,
     peak: AtomicUsize,
     /// End of the newest work that runs beside the stream, if the stream does not wait for it yet.
@@ -280,16 +290,28 @@ impl Device {
         name: &str,
         shared_bytes: usize,
     ) -> Result<Kernel, CudaError> {
+        self.kernel_for(source, &[], name, shared_bytes)
+    }
+
+    /// As [`kernel`](Self::kernel), compiled for some sizes.
+    pub(crate) fn kernel_for(
+        self: &Arc<Self>,
+        source: Source,
+        constants: &[Constant],
+        name: &str,
+        shared_bytes: usize,
+    ) -> Result<Kernel, CudaError> {
         let mut modules = self.modules.lock().unwrap_or_else(PoisonError::into_inner);
-        let module = match modules.get(source.name) {
+        let key = (source.name, constants.to_vec());
+        let module = match modules.get(&key) {
             Some(module) => Arc::clone(module),
             None => {
-                let image = compile::load(source, self.capability, self.driver_version)?;
+                let image = compile::load(source, constants, self.capability, self.driver_version)?;
                 let module = self
                     .context
                     .load_module(image)
                     .map_err(|error| CudaError::driver("loading a kernel", error))?;
-                modules.insert(source.name, Arc::clone(&module));
+                modules.insert(key, Arc::clone(&module));
                 module
             }
         };

@@ -1,34 +1,51 @@
-//! One token of one sequence in one launch: a persistent grid that walks through all layers.
+//! Tokens of one sequence, one after the other, in one launch: a persistent grid that walks through all layers.
 //!
-//! The source tells how it works. The same bits as the other kernels, and as the CPU's.
+//! The sources tell how it works. Floats are multiplied in another order than by the other kernels and the CPU: logits
+//! differ as those of two correct evaluations do (docs/gpu.md).
 
 mod weights;
 
 use std::sync::Arc;
 
-use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
+use crate::cuda::{Buffer, Constant, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
 
 pub(crate) const SOURCE: Source = Source {
     name: "decode",
-    text: include_str!("decode.cu"),
+    text: concat!(
+        include_str!("plan.cuh"),
+        include_str!("weights.cuh"),
+        include_str!("exchange.cuh"),
+        include_str!("decode.cu")
+    ),
     hopper_only: false,
     contracts: false,
 };
 
 // As in the source.
-const THREADS: usize = 512;
-const WARPS: usize = THREADS / 32;
-const CHUNK_BYTES: usize = 1024;
 const PHASES: usize = 5;
-/// Grid barriers of a layer.
-const LAYER_BARRIERS: usize = 4;
-/// Static shared memory of the kernel, and what the driver keeps for itself.
-const OTHER_SHARED_BYTES: usize = 4096;
+const TILE_BYTES: usize = 512;
+/// The beginning of a block's shared memory.
+const SHARED_BYTES: usize = 3072;
+/// Vectors of own channels behind a phase, at most, for two phases.
+const SIDE_VECTORS: usize = 2 * 4;
+/// Warps that fetch and serve, beside those that multiply.
+const OTHER_WARPS: usize = 2;
+/// In a key, tells in which round it was sent.
+const ROUND_OF_KEY: u64 = 1 << 31;
+
+/// What the driver keeps for itself of a block's shared memory.
+const RESERVED_SHARED_BYTES: usize = 1024;
+/// Warps that multiply: a multiprocessor has 128 registers for each thread of these and the other two.
+const WARPS: std::ops::RangeInclusive<usize> = 8..=14;
 /// A ring longer than this brings nothing.
-const MAX_SLOTS: usize = 16;
+const MAX_RING_TILES: usize = 420;
+/// Columns of tiles that a warp can have: it keeps their activations in registers.
+const MAX_COLUMNS: usize = 10;
+/// Steps of one launch, so that it ends in reasonable time.
+const MAX_STEPS: usize = 256;
 
 #[repr(C)]
 struct Args {
@@ -39,31 +56,25 @@ struct Args {
     state: u64,
     exchange: u64,
     logits: u64,
-    best: u64,
+    keys: u64,
     not_finite: u64,
     history: u64,
-    barrier: u64,
     tile_at: [u64; PHASES],
     layer_tiles: u64,
-    row_tiles: [u32; PHASES],
-    col_tiles: [u32; PHASES],
     layers: u32,
-    width: u32,
-    inner: u32,
     vocab: u32,
     segment_tiles: u32,
+    glu_row_tiles: u32,
     embedding_type: u32,
-    slots: u32,
-    row_floats: u32,
-    vector_floats: u32,
-    q_bytes: u32,
-    block_sums: u32,
-    barrier_base: u32,
+    own_floats: u32,
+    sums_at: [u32; PHASES + 1],
+    tokens_before: u32,
+    count: u32,
     token: i32,
     eps: f32,
 }
 
-/// The token that a step feeds.
+/// The token that a step feeds first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
     /// This one.
@@ -72,44 +83,81 @@ enum Token {
     Best,
 }
 
-/// How a block's shared memory is divided, as the source does it.
+/// How a model's work is divided among blocks and warps, and a block's shared memory, as the source does it.
 #[derive(Debug)]
-struct SharedMemory {
-    /// Chunks of a warp's ring.
-    slots: usize,
-    row_floats: usize,
-    vector_floats: usize,
-    q_bytes: usize,
-    /// 32-bit sums of the rows that a block owns.
-    block_sums: usize,
-    bytes: usize,
+struct Division {
+    blocks: usize,
+    warps: usize,
+    ring_tiles: usize,
+    /// Channels of the inner width, which has the most, that a block owns at most.
+    own_floats: usize,
+    sums_at: [u32; PHASES + 1],
+    shared_bytes: usize,
 }
 
-impl SharedMemory {
-    /// `None` if a model's rows do not fit, or a block would own more channels of the width than it has threads.
-    fn new(device: &Device, shape: Shape, blocks: usize) -> Option<Self> {
-        let Shape { width: d, inner, vocab, .. } = shape;
-        let padded = |n: usize| n.next_multiple_of(TILE_COLS);
-        let owned = |n: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks) * TILE_ROWS;
-        let row_floats = (2 * d).max(inner);
-        let vector_floats = (4 * d).max(inner);
-        let q_bytes = (3 * padded(d)).max(padded(inner));
-        // The second half of the gate projection may begin within a tile.
-        let block_sums = (3 * owned(d)).max(2 * owned(inner) + TILE_ROWS).max(owned(vocab));
-        let fixed = 4 * (row_floats + vector_floats + block_sums) + q_bytes;
-        let available = device.shared_bytes().saturating_sub(OTHER_SHARED_BYTES);
-        let has_ring = device.capability().0 >= 9;
-        let slots = if has_ring {
-            (available.saturating_sub(fixed) / (WARPS * (CHUNK_BYTES + 8))).min(MAX_SLOTS)
-        } else {
-            0
+impl Division {
+    /// `None` if a model's rows do not fit.
+    fn new(
+        shape: Shape,
+        multiprocessors: usize,
+        shared_bytes: usize,
+        has_ring: bool,
+    ) -> Option<Self> {
+        let Shape { width, inner, vocab, .. } = shape;
+        let (columns, inner_columns) = (width.div_ceil(TILE_COLS), inner.div_ceil(TILE_COLS));
+        let warps = columns.div_ceil(columns.div_ceil(*WARPS.end())).max(*WARPS.start());
+        let groups = |n: usize, blocks: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks);
+        // The fewest blocks whose busiest one has as few tiles of a layer as with all of them.
+        let busiest = |blocks: usize| {
+            groups(width, blocks) * (4 * columns + inner_columns)
+                + groups(inner, blocks) * 2 * columns
         };
-        if has_ring && slots < 2 || fixed > available || owned(d) > THREADS {
-            return None;
+        let blocks = (1..=multiprocessors).min_by_key(|&blocks| (busiest(blocks), blocks))?;
+        let owned = |n: usize| groups(n, blocks) * TILE_ROWS;
+        let own_floats = owned(width).max(owned(inner));
+        // Rows of values begin within a tile.
+        let sums = [
+            3 * owned(width),
+            owned(width),
+            2 * (owned(inner) + TILE_ROWS),
+            owned(width),
+            owned(vocab),
+        ];
+        let mut sums_at = [0; PHASES + 1];
+        for (phase, sums) in sums.into_iter().enumerate() {
+            sums_at[phase + 1] = sums_at[phase] + sums as u32;
         }
-        let bytes = fixed + WARPS * slots * (CHUNK_BYTES + 8);
-        Some(Self { slots, row_floats, vector_floats, q_bytes, block_sums, bytes })
+        let fixed = SHARED_BYTES + 4 * (sums_at[PHASES] as usize + SIDE_VECTORS * own_floats);
+        let available = shared_bytes.checked_sub(RESERVED_SHARED_BYTES + fixed)?;
+        let ring_tiles = if has_ring { (available / TILE_BYTES).min(MAX_RING_TILES) } else { 0 };
+        // Two rows: one is used while the next arrives.
+        let has_room = !has_ring || ring_tiles >= columns.max(inner_columns) + columns;
+        let is_small = own_floats <= 32 * warps && inner_columns.div_ceil(warps) <= MAX_COLUMNS;
+        (has_room && is_small).then_some(Self {
+            blocks,
+            warps,
+            ring_tiles,
+            own_floats,
+            sums_at,
+            shared_bytes: fixed + ring_tiles * TILE_BYTES,
+        })
     }
+
+    fn constants(&self, shape: Shape) -> [Constant; 4] {
+        [
+            ("WIDTH", shape.width),
+            ("INNER", shape.inner),
+            ("NUM_WARPS", self.warps),
+            ("NUM_RING_TILES", self.ring_tiles),
+        ]
+    }
+}
+
+/// Floats that blocks send each other: of each product's input a row for each of its quantisers, and a sum for each group
+/// of channels.
+fn exchange_floats(shape: Shape) -> usize {
+    let row = |rows: usize, n: usize| rows * n + n.div_ceil(TILE_ROWS).next_multiple_of(4);
+    row(3, shape.width) + 3 * row(1, shape.width) + row(1, shape.inner)
 }
 
 /// The kernel and what it keeps between tokens.
@@ -117,16 +165,19 @@ impl SharedMemory {
 pub struct Decoder {
     kernel: Kernel,
     shape: Shape,
-    blocks: usize,
-    shared: SharedMemory,
+    division: Division,
     eps: f32,
-    /// What blocks tell each other.
+    /// What blocks send each other.
     exchange: Buffer<f32>,
     logits: Buffer<f32>,
-    /// Key of the most likely token; whether a logit was not finite; arrivals at barriers.
-    control: Buffer<u64>,
-    arrivals: u32,
-    /// Tokens that [`greedy`](Self::greedy) fed.
+    /// Of each block the key of its most likely token.
+    keys: Buffer<u64>,
+    /// Whether a logit was not.
+    not_finite: Buffer<u32>,
+    /// Tokens that were fed in all: the source tells rounds apart by it.
+    fed: u32,
+    is_new: bool,
+    /// Tokens that the last call fed.
     history: Buffer<u32>,
 }
 
@@ -141,19 +192,23 @@ impl Decoder {
         eps: f32,
     ) -> Result<Option<Self>, CudaError> {
         let shape = weights.shape();
-        let (d, blocks) = (shape.width, device.multiprocessors());
-        let Some(shared) = SharedMemory::new(device, shape, blocks) else { return Ok(None) };
+        let has_ring = device.capability().0 >= 9;
+        let division =
+            Division::new(shape, device.multiprocessors(), device.shared_bytes(), has_ring);
+        let Some(division) = division else { return Ok(None) };
+        let constants = division.constants(shape);
         Ok(Some(Self {
-            kernel: device.kernel(SOURCE, "decode", shared.bytes)?,
+            kernel: device.kernel_for(SOURCE, &constants, "decode", division.shared_bytes)?,
             shape,
-            blocks,
-            shared,
             eps,
-            exchange: Buffer::zeros(device, 3 * d + shape.inner)?,
+            exchange: Buffer::zeros(device, exchange_floats(shape))?,
             logits: Buffer::zeros(device, shape.vocab)?,
-            control: Buffer::zeros(device, 3)?,
-            arrivals: 0,
+            keys: Buffer::zeros(device, division.blocks)?,
+            not_finite: Buffer::zeros(device, 1)?,
+            fed: 0,
+            is_new: true,
             history: Buffer::zeros(device, 1)?,
+            division,
         }))
     }
 
@@ -167,7 +222,7 @@ impl Decoder {
         state: &mut Buffer<f32>,
         token: u32,
     ) -> Result<(), CudaError> {
-        self.submit(weights, state, Token::Id(token), 0)
+        self.submit(weights, state, Token::Id(token), 0, 1)
     }
 
     /// Feeds a token and then, one after the other, the most likely next ones, `count` steps in all, without
@@ -184,8 +239,8 @@ impl Decoder {
     ) -> Result<Option<Vec<u32>>, CudaError> {
         self.history.reserve(count)?;
         let mut token = Token::Id(token);
-        for step in 0..count {
-            self.submit(weights, state, token, self.history.address(step))?;
+        for first in (0..count).step_by(MAX_STEPS) {
+            self.submit(weights, state, token, first, MAX_STEPS.min(count - first))?;
             token = Token::Best;
         }
         let mut tokens = vec![0; count + 1];
@@ -196,17 +251,19 @@ impl Decoder {
         Ok(Some(tokens))
     }
 
+    /// Submits `count` steps; the tokens that they feed are noted from `history` on.
     fn submit(
         &mut self,
         weights: &Weights,
         state: &mut Buffer<f32>,
         token: Token,
-        history: u64,
+        history: usize,
+        count: usize,
     ) -> Result<(), CudaError> {
-        let Shape { layers, width, inner, vocab } = self.shape;
+        let Shape { layers, width, vocab, .. } = self.shape;
         let is_known = match token {
             Token::Id(id) => (id as usize) < vocab,
-            Token::Best => self.arrivals != 0,
+            Token::Best => !self.is_new,
         };
         if weights.shape() != self.shape || state.len() < layers * width || !is_known {
             return Err(CudaError::Shape(format!("a step of {token:?}")));
@@ -220,26 +277,20 @@ impl Decoder {
             state: state.address(0),
             exchange: self.exchange.address(0),
             logits: self.logits.address(0),
-            best: self.control.address(0),
-            not_finite: self.control.address(1),
-            history,
-            barrier: self.control.address(2),
+            keys: self.keys.address(0),
+            not_finite: self.not_finite.address(0),
+            history: self.history.address(history),
             tile_at: phases.map(|phase| phase.first as u64),
             layer_tiles: weights.layer_tiles() as u64,
-            row_tiles: phases.map(|phase| phase.row_tiles as u32),
-            col_tiles: phases.map(|phase| phase.col_tiles as u32),
             layers: layers as u32,
-            width: width as u32,
-            inner: inner as u32,
             vocab: vocab as u32,
             segment_tiles: weights.mix(0).segment_tiles as u32,
+            glu_row_tiles: weights.glu(0).row_tiles as u32,
             embedding_type: weights.embedding_type.code(),
-            slots: self.shared.slots as u32,
-            row_floats: self.shared.row_floats as u32,
-            vector_floats: self.shared.vector_floats as u32,
-            q_bytes: self.shared.q_bytes as u32,
-            block_sums: self.shared.block_sums as u32,
-            barrier_base: self.arrivals,
+            own_floats: self.division.own_floats as u32,
+            sums_at: self.division.sums_at,
+            tokens_before: self.fed,
+            count: count as u32,
             token: match token {
                 Token::Id(id) => id as i32,
                 Token::Best => -1,
@@ -248,15 +299,15 @@ impl Decoder {
         };
         let launch = Launch {
             overlapping: false,
-            grid: [self.blocks, 1, 1],
-            threads: THREADS,
-            shared_bytes: self.shared.bytes,
+            grid: [self.division.blocks, 1, 1],
+            threads: 32 * (self.division.warps + OTHER_WARPS),
+            shared_bytes: self.division.shared_bytes,
             cooperative: true,
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape.
         unsafe { self.kernel.launch(launch, &args)? };
-        let barriers = layers * LAYER_BARRIERS;
-        self.arrivals = self.arrivals.wrapping_add((barriers * self.blocks) as u32);
+        self.fed = self.fed.wrapping_add(count as u32);
+        self.is_new = false;
         Ok(())
     }
 
@@ -270,17 +321,75 @@ impl Decoder {
     /// # Errors
     /// The driver's, also those of the step.
     pub fn best(&mut self) -> Result<Option<u32>, CudaError> {
-        let mut control = [0; 2];
-        self.control.read(0, &mut control)?;
-        if control[1] != 0 {
-            self.control.write(1, &[0])?;
+        let (mut not_finite, mut keys) = ([0], vec![0; self.division.blocks]);
+        self.not_finite.read(0, &mut not_finite)?;
+        if not_finite[0] != 0 {
+            self.not_finite.clear()?;
             return Ok(None);
         }
-        Ok(Some(!(control[0] as u32)))
+        self.keys.read(0, &mut keys)?;
+        // Blocks without a part in the head leave theirs empty.
+        let best = keys.into_iter().filter(|&key| key != 0).map(|key| key | ROUND_OF_KEY).max();
+        Ok(best.map(|key| !(key as u32)))
     }
 }
 
 /// The products of a layer, and the head's, in the order of the source's phases.
 fn phases(weights: &Weights) -> [crate::ternary_gemm::cuda::TileMatrix; PHASES] {
     [weights.mix(0), weights.out(0), weights.glu(0), weights.down(0), weights.head()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{compile_with, is_compiler_present};
+
+    /// Of an H100 or H200: multiprocessors, bytes of shared memory.
+    const HOPPER: (usize, usize) = (132, 232_448);
+
+    fn shape(width: usize, inner: usize, vocab: usize) -> Shape {
+        Shape { layers: 2, width, inner, vocab }
+    }
+
+    #[test]
+    fn published_sizes_are_divided_evenly() {
+        for (width, inner, blocks, warps) in [
+            (1024, 2816, 88, 8),
+            (2048, 5632, 128, 8),
+            (2560, 6912, 108, 10),
+            (5120, 13824, 124, 14),
+        ] {
+            let division = Division::new(shape(width, inner, 32000), HOPPER.0, HOPPER.1, true);
+            let division = division.expect("fits");
+            assert_eq!((division.blocks, division.warps), (blocks, warps), "{width}");
+            assert!(division.shared_bytes <= HOPPER.1);
+            assert!(division.ring_tiles >= 400);
+        }
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        assert!(Division::new(shape(5120, 500_000, 32000), HOPPER.0, HOPPER.1, true).is_none());
+        assert!(Division::new(shape(64, 160, 4_000_000), HOPPER.0, HOPPER.1, true).is_none());
+        assert!(Division::new(shape(1024, 2816, 32000), HOPPER.0, 1 << 14, true).is_none());
+    }
+
+    #[test]
+    fn every_size_compiles_without_spilling() {
+        if !is_compiler_present() {
+            assert!(std::env::var_os("MMFREE_REQUIRE_NVRTC").is_none(), "libnvrtc is not there");
+            eprintln!("!!! SKIPPED, decoding NOT COMPILED: no libnvrtc");
+            return;
+        }
+        for (width, inner) in [(132, 340), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824)]
+        {
+            let shape = shape(width, inner, 32000);
+            for (architecture, has_ring) in [("sm_80", false), ("sm_90a", true)] {
+                let division = Division::new(shape, HOPPER.0, HOPPER.1, has_ring).expect("fits");
+                let compiled = compile_with(SOURCE, &division.constants(shape), architecture);
+                let log = compiled.expect("compiles").log;
+                assert!(log.contains(" 0 bytes spill stores"), "{width} {architecture}: {log}");
+            }
+        }
+    }
 }

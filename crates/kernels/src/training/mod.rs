@@ -19,16 +19,18 @@ mod optimizer;
 mod products;
 mod recurrence;
 mod rows;
+mod submission;
 mod timeline;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
-use blas::Blas;
+use blas::{Blas, Extent, Operand, Result16Or32};
 pub use exchange::{GpuGroup, UniqueId};
 pub use norms::{Integers, NormBackward, NormQuantize, Rows};
 pub use recurrence::Recurrence;
+use submission::Submission;
 pub use timeline::Timeline;
 
 /// A module of training: the common part of training and its files.
@@ -172,6 +174,7 @@ pub struct Training {
     rope_table: Buffer<f32>,
     rope_key: Option<(usize, usize, u32)>,
     timeline: Option<Timeline>,
+    submission: Option<Submission>,
 }
 
 impl Training {
@@ -191,6 +194,7 @@ impl Training {
             rope_table: Buffer::zeros(device, 1)?,
             rope_key: None,
             timeline: None,
+            submission: None,
         })
     }
 
@@ -226,6 +230,27 @@ impl Training {
     /// The driver's.
     pub fn end_timeline(&mut self) -> Result<Vec<(&'static str, f64)>, CudaError> {
         self.timeline.take().map_or(Ok(Vec::new()), |timeline| timeline.finish(&self.device))
+    }
+
+    /// Begins to count launches and the host's time for them. The device is waited for now and then, so that it never makes
+    /// the host wait.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn begin_submission(&mut self) -> Result<(), CudaError> {
+        self.submission = Some(Submission::new(&self.device)?);
+        Ok(())
+    }
+
+    /// Kernels and products since [`begin_submission`](Self::begin_submission), and the seconds that the host took, without
+    /// waiting for the device.
+    pub fn end_submission(&mut self) -> Option<(usize, f64)> {
+        self.submission.take().map(Submission::finish)
+    }
+
+    /// Something was submitted.
+    fn submitted(&mut self) -> Result<(), CudaError> {
+        self.submission.as_mut().map_or(Ok(()), |submission| submission.count(&self.device))
     }
 
     /// What follows is work of a kind.
@@ -266,7 +291,28 @@ impl Training {
             }
         };
         // SAFETY: the caller's promise.
-        unsafe { kernel.launch(launch, args) }
+        unsafe { kernel.launch(launch, args)? };
+        self.submitted()
+    }
+
+    /// Submits a product: see [`Blas::multiply`].
+    ///
+    /// # Safety
+    /// As there.
+    #[allow(clippy::too_many_arguments)]
+    unsafe fn product(
+        &mut self,
+        extent: Extent,
+        a: Operand,
+        b: Operand,
+        result: Result16Or32,
+        beta: f32,
+        c: u64,
+        d: u64,
+    ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.blas.multiply(extent, a, b, result, beta, c, d)? };
+        self.submitted()
     }
 }
 

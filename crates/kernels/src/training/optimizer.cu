@@ -11,18 +11,62 @@ __device__ __forceinline__ void for_all(u64 len, bool vectors, Four four, One on
     for (u64 k = fours * 4 + start; k < len; k += stride) one(k);
 }
 
+// Takes a number away: *into = *from, *from = 0.
+struct MoveArgs {
+    double* from;
+    double* into;
+};
+
+extern "C" __global__ void move_number(const __grid_constant__ MoveArgs a) {
+    *a.into = *a.from;
+    *a.from = 0.0;
+}
+
+struct ClipArgs {
+    double* numbers;  // [norm, factor, losses, squares]
+    u64 losses, squares;
+    double max_norm;
+};
+
+// The norm of gradients from sums of squares, and the factor that clips them: as the CPU computes them, in its order.
+// The factor is NaN once a norm or a loss is not finite, from then on.
+extern "C" __global__ void __launch_bounds__(THREADS) clip_gradients(const __grid_constant__ ClipArgs a) {
+    __shared__ double parts[THREADS];
+    const double *losses = a.numbers + 2, *squares = losses + a.losses;
+    double sum = 0.0;
+    for (u64 first = 0; first < a.squares; first += THREADS) {
+        u32 count = (u32)min((u64)THREADS, a.squares - first);
+        if (threadIdx.x < count) parts[threadIdx.x] = squares[first + threadIdx.x];
+        __syncthreads();
+        if (threadIdx.x == 0) {
+#pragma unroll 16
+            for (u32 k = 0; k < count; ++k) sum += parts[k];
+        }
+        __syncthreads();
+    }
+    if (threadIdx.x > 0) return;
+    double norm = sqrt(sum), factor = 1.0;
+    bool usable = isfinite(norm) && !isnan(a.numbers[1]);
+    for (u64 k = 0; k < a.losses; ++k) usable = usable && isfinite(losses[k]);
+    if (a.max_norm > 0.0) factor = (double)(float)fmin(a.max_norm / (norm + 1e-6), 1.0);
+    a.numbers[0] = norm;
+    a.numbers[1] = usable ? factor : nan("");
+}
+
 struct AdamWArgs {
     float* p;
     const float* g;
     float* m;
     float* v;
+    const double* gradient_scale;  // NaN: nothing is changed
     u64 len;
-    float gradient_scale, keep, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+    float keep, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
 };
 
 // As the CPU computes it, operation by operation.
-__device__ __forceinline__ void adamw(const AdamWArgs& a, float gradient, float& p, float& m, float& v) {
-    float g = gradient * a.gradient_scale;
+__device__ __forceinline__ void adamw(
+    const AdamWArgs& a, float scale, float gradient, float& p, float& m, float& v) {
+    float g = gradient * scale;
     m += a.one_minus_beta1 * (g - m);
     v = a.beta2 * v + a.one_minus_beta2 * (g * g);
     float denominator = sqrtf(v) * a.correction2 + a.eps;
@@ -30,21 +74,23 @@ __device__ __forceinline__ void adamw(const AdamWArgs& a, float gradient, float&
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) adamw_step(const __grid_constant__ AdamWArgs a) {
+    float scale = (float)*a.gradient_scale;
+    if (isnan(scale)) return;
     bool vectors = are_vectors(a.p) && are_vectors(a.g) && are_vectors(a.m) && are_vectors(a.v);
     for_all(
         a.len, vectors,
         [&](u64 k) {
             float4 g = *(const float4*)(a.g + k), p = *(float4*)(a.p + k);
             float4 m = *(float4*)(a.m + k), v = *(float4*)(a.v + k);
-            adamw(a, g.x, p.x, m.x, v.x);
-            adamw(a, g.y, p.y, m.y, v.y);
-            adamw(a, g.z, p.z, m.z, v.z);
-            adamw(a, g.w, p.w, m.w, v.w);
+            adamw(a, scale, g.x, p.x, m.x, v.x);
+            adamw(a, scale, g.y, p.y, m.y, v.y);
+            adamw(a, scale, g.z, p.z, m.z, v.z);
+            adamw(a, scale, g.w, p.w, m.w, v.w);
             *(float4*)(a.p + k) = p;
             *(float4*)(a.m + k) = m;
             *(float4*)(a.v + k) = v;
         },
-        [&](u64 k) { adamw(a, a.g[k], a.p[k], a.m[k], a.v[k]); });
+        [&](u64 k) { adamw(a, scale, a.g[k], a.p[k], a.m[k], a.v[k]); });
 }
 
 struct SquaresArgs {

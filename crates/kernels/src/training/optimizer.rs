@@ -13,8 +13,23 @@ struct AdamWArgs {
     g: u64,
     m: u64,
     v: u64,
+    gradient_scale: u64,
     len: u64,
     factors: Factors,
+}
+
+#[repr(C)]
+struct MoveArgs {
+    from: u64,
+    into: u64,
+}
+
+#[repr(C)]
+struct ClipArgs {
+    numbers: u64,
+    losses: u64,
+    squares: u64,
+    max_norm: f64,
 }
 
 #[repr(C)]
@@ -43,14 +58,66 @@ struct WeightArgs {
     blocks: u32,
 }
 
+/// Elements of f32 that hold the bits of a number in f64.
+const NUMBER: usize = size_of::<f64>() / size_of::<f32>();
+
+/// How many f64 numbers a view of f32 holds the bits of.
+fn numbers(len: usize, address: u64) -> Result<usize, CudaError> {
+    let whole = len.is_multiple_of(NUMBER) && address.is_multiple_of(size_of::<f64>() as u64);
+    require(whole, "a view of f64 numbers")?;
+    Ok(len / NUMBER)
+}
+
 impl Training {
-    /// A step of the optimiser.
+    /// Moves a number to where two elements hold its bits, and leaves zero.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the driver's.
+    pub fn move_number(
+        &mut self,
+        from: ViewMut<'_, f64>,
+        into: ViewMut<'_, f32>,
+    ) -> Result<(), CudaError> {
+        require(from.len == 1 && numbers(into.len, into.address())? == 1, "a number")?;
+        let args = MoveArgs { from: from.address(), into: into.address() };
+        self.mark("loss")?;
+        // SAFETY: the views lie in live buffers and have the sizes that were checked.
+        unsafe { self.launch(OPTIMIZER, "move_number", Launch::new([1, 1, 1], 1, 0), &args) }
+    }
+
+    /// [`clip`](crate::adamw::clip) of f64 numbers, two elements each.
+    ///
+    /// # Errors
+    /// Shapes that do not fit; the driver's.
+    pub fn clip(
+        &mut self,
+        all: ViewMut<'_, f32>,
+        losses: usize,
+        max_norm: f64,
+    ) -> Result<(), CudaError> {
+        let count = numbers(all.len, all.address())?;
+        require(count >= 2 + losses, "numbers")?;
+        let args = ClipArgs {
+            numbers: all.address(),
+            losses: losses as u64,
+            squares: (count - 2 - losses) as u64,
+            max_norm,
+        };
+        self.mark("optimiser")?;
+        let launch = Launch::new([1, 1, 1], THREADS, 0);
+        // SAFETY: the view lies in a live buffer, and all numbers lie in it.
+        unsafe { self.launch(OPTIMIZER, "clip_gradients", launch, &args) }
+    }
+
+    /// A step of the optimiser, with the factor of gradients that [`clip`](Self::clip) computed: nothing is changed if it is
+    /// NaN.
     ///
     /// # Errors
     /// Shapes that do not fit; the driver's.
     pub fn adamw(
         &mut self,
         step: &AdamW,
+        gradient_scale: View<'_, f32>,
         parameters: ViewMut<'_, f32>,
         gradients: View<'_, f32>,
         first_moment: ViewMut<'_, f32>,
@@ -59,11 +126,14 @@ impl Training {
         let len = parameters.len;
         let all = [gradients.len, first_moment.len, second_moment.len];
         require(all == [len; 3], "gradients or moments")?;
+        let scales = numbers(gradient_scale.len, gradient_scale.address())?;
+        require(scales == 1, "the factor of gradients")?;
         let args = AdamWArgs {
             p: parameters.address(),
             g: gradients.address(),
             m: first_moment.address(),
             v: second_moment.address(),
+            gradient_scale: gradient_scale.address(),
             len: len as u64,
             factors: step.factors(),
         };
@@ -72,7 +142,7 @@ impl Training {
         unsafe { self.launch(OPTIMIZER, "adamw_step", elementwise(len), &args) }
     }
 
-    /// `Σ x²` of each `unit` elements.
+    /// `Σ x²` of each `unit` elements, in f64: two elements of `sums` hold the bits of each.
     ///
     /// # Errors
     /// Shapes that do not fit; the driver's.
@@ -80,10 +150,11 @@ impl Training {
         &mut self,
         x: View<'_, f32>,
         unit: usize,
-        sums: ViewMut<'_, f64>,
+        sums: ViewMut<'_, f32>,
     ) -> Result<(), CudaError> {
         let units = x.len.div_ceil(unit.max(1));
-        require(sums.len >= units && unit > 0 && unit < 1 << 31, "sums")?;
+        let fits = numbers(sums.len, sums.address())? == units;
+        require(fits && unit > 0 && unit < 1 << 31, "sums")?;
         let args = SquaresArgs {
             x: x.address(),
             sums: sums.address(),

@@ -24,7 +24,7 @@ impl Training {
         let (a, b) = (plain(x), transposed(weight));
         let (beta, c) = residual.map_or((0.0, y.address()), |r| (1.0, r.address()));
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Half, beta, c, y.address()) }
+        unsafe { self.product(extent, a, b, Result16Or32::Half, beta, c, y.address()) }
     }
 
     /// As [`multiply`](Self::multiply), with a result in f32.
@@ -43,9 +43,7 @@ impl Training {
         self.mark("products, forward")?;
         let (a, b) = (plain(x), transposed(weight));
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe {
-            self.blas.multiply(extent, a, b, Result16Or32::Full, 0.0, y.address(), y.address())
-        }
+        unsafe { self.product(extent, a, b, Result16Or32::Full, 0.0, y.address(), y.address()) }
     }
 
     /// `dx = dy W` in bf16: dy [M, N], w [N, K], dx [M, K].
@@ -67,7 +65,7 @@ impl Training {
         let beta = if add { 1.0 } else { 0.0 };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
         unsafe {
-            self.blas.multiply(
+            self.product(
                 extent,
                 plain(dy),
                 plain(weight),
@@ -97,7 +95,7 @@ impl Training {
         let (a, b) = (transposed(dy), plain(x));
         let d = gradient.address();
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.blas.multiply(extent, a, b, Result16Or32::Full, 1.0, d, d) }
+        unsafe { self.product(extent, a, b, Result16Or32::Full, 1.0, d, d) }
     }
 }
 

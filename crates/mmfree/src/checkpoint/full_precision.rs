@@ -28,7 +28,8 @@ impl FullPrecision {
     /// architecture is `llama`.
     ///
     /// # Errors
-    /// Errors of reading, files that are missing, malformed or truncated; a GGUF file of another architecture.
+    /// Errors of reading, files that are missing, malformed or truncated; a file of another kind; a GGUF file of another
+    /// architecture.
     pub fn open(model: &Path) -> Result<Self> {
         let label = model.display().to_string();
         if model.is_dir() {
@@ -37,12 +38,13 @@ impl FullPrecision {
             let config = config.get().to_vec();
             return Ok(Self { label, config_file, config, tensors, reordered_heads: None });
         }
-        let bytes = Bytes::map(model).ok().filter(|bytes| bytes.starts_with(&gguf::MAGIC));
-        let Some(bytes) = bytes else {
+        let bytes =
+            Bytes::map(model).map_err(|reason| Error::Read { file: label.clone(), reason })?;
+        if !bytes.starts_with(&gguf::MAGIC) {
             let reason = "expected a Hugging Face directory with config.json and model.safetensors, or a \
                           GGUF file of a Transformer++";
             return Err(Error::NoModel { model: label, reason: reason.to_owned() });
-        };
+        }
         let (config, tensors) = llama::open(&label, bytes)?;
         Ok(Self {
             config_file: label.clone(),
@@ -126,5 +128,24 @@ impl FullPrecision {
             file: self.label.clone(),
             problems: vec![TensorProblem::Missing { tensor: name.to_owned() }],
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_opened_has_the_systems_reason_or_what_is_expected() {
+        let work = tempfile::tempdir().unwrap();
+        let (missing, text) = (work.path().join("none.gguf"), work.path().join("text"));
+        std::fs::write(&text, "no model").unwrap();
+        for (path, expected) in
+            [(&missing, "os error 2"), (&text, "a GGUF file of a Transformer++")]
+        {
+            let error = FullPrecision::open(path).unwrap_err().to_string();
+            let named = error.contains(&path.display().to_string());
+            assert!(named && error.contains(expected), "{error}");
+        }
     }
 }

@@ -18,6 +18,7 @@ use mmfree_kernels::ternary_gemm::{self, LookupScratch, Product};
 use mmfree_kernels::tier::Backend as Tier;
 use mmfree_kernels::{adamw, cross_entropy, embedding, mlgru, norm_gate, rms_norm, swiglu};
 
+use super::numbers::{self, FACTOR, LOSSES, NORM};
 use super::{
     AdamW, AttentionShape, Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision,
     Projection,
@@ -282,8 +283,13 @@ impl Memory for CpuBackend {
     type Tensor = Vec<f32>;
     type Tokens = Vec<u32>;
     type Weights = Vec<CpuWeights>;
+    type HostCopy = Vec<f32>;
 
     fn flat_zeros(&mut self, len: usize) -> Result<Vec<f32>> {
+        allocate(len)
+    }
+
+    fn host_copy(&mut self, len: usize) -> Result<Vec<f32>> {
         allocate(len)
     }
 
@@ -345,6 +351,20 @@ impl Backend for CpuBackend {
 
     fn flat_from(&mut self, values: &[f32]) -> Result<Vec<f32>> {
         Ok(values.to_vec())
+    }
+
+    fn begin_copy(&mut self, flat: &Vec<f32>, copy: &mut Vec<f32>) -> Result<()> {
+        let len = copy.len();
+        copy.copy_from_slice(&flat[..len]);
+        Ok(())
+    }
+
+    fn is_copied(&mut self, _: &Vec<f32>) -> Result<bool> {
+        Ok(true)
+    }
+
+    fn copied<'a>(&mut self, copy: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+        Ok(copy)
     }
 
     fn read_flat(&mut self, flat: &Vec<f32>, from: usize, values: &mut [f32]) -> Result<()> {
@@ -713,13 +733,39 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn sum_of_squares(&mut self, flat: &Vec<f32>, range: Range<usize>) -> Result<f64> {
-        Ok(adamw::sum_of_squares(self.tier, &self.pool, &flat[range]))
+    fn move_loss(&mut self, into: &mut Vec<f32>, at: usize) -> Result<()> {
+        numbers::set(into, at, &[std::mem::take(&mut self.loss)]);
+        Ok(())
+    }
+
+    fn sums_of_squares(
+        &mut self,
+        flat: &Vec<f32>,
+        range: Range<usize>,
+        unit: usize,
+        into: &mut Vec<f32>,
+        at: usize,
+    ) -> Result<()> {
+        let units = flat[range].chunks(unit);
+        let sums: Vec<f64> =
+            units.map(|x| adamw::sum_of_squares(self.tier, &self.pool, x)).collect();
+        numbers::set(into, at, &sums);
+        Ok(())
+    }
+
+    fn clip(&mut self, flat: &mut Vec<f32>, losses: usize, max_norm: f64) -> Result<()> {
+        let all = numbers::all(flat);
+        let (losses, squares) = all[LOSSES..].split_at(losses);
+        let (norm, factor) = adamw::clip(all[FACTOR], losses, squares, max_norm);
+        numbers::set(flat, NORM, &[norm]);
+        numbers::set(flat, FACTOR, &[factor]);
+        Ok(())
     }
 
     fn adamw(
         &mut self,
         step: &AdamW,
+        clipping: &Vec<f32>,
         range: Range<usize>,
         parameters: &mut Vec<f32>,
         gradients: &Vec<f32>,
@@ -728,10 +774,15 @@ impl Backend for CpuBackend {
         second_moment: &mut Vec<f32>,
     ) -> Result<()> {
         let moments = moments_from..moments_from + range.len();
+        let factor = numbers::get(clipping, FACTOR);
+        if factor.is_nan() {
+            return Ok(());
+        }
         adamw::step(
             self.tier,
             &self.pool,
             step,
+            factor as f32,
             &mut parameters[range.clone()],
             &gradients[range],
             &mut first_moment[moments.clone()],

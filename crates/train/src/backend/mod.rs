@@ -2,7 +2,7 @@
 //!
 //! A backend owns its memory: parameters, gradients and moments are [`Flat`](Memory::Flat) buffers in
 //! f32, activations are [`Tensor`](Memory::Tensor)s in whatever precision it computes with. Nothing but
-//! [`take_loss`](Backend::take_loss), sums of squares and reads and writes of flat
+//! [`take_loss`](Backend::take_loss) and reads and writes of flat
 //! buffers waits for the device. [`reserve`](Memory::reserve) allocates scratch memory before the first step; on the CPU
 //! some of it still grows at first use, and small vectors are made in each call.
 //!
@@ -22,6 +22,7 @@ pub use mmfree_kernels::cross_entropy::IGNORED;
 
 mod cpu;
 mod cuda;
+pub mod numbers;
 
 pub use cpu::{CpuBackend, CpuWeights};
 pub use cuda::{CudaBackend, CudaPlan, CudaTensor, CudaTokens, CudaWeights};
@@ -132,9 +133,13 @@ pub trait Memory {
     type Tokens;
     /// Weights of all projections in the form in which products stream them.
     type Weights;
+    /// Memory of the host that the device copies to by itself.
+    type HostCopy;
 
     /// A flat buffer of zeros.
     fn flat_zeros(&mut self, len: usize) -> Result<Self::Flat>;
+    /// Memory of the host for the first `len` elements of a flat buffer.
+    fn host_copy(&mut self, len: usize) -> Result<Self::HostCopy>;
     /// A tensor of `len` elements, contents undefined.
     fn tensor(&mut self, len: usize, precision: Precision) -> Result<Self::Tensor>;
     /// A tensor [rows, width] that [`Backend::project`] writes, contents undefined.
@@ -177,6 +182,11 @@ pub trait Backend: Memory {
         None
     }
 
+    /// Whether what is submitted is done later, while the host goes on.
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
     /// Waits until everything that was submitted is done.
     fn synchronize(&mut self) -> Result<()> {
         Ok(())
@@ -192,12 +202,30 @@ pub trait Backend: Memory {
         Ok(Vec::new())
     }
 
+    /// Begins to count launches and the host's time for them, where there is a device. Waits for it now and then.
+    fn begin_submission(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Launches since [`begin_submission`](Self::begin_submission), and seconds of the host without waiting for the
+    /// device.
+    fn end_submission(&mut self) -> Option<(usize, f64)> {
+        None
+    }
+
     // Memory.
 
     /// A flat buffer with given values.
     fn flat_from(&mut self, values: &[f32]) -> Result<Self::Flat>;
     /// Copies a part of a flat buffer to the host. Waits for the device.
     fn read_flat(&mut self, flat: &Self::Flat, from: usize, values: &mut [f32]) -> Result<()>;
+    /// Begins to copy the first elements of a flat buffer to the host, after all that was submitted before. Does not wait
+    /// for the device.
+    fn begin_copy(&mut self, flat: &Self::Flat, copy: &mut Self::HostCopy) -> Result<()>;
+    /// Whether a copy is done. Does not wait.
+    fn is_copied(&mut self, copy: &Self::HostCopy) -> Result<bool>;
+    /// The elements that were copied. Waits for the device.
+    fn copied<'a>(&mut self, copy: &'a mut Self::HostCopy) -> Result<&'a [f32]>;
     /// Copies values from the host to a part of a flat buffer.
     fn write_flat(&mut self, flat: &mut Self::Flat, from: usize, values: &[f32]) -> Result<()>;
     /// Sets a part of a flat buffer to zero.
@@ -538,26 +566,36 @@ pub trait Backend: Memory {
 
     // The optimiser.
 
-    /// Σ x² over a part of a flat buffer, in f64. Waits for the device.
-    fn sum_of_squares(&mut self, flat: &Self::Flat, range: Range<usize>) -> Result<f64>;
+    /// Moves the loss that has been added up since the last call to number `at` of a flat buffer of [`numbers`].
+    fn move_loss(&mut self, numbers: &mut Self::Flat, at: usize) -> Result<()>;
 
-    /// Σ x² of each `unit` elements of a part of a flat buffer, in f64. Waits for the device once.
+    /// Σ x² of each `unit` elements of a part of a flat buffer, to the numbers from `at` on.
     fn sums_of_squares(
         &mut self,
         flat: &Self::Flat,
         range: Range<usize>,
         unit: usize,
-    ) -> Result<Vec<f64>> {
-        let part = |start: usize| start..(start + unit).min(range.end);
-        range.clone().step_by(unit).map(|start| self.sum_of_squares(flat, part(start))).collect()
-    }
+        numbers: &mut Self::Flat,
+        at: usize,
+    ) -> Result<()>;
 
-    /// One step for the parameters `range`. `gradients` are in the parameters' layout; the moments hold
+    /// Norm and clip factor of numbers `[norm, factor, losses, sums of squares]`, with so many `losses`:
+    ///
+    /// ```text
+    /// norm = sqrt(Σ squares), added one after the other        factor = min(1, max_norm / (norm + 1e-6))
+    /// ```
+    ///
+    /// The factor is 1 with `max_norm` 0, and NaN from the first step on whose norm or losses are not finite.
+    fn clip(&mut self, numbers: &mut Self::Flat, losses: usize, max_norm: f64) -> Result<()>;
+
+    /// One step for the parameters `range`, with gradients multiplied by the factor of
+    /// [`clip`](Self::clip); nothing if that is NaN. `gradients` are in the parameters' layout; the moments hold
     /// `range` from element `moments_from` on, so that a process may keep only its shard of them.
     #[allow(clippy::too_many_arguments)]
     fn adamw(
         &mut self,
         step: &AdamW,
+        numbers: &Self::Flat,
         range: Range<usize>,
         parameters: &mut Self::Flat,
         gradients: &Self::Flat,

@@ -12,6 +12,8 @@
 //! ([`tree_sum`]), so that the number of processes does not change the bits.
 
 use std::ops::Range;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::Result;
 
@@ -77,6 +79,14 @@ pub trait Communicator<F> {
         Ok(())
     }
 
+    /// Waits until `done` says so: for work of a device that may depend on other processes.
+    ///
+    /// # Errors
+    /// Those of `done`; a process is gone.
+    fn wait_for(&mut self, done: &mut dyn FnMut() -> mmfree::error::Result<bool>) -> Result<()> {
+        wait_until(&mut || Ok(done()?), &mut || self.check())
+    }
+
     /// Looks whether all processes are still there, as far as that can be seen without waiting for them.
     ///
     /// # Errors
@@ -102,6 +112,26 @@ pub trait Communicator<F> {
 
     /// Takes leave: every process is done. One that ends without this has failed, and the others notice.
     fn finish(&mut self) {}
+}
+
+/// How often the end of work of a device is looked for, and the other processes meanwhile.
+const TICK: Duration = Duration::from_micros(20);
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Waits until `done`, and calls `check` now and then.
+fn wait_until(
+    done: &mut dyn FnMut() -> Result<bool>,
+    check: &mut dyn FnMut() -> Result<()>,
+) -> Result<()> {
+    let mut looked = Instant::now();
+    while !done()? {
+        if looked.elapsed() > LOOK {
+            check()?;
+            looked = Instant::now();
+        }
+        thread::sleep(TICK);
+    }
+    Ok(())
 }
 
 /// Elements that are exchanged at a time.

@@ -5,18 +5,12 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use mmfree_kernels::cuda::{Buffer, CudaError, Device};
 use mmfree_kernels::training::{GpuGroup, UniqueId};
 
-use super::Communicator;
+use super::{Communicator, wait_until};
 use crate::error::{Error, Result};
-
-/// How often the end of an exchange is looked for, and the other processes.
-const TICK: Duration = Duration::from_micros(20);
-const LOOK: Duration = Duration::from_secs(1);
 
 /// Most processes whose exchanges go part by part. A part lies in few shards, so that few processes receive it, from all
 /// others: that takes (P - 1) times what it does to exchange everything at once at the end.
@@ -97,15 +91,7 @@ impl Communicator<Buffer<f32>> for Nccl {
     /// NCCL itself waits for a lost process for ever: this looks for it meanwhile.
     fn wait(&mut self) -> Result<()> {
         self.group.join_device().map_err(failed)?;
-        let mut looked = Instant::now();
-        while !self.group.is_done().map_err(failed)? {
-            if looked.elapsed() > LOOK {
-                self.host.check()?;
-                looked = Instant::now();
-            }
-            thread::sleep(TICK);
-        }
-        Ok(())
+        wait_until(&mut || self.group.is_done().map_err(failed), &mut || self.host.check())
     }
 
     fn check(&mut self) -> Result<()> {

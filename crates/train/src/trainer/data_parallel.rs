@@ -3,12 +3,17 @@
 //! ```text
 //! each process   gradients of its micro-batches, added up in groups of a fixed tree
 //! reduce-scatter the sum of all processes, each its shard
-//! each process   norm of its shard, clipping, AdamW on its shard (ZeRO-1)
+//! each process   sums of squares of its shard
+//! all-gather     losses and sums of squares
+//! each process   norm, clipping, AdamW on its shard (ZeRO-1)
 //! all-gather     the new weights
 //! ```
 //!
 //! Where exchanges run beside the computation, the reduce-scatter goes part by part, as the last micro-batch's backward pass
 //! is done with them.
+//!
+//! On a GPU the host waits for none of this: what a step came to is read when the next one is under way. With several GPUs it
+//! waits once a step, for the exchange of gradients, since only the host can notice that a process is lost.
 //!
 //! The tree makes the sum independent of the number of processes: the micro-batches of a step are cut
 //! into 2ᵏ groups; each group is added up in order, then the groups pairwise. With 2ʲ ≤ 2ᵏ processes the
@@ -21,16 +26,14 @@ use std::ops::Range;
 use super::memory;
 use crate::architecture::Architecture;
 use crate::backend::{Backend, BatchShape, Memory};
-use crate::communicator::{self, Communicator, tree_sum};
+use crate::communicator::{self, Communicator};
 use crate::config::TrainConfig;
 use crate::data::{Batch, share};
 use crate::error::{Error, Result};
 use crate::model::{self, Model, ModelOptions};
-use crate::optimizer::{Optimizer, clip_factor};
+use crate::optimizer::Optimizer;
+use crate::outcome::{NORM_UNIT, Outcome, Outcomes};
 use crate::schedule::Rates;
-
-/// Elements whose squares are added up at once, whatever the shards: shards end at multiples of it.
-const NORM_UNIT: usize = 1 << 16;
 
 /// Micro-batches of a step, by number: each process has some groups of some.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +86,7 @@ pub struct DataParallel<B: Backend> {
     /// Sums of groups that wait for their other half; the first is the whole.
     gradients: Vec<B::Flat>,
     optimizer: Optimizer<B::Flat>,
+    outcomes: Outcomes<B>,
 }
 
 impl<B: Backend + 'static> DataParallel<B> {
@@ -109,7 +113,7 @@ impl<B: Backend + 'static> DataParallel<B> {
         let mut state = State::allocate(&mut backend, architecture, config, &plan, rank, world)?;
         backend.write_flat(&mut state.parameters, 0, parameters)?;
         communicator.broadcast(&mut state.parameters)?;
-        let State { shards, parameters, gradients, optimizer } = state;
+        let State { shards, parameters, gradients, optimizer, outcomes } = state;
         let mut this = Self {
             micro_batch: config.batch.micro_batch,
             clip: config.optimizer.clip_grad_norm,
@@ -121,11 +125,9 @@ impl<B: Backend + 'static> DataParallel<B> {
             parameters,
             gradients,
             optimizer,
+            outcomes,
         };
         this.update_weights()?;
-        // Its scratch memory grows now and not in the first step.
-        let shard = this.optimizer.shard();
-        this.backend.sums_of_squares(&this.gradients[0], shard, NORM_UNIT)?;
         Ok(this)
     }
 
@@ -165,17 +167,16 @@ impl<B: Backend + 'static> DataParallel<B> {
     }
 
     /// Adds up the gradients of a step over all processes: afterwards this process has its shard of the
-    /// mean over all micro-batches. Returns their mean loss. `rows` gives rows of the step's global batch.
+    /// mean over all micro-batches. `rows` gives rows of the step's global batch.
     ///
     /// # Errors
     /// Errors of the data, the device or the other processes.
     pub fn accumulate(
         &mut self,
         rows: &mut dyn FnMut(Range<usize>) -> Result<Batch>,
-    ) -> Result<f64> {
+    ) -> Result<()> {
         let scale = 1.0 / self.plan.micro_batches as f32;
         let (len, last_group) = (self.model.layout().len(), self.plan.groups.len() - 1);
-        let mut losses = Vec::with_capacity(self.plan.groups.len());
         // Level of the tree that the first `waiting` buffers have reached is implied by their number.
         let mut waiting = 0;
         for (done, group) in self.plan.groups.iter().enumerate() {
@@ -183,6 +184,10 @@ impl<B: Backend + 'static> DataParallel<B> {
             let gradients = &mut gradients[0];
             self.backend.clear_flat(gradients, 0..len)?;
             for micro_batch in group.clone() {
+                // The last step's exchange. A process that is lost must be noticed before the device makes the host wait.
+                if micro_batch > self.plan.groups[0].start {
+                    self.communicator.wait()?;
+                }
                 let first = micro_batch * self.micro_batch;
                 let batch = rows(first..first + self.micro_batch)?;
                 let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
@@ -211,9 +216,7 @@ impl<B: Backend + 'static> DataParallel<B> {
                     }
                 }
             }
-            // A process that is lost must be noticed before the device is waited for.
-            self.communicator.wait()?;
-            losses.push(self.model.take_loss(&mut self.backend)?);
+            self.outcomes.move_loss(&mut self.backend, done)?;
             if done == last_group {
                 break;
             }
@@ -221,29 +224,33 @@ impl<B: Backend + 'static> DataParallel<B> {
             add_all(&mut self.backend, &mut before[waiting - joined..], gradients, &(0..len))?;
             waiting = waiting + 1 - joined;
         }
-        Ok(tree_sum(&self.gather_numbers(&[tree_sum(&losses)])?))
+        self.communicator.wait()
     }
 
-    /// L2 norm of the gradients of all processes, after [`accumulate`](Self::accumulate).
+    /// Changes the weights: step number `step`, from 1, with clipped gradients. If the norm of the gradients or the loss is
+    /// not finite, neither this step nor one after it changes anything; [`next_outcome`](Self::next_outcome) tells.
     ///
     /// # Errors
     /// Errors of the device or the other processes.
-    pub fn gradient_norm(&mut self) -> Result<f64> {
-        let shard = self.optimizer.shard();
-        let squares = self.backend.sums_of_squares(&self.gradients[0], shard, NORM_UNIT)?;
-        Ok(self.gather_numbers(&squares)?.iter().sum::<f64>().sqrt())
-    }
-
-    /// Changes the weights: step number `step`, from 1, with clipped gradients.
-    ///
-    /// # Errors
-    /// Errors of the device or the other processes.
-    pub fn update(&mut self, step: u64, rates: Rates, norm: f64) -> Result<()> {
-        let scale = clip_factor(norm, self.clip);
+    pub fn update(&mut self, step: u64, rates: Rates) -> Result<()> {
+        let (backend, communicator) = (&mut self.backend, &mut *self.communicator);
         let (parameters, gradients) = (&mut self.parameters, &self.gradients[0]);
-        self.optimizer.step(&mut self.backend, step, rates, scale, parameters, gradients)?;
-        self.communicator.all_gather(&mut self.parameters, &self.shards)?;
-        self.update_weights()
+        let (outcomes, shard) = (&mut self.outcomes, self.optimizer.shard());
+        outcomes.clip(backend, communicator, gradients, shard, self.clip)?;
+        let numbers = outcomes.numbers();
+        self.optimizer.step(backend, step, rates, numbers, parameters, gradients)?;
+        communicator.all_gather(parameters, &self.shards)?;
+        self.update_weights()?;
+        self.outcomes.begin_copy(&mut self.backend)
+    }
+
+    /// What the oldest step came to whose outcome was not taken: see [`Outcomes::next`]. It must be taken before the step
+    /// after the next one is submitted.
+    ///
+    /// # Errors
+    /// Errors of the device or the other processes.
+    pub fn next_outcome(&mut self, wait: bool) -> Result<Option<Outcome>> {
+        self.outcomes.next(&mut self.backend, &mut *self.communicator, wait)
     }
 
     /// Mean loss over batches of one shape, each with the share of its rows that counts; batches are
@@ -376,15 +383,16 @@ fn model_options(config: &TrainConfig, head_chunk: usize) -> (BatchShape, ModelO
 }
 
 /// What one process has of parameters, gradients and moments.
-struct State<F> {
+struct State<M: Memory> {
     shards: Vec<Range<usize>>,
-    parameters: F,
-    gradients: Vec<F>,
-    optimizer: Optimizer<F>,
+    parameters: M::Flat,
+    gradients: Vec<M::Flat>,
+    optimizer: Optimizer<M::Flat>,
+    outcomes: Outcomes<M>,
 }
 
-impl<F> State<F> {
-    fn allocate<M: Memory<Flat = F>>(
+impl<M: Memory> State<M> {
+    fn allocate(
         memory: &mut M,
         architecture: &Architecture,
         config: &TrainConfig,
@@ -401,7 +409,8 @@ impl<F> State<F> {
             .collect::<mmfree::error::Result<_>>()?;
         let own = shards[rank].clone();
         let optimizer = Optimizer::new(memory, &layout, &config.optimizer, own)?;
-        Ok(Self { shards, parameters, gradients, optimizer })
+        let outcomes = Outcomes::new(memory, rank, &shards, plan.groups.len())?;
+        Ok(Self { shards, parameters, gradients, optimizer, outcomes })
     }
 }
 

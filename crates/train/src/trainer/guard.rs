@@ -19,7 +19,8 @@ impl Guard {
         Self { state, margin }
     }
 
-    /// Looks at the loss and the gradient norm of a step, before the weights are changed.
+    /// Looks at the loss and the gradient norm of a step. If one is not finite, the step has changed nothing: see
+    /// [`Outcomes`](crate::outcome::Outcomes).
     pub fn check(&mut self, step: u64, loss: f64, norm: f64) -> Result<()> {
         let advice = "lower optimizer.learning_rate or lengthen schedule.warmup_steps, and go on from the \
                       last checkpoint with --resume --allow-changes";

@@ -27,6 +27,7 @@ use crate::communicator::Communicator;
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
 use crate::log::{Record, RunLog};
+use crate::outcome;
 use crate::schedule::Schedule;
 use crate::weights;
 
@@ -66,12 +67,20 @@ pub struct Trainer<B: Backend> {
     engine: DataParallel<B>,
     schedule: Schedule,
     guard: Guard,
-    /// Steps done.
+    /// Steps submitted.
     step: u64,
+    /// Steps done, whose outcome is known.
+    done: u64,
     /// What only process 0 has.
     files: Option<RunFiles>,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
+}
+
+/// Since the last record, or the beginning.
+struct Pace {
+    clock: Instant,
+    tokens: u64,
 }
 
 /// The directory of a run, which one process writes.
@@ -133,54 +142,55 @@ impl<B: Backend + 'static> Trainer<B> {
         }
         let guard = Guard::new(guard_state, config.guard.divergence);
         let saved = (step > 0).then_some(step);
-        Ok(Self { config, architecture, corpus, engine, schedule, guard, step, files, saved })
+        Ok(Self {
+            config,
+            architecture,
+            corpus,
+            engine,
+            schedule,
+            guard,
+            step,
+            done: step,
+            files,
+            saved,
+        })
     }
 
     /// Steps done.
     pub fn steps_done(&self) -> u64 {
-        self.step
+        self.done
     }
 
     /// Trains until all steps are done or `stop` is set on any process. Saves a checkpoint in both
     /// cases.
     ///
+    /// A step's loss and norm are known when it is done, on a device only after the next one was submitted. Records, the
+    /// guard's word and errors come as late; what needs the weights of a step waits for it.
+    ///
     /// # Errors
     /// A loss that is no number or diverges; errors of the data, the disk, the other processes. The
     /// checkpoints that are there stay.
     pub fn run(&mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Outcome> {
-        let (mut clock, mut tokens_at_clock) = (Instant::now(), 0);
+        let mut pace = Pace { clock: Instant::now(), tokens: 0 };
         while self.step < self.config.run.steps {
-            let (loss, norm, learning_rate) = self.train_step()?;
-            let step = self.step;
-            tokens_at_clock += self.config.tokens_per_step();
-            let last = step == self.config.run.steps;
+            self.submit_step()?;
+            let last = self.step == self.config.run.steps;
             let stopping = self.engine.any(u8::from(stop.load(Ordering::Relaxed)))? != 0;
-            let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
-            let validation_loss =
-                if due(self.config.evaluation.every) { self.evaluate()? } else { None };
-            if due(self.config.log.every) || validation_loss.is_some() {
-                let seconds = clock.elapsed().as_secs_f64();
-                let record = Record {
-                    step,
-                    tokens: step * self.config.tokens_per_step(),
-                    loss: Some(loss),
-                    validation_loss,
-                    learning_rate: Some(learning_rate),
-                    gradient_norm: Some(norm),
-                    tokens_per_second: Some(tokens_at_clock as f64 / seconds),
-                    memory_bytes: peak_rss_bytes(),
-                    ..Record::default()
-                };
-                if let Some(files) = &mut self.files {
-                    files.log.write(&record)?;
-                    observer.step(&record);
-                }
-                (clock, tokens_at_clock) = (Instant::now(), 0);
+            let evaluates = self.is_due(self.config.evaluation.every, self.step);
+            let saves = self.is_due(self.config.checkpoint.every, self.step) || last || stopping;
+            while let Some(outcome) = self.engine.next_outcome(evaluates || saves)? {
+                self.done += 1;
+                self.guard
+                    .check(self.done, outcome.loss, outcome.norm)
+                    .map_err(|error| self.with_last_checkpoint(error))?;
+                let newest = self.done == self.step;
+                let validation_loss = if newest && evaluates { self.evaluate()? } else { None };
+                self.report(outcome, validation_loss, &mut pace, observer)?;
             }
-            if due(self.config.checkpoint.every) || last || stopping {
+            if saves {
                 let saving = Instant::now();
                 self.save(observer)?;
-                clock += saving.elapsed();
+                pace.clock += saving.elapsed();
             }
             if stopping && !last {
                 return Ok(Outcome::Stopped);
@@ -190,6 +200,11 @@ impl<B: Backend + 'static> Trainer<B> {
             self.save(observer)?;
         }
         Ok(Outcome::Finished)
+    }
+
+    /// Whether something that is done every so many steps, and after the last, is done after step `step`.
+    fn is_due(&self, every: u64, step: u64) -> bool {
+        every > 0 && (step.is_multiple_of(every) || step == self.config.run.steps)
     }
 
     /// Takes leave of the other processes.
@@ -202,16 +217,45 @@ impl<B: Backend + 'static> Trainer<B> {
         Ok(())
     }
 
-    /// One optimiser step: mean loss, gradient norm before clipping, learning rate.
-    fn train_step(&mut self) -> Result<(f64, f64, f64)> {
+    /// Submits an optimiser step. Its outcome comes when it is done.
+    fn submit_step(&mut self) -> Result<()> {
         let (step, loader) = (self.step, self.corpus.train());
-        let loss = self.engine.accumulate(&mut |rows| Ok(loader.rows(step, rows)?))?;
-        let norm = self.engine.gradient_norm()?;
-        self.guard.check(step + 1, loss, norm).map_err(|error| self.with_last_checkpoint(error))?;
-        let rates = self.schedule.at(step);
-        self.engine.update(step + 1, rates, norm)?;
+        self.engine.accumulate(&mut |rows| Ok(loader.rows(step, rows)?))?;
+        self.engine.update(step + 1, self.schedule.at(step))?;
         self.step += 1;
-        Ok((loss, norm, rates.learning_rate))
+        Ok(())
+    }
+
+    /// Reports the newest step that is done, if that is due.
+    fn report(
+        &mut self,
+        outcome: outcome::Outcome,
+        validation_loss: Option<f64>,
+        pace: &mut Pace,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
+        let (step, tokens) = (self.done, self.config.tokens_per_step());
+        pace.tokens += tokens;
+        if !self.is_due(self.config.log.every, step) && validation_loss.is_none() {
+            return Ok(());
+        }
+        let record = Record {
+            step,
+            tokens: step * tokens,
+            loss: Some(outcome.loss),
+            validation_loss,
+            learning_rate: Some(self.schedule.at(step - 1).learning_rate),
+            gradient_norm: Some(outcome.norm),
+            tokens_per_second: Some(pace.tokens as f64 / pace.clock.elapsed().as_secs_f64()),
+            memory_bytes: peak_rss_bytes(),
+            ..Record::default()
+        };
+        if let Some(files) = &mut self.files {
+            files.log.write(&record)?;
+            observer.step(&record);
+        }
+        *pace = Pace { clock: Instant::now(), tokens: 0 };
+        Ok(())
     }
 
     /// Mean loss on what is held out, if anything is.

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use half::bf16;
 use mmfree::engine::TokenScore;
 use mmfree::error::{Error, Result};
-use mmfree_kernels::cuda::{Buffer, Device};
+use mmfree_kernels::cuda::{Buffer, Device, Pinned};
 use mmfree_kernels::training::{NormBackward, Recurrence, Rows, Training, View, ViewMut};
 
 pub use self::plan::CudaPlan;
@@ -22,7 +22,8 @@ use self::products::{
     Norms, RowsGradient, Scratch, check_kinds, norm_gate_rows, operand_len, swiglu_rows,
 };
 pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
-use self::tensors::{flat_view, flat_view_mut, rows_by_token};
+use self::tensors::{flat_view, flat_view_mut, numbers_mut, rows_by_token};
+use super::numbers::{ELEMENTS, FACTOR};
 use super::{
     AdamW, AttentionShape, Backend, BatchShape, Head, Memory, Norm, Parameters, Precision,
     Projection,
@@ -46,7 +47,6 @@ pub struct CudaBackend {
     d_logits: Buffer<u16>,
     losses: Buffer<f64>,
     loss: Buffer<f64>,
-    squares: Buffer<f64>,
 }
 
 impl CudaBackend {
@@ -69,7 +69,6 @@ impl CudaBackend {
             d_logits: half()?,
             losses: Buffer::zeros(&device, 1)?,
             loss: Buffer::zeros(&device, 1)?,
-            squares: Buffer::zeros(&device, 1)?,
             device,
         })
     }
@@ -115,9 +114,14 @@ impl Memory for CudaBackend {
     type Tensor = CudaTensor;
     type Tokens = CudaTokens;
     type Weights = CudaWeights;
+    type HostCopy = Pinned<f32>;
 
     fn flat_zeros(&mut self, len: usize) -> Result<Buffer<f32>> {
         Ok(Buffer::zeros(&self.device, len)?)
+    }
+
+    fn host_copy(&mut self, len: usize) -> Result<Pinned<f32>> {
+        Ok(Pinned::zeros(&self.device, len)?)
     }
 
     fn tensor(&mut self, len: usize, precision: Precision) -> Result<CudaTensor> {
@@ -137,13 +141,7 @@ impl Memory for CudaBackend {
     }
 
     fn tokens(&mut self, len: usize) -> Result<CudaTokens> {
-        Ok(CudaTokens {
-            len,
-            ids: Buffer::zeros(&self.device, len)?,
-            order: Buffer::zeros(&self.device, len)?,
-            starts: Buffer::zeros(&self.device, len + 1)?,
-            distinct: 0,
-        })
+        CudaTokens::new(&self.device, len)
     }
 
     fn weights(&mut self, projections: &[Projection]) -> Result<CudaWeights> {
@@ -198,6 +196,10 @@ impl Backend for CudaBackend {
         Some(self.device.peak_bytes())
     }
 
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
     fn synchronize(&mut self) -> Result<()> {
         Ok(self.device.synchronize()?)
     }
@@ -210,12 +212,32 @@ impl Backend for CudaBackend {
         Ok(self.ops.end_timeline()?)
     }
 
+    fn begin_submission(&mut self) -> Result<()> {
+        Ok(self.ops.begin_submission()?)
+    }
+
+    fn end_submission(&mut self) -> Option<(usize, f64)> {
+        self.ops.end_submission()
+    }
+
     fn flat_from(&mut self, values: &[f32]) -> Result<Buffer<f32>> {
         Ok(Buffer::from_slice(&self.device, values)?)
     }
 
     fn read_flat(&mut self, flat: &Buffer<f32>, from: usize, values: &mut [f32]) -> Result<()> {
         Ok(flat.read(from, values)?)
+    }
+
+    fn begin_copy(&mut self, flat: &Buffer<f32>, copy: &mut Pinned<f32>) -> Result<()> {
+        Ok(copy.fetch(flat)?)
+    }
+
+    fn is_copied(&mut self, copy: &Pinned<f32>) -> Result<bool> {
+        Ok(copy.is_done()?)
+    }
+
+    fn copied<'a>(&mut self, copy: &'a mut Pinned<f32>) -> Result<&'a [f32]> {
+        Ok(copy.wait()?)
     }
 
     fn write_flat(&mut self, flat: &mut Buffer<f32>, from: usize, values: &[f32]) -> Result<()> {
@@ -257,16 +279,11 @@ impl Backend for CudaBackend {
     }
 
     fn write_tokens(&mut self, tokens: &mut CudaTokens, ids: &[u32]) -> Result<()> {
-        let (order, starts) = rows_by_token(ids);
-        tokens.ids.write(0, ids)?;
-        tokens.order.write(0, &order)?;
-        tokens.starts.write(0, &starts)?;
-        tokens.distinct = starts.len() - 1;
-        Ok(())
+        tokens.write(ids, Some(rows_by_token(ids)))
     }
 
     fn write_targets(&mut self, targets: &mut CudaTokens, ids: &[u32]) -> Result<()> {
-        Ok(targets.ids.write(0, ids)?)
+        targets.write(ids, None)
     }
 
     fn prepare(
@@ -299,8 +316,7 @@ impl Backend for CudaBackend {
         tokens: &CudaTokens,
         x: &mut CudaTensor,
     ) -> Result<()> {
-        let ids = View::new(&tokens.ids, 0, tokens.len);
-        Ok(self.ops.embed(flat_view(flat, &table), ids, x.view_mut())?)
+        Ok(self.ops.embed(flat_view(flat, &table), tokens.ids(), x.view_mut())?)
     }
 
     fn embed_backward(
@@ -312,9 +328,9 @@ impl Backend for CudaBackend {
     ) -> Result<()> {
         Ok(self.ops.embed_backward(
             View::new(dx.full()?, 0, dx.len),
-            View::new(&tokens.ids, 0, tokens.len),
-            View::new(&tokens.order, 0, tokens.len),
-            View::new(&tokens.starts, 0, tokens.distinct + 1),
+            tokens.ids(),
+            tokens.order(),
+            tokens.starts(),
             flat_view_mut(gradients, &table),
         )?)
     }
@@ -737,9 +753,9 @@ impl Backend for CudaBackend {
         Ok(self.ops.attention_backward(shape.into(), qkv, y, log_sums, dy, d_qkv)?)
     }
 
-    fn sum_of_squares(&mut self, flat: &Buffer<f32>, range: Range<usize>) -> Result<f64> {
-        let unit = range.len().clamp(1, 1 << 16);
-        Ok(self.sums_of_squares(flat, range, unit)?.iter().sum())
+    fn move_loss(&mut self, numbers: &mut Buffer<f32>, at: usize) -> Result<()> {
+        let into = numbers_mut(numbers, at, 1);
+        Ok(self.ops.move_number(ViewMut::new(&mut self.loss, 0, 1), into)?)
     }
 
     fn sums_of_squares(
@@ -747,18 +763,22 @@ impl Backend for CudaBackend {
         flat: &Buffer<f32>,
         range: Range<usize>,
         unit: usize,
-    ) -> Result<Vec<f64>> {
-        let mut sums = vec![0.0; range.len().div_ceil(unit)];
-        self.squares.reserve(sums.len())?;
-        let into = ViewMut::new(&mut self.squares, 0, sums.len());
-        self.ops.sums_of_squares(flat_view(flat, &range), unit, into)?;
-        self.squares.read(0, &mut sums)?;
-        Ok(sums)
+        numbers: &mut Buffer<f32>,
+        at: usize,
+    ) -> Result<()> {
+        let into = numbers_mut(numbers, at, range.len().div_ceil(unit));
+        Ok(self.ops.sums_of_squares(flat_view(flat, &range), unit, into)?)
+    }
+
+    fn clip(&mut self, numbers: &mut Buffer<f32>, losses: usize, max_norm: f64) -> Result<()> {
+        let count = numbers.len() / ELEMENTS;
+        Ok(self.ops.clip(numbers_mut(numbers, 0, count), losses, max_norm)?)
     }
 
     fn adamw(
         &mut self,
         step: &AdamW,
+        numbers: &Buffer<f32>,
         range: Range<usize>,
         parameters: &mut Buffer<f32>,
         gradients: &Buffer<f32>,
@@ -769,6 +789,7 @@ impl Backend for CudaBackend {
         let moments = moments_from..moments_from + range.len();
         Ok(self.ops.adamw(
             step,
+            View::new(numbers, FACTOR * ELEMENTS, ELEMENTS),
             flat_view_mut(parameters, &range),
             flat_view(gradients, &range),
             flat_view_mut(first_moment, &moments),

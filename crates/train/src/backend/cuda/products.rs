@@ -99,8 +99,8 @@ impl CudaBackend {
         let (width, vocabulary) = (projection.inputs, projection.outputs);
         let norms = Norms::new(parameters, Some(&head.norm), &[projection]);
         let quantised = projection.inner_norm.is_some();
-        for first in (0..targets.len).step_by(head.chunk) {
-            let rows = head.chunk.min(targets.len - first);
+        for first in (0..targets.len()).step_by(head.chunk) {
+            let rows = head.chunk.min(targets.len() - first);
             let (from, len) = (first * width, rows * width);
             let x = View::new(&x.half, from, len);
             self.chunk_logits(parameters, head, &norms, x, rows)?;
@@ -109,7 +109,7 @@ impl CudaBackend {
             self.ops.cross_entropy(
                 View::new(&self.logits, 0, rows * vocabulary),
                 quantised.then(|| View::new(&self.factors, 0, rows)),
-                View::new(&targets.ids, first, rows),
+                targets.rows(first, rows),
                 scale,
                 gradient,
                 ViewMut::new(&mut self.losses, 0, rows),
@@ -193,8 +193,7 @@ impl CudaBackend {
         let (width, vocabulary) = (head.projection.inputs, head.projection.outputs);
         let norms = Norms::new(parameters, Some(&head.norm), &[&head.projection]);
         let quantised = head.projection.inner_norm.is_some();
-        let mut ids = vec![0; targets.len];
-        targets.ids.read(0, &mut ids)?;
+        let ids = targets.read()?;
         let mut greedy = Buffer::zeros(&self.device, head.chunk)?;
         let mut scores = Vec::new();
         for (chunk, ids) in ids.chunks(head.chunk).enumerate() {
@@ -204,7 +203,7 @@ impl CudaBackend {
             self.ops.token_losses(
                 View::new(&self.logits, 0, rows * vocabulary),
                 quantised.then(|| View::new(&self.factors, 0, rows)),
-                View::new(&targets.ids, first, rows),
+                targets.rows(first, rows),
                 ViewMut::new(&mut self.losses, 0, rows),
                 ViewMut::new(&mut greedy, 0, rows),
             )?;

@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mmfree::error::{Error, Result};
-use mmfree_kernels::cuda::{Buffer, Device};
+use mmfree_kernels::cuda::{Buffer, Device, Pinned};
 use mmfree_kernels::training::{View, ViewMut};
 
+use crate::backend::numbers::ELEMENTS;
 use crate::backend::{IGNORED, Projection};
 
 /// Activations on the GPU.
@@ -63,11 +64,75 @@ impl CudaTensor {
 /// Token ids on the GPU, and the order in which the rows of each id follow each other.
 #[derive(Debug)]
 pub struct CudaTokens {
-    pub(super) len: usize,
-    pub(super) ids: Buffer<u32>,
-    pub(super) order: Buffer<u32>,
-    pub(super) starts: Buffer<u32>,
-    pub(super) distinct: usize,
+    len: usize,
+    /// Ids, their order, and where the rows of each distinct one begin in it.
+    values: Buffer<u32>,
+    distinct: usize,
+    /// The same on the host, in turns: the device copies one while the other one is filled.
+    staged: [Pinned<u32>; 2],
+    turn: usize,
+}
+
+impl CudaTokens {
+    pub(super) fn new(device: &Arc<Device>, len: usize) -> Result<Self> {
+        let all = 3 * len + 1;
+        Ok(Self {
+            len,
+            values: Buffer::zeros(device, all)?,
+            distinct: 0,
+            staged: [Pinned::zeros(device, all)?, Pinned::zeros(device, all)?],
+            turn: 0,
+        })
+    }
+
+    /// Sets ids, and their order and starts as [`rows_by_token`] has them if they are needed.
+    pub(super) fn write(
+        &mut self,
+        ids: &[u32],
+        sorted: Option<(Vec<u32>, Vec<u32>)>,
+    ) -> Result<()> {
+        if ids.len() != self.len {
+            return Err(Error::Invalid(format!("{} ids for {}", ids.len(), self.len)));
+        }
+        let (order, starts) = sorted.unwrap_or_default();
+        self.distinct = starts.len().saturating_sub(1);
+        let staged = &mut self.staged[self.turn];
+        self.turn = 1 - self.turn;
+        let (memory, mut end) = (staged.wait()?, 0);
+        for part in [ids, &order, &starts] {
+            memory[end..end + part.len()].copy_from_slice(part);
+            end += part.len();
+        }
+        Ok(staged.send(end, &mut self.values)?)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn ids(&self) -> View<'_, u32> {
+        self.rows(0, self.len)
+    }
+
+    /// The ids of some rows.
+    pub(super) fn rows(&self, first: usize, rows: usize) -> View<'_, u32> {
+        View::new(&self.values, first, rows)
+    }
+
+    pub(super) fn order(&self) -> View<'_, u32> {
+        View::new(&self.values, self.len, self.len)
+    }
+
+    pub(super) fn starts(&self) -> View<'_, u32> {
+        View::new(&self.values, 2 * self.len, self.distinct + 1)
+    }
+
+    /// The ids, on the host. Waits for the device.
+    pub(super) fn read(&self) -> Result<Vec<u32>> {
+        let mut ids = vec![0; self.len];
+        self.values.read(0, &mut ids)?;
+        Ok(ids)
+    }
 }
 
 /// Weights of all projections in bf16: trits, or rounded values.
@@ -110,6 +175,11 @@ pub(super) fn flat_view_mut<'a>(
     range: &Range<usize>,
 ) -> ViewMut<'a, f32> {
     ViewMut::new(flat, range.start, range.len())
+}
+
+/// So many [`numbers`](crate::backend::numbers) from number `at` on.
+pub(super) fn numbers_mut(flat: &mut Buffer<f32>, at: usize, count: usize) -> ViewMut<'_, f32> {
+    ViewMut::new(flat, at * ELEMENTS, count * ELEMENTS)
 }
 
 /// Rows sorted by their token and then by row, and where the rows of each token begin among them; the end behind
