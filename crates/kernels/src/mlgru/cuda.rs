@@ -112,7 +112,7 @@ pub struct Layer<'a> {
 pub struct Recurrence {
     device: Arc<Device>,
     step: Kernel,
-    /// Channels and threads of a block, and up to how many of those a multiprocessor it is the best.
+    /// Channels and threads of a block, and how many of those a multiprocessor has room for.
     scans: [(usize, usize, usize, Kernel); 3],
 }
 
@@ -126,7 +126,7 @@ impl Recurrence {
             device: Arc::clone(device),
             step: device.kernel(SOURCE, "mlgru_step", 0)?,
             scans: [
-                (8, 288, 1, device.kernel(SOURCE, "mlgru_scan_8_256", 0)?),
+                (8, 544, 2, device.kernel(SOURCE, "mlgru_scan_8_512", 0)?),
                 (16, 544, 2, device.kernel(SOURCE, "mlgru_scan_16_512", 0)?),
                 (16, 288, 4, device.kernel(SOURCE, "mlgru_scan_16_256", 0)?),
             ],
@@ -177,10 +177,10 @@ impl Recurrence {
         let (channels, threads, kernel) = if sequences.longest <= STEP_MAX_TOKENS {
             (128, 128, &self.step)
         } else {
-            let is_best = |&&(channels, _, blocks, _): &&(usize, usize, usize, _)| {
+            let runs_at_once = |&&(channels, _, blocks, _): &&(usize, usize, usize, _)| {
                 width.div_ceil(channels) * sequences.count <= blocks * self.device.multiprocessors()
             };
-            let scan = self.scans.iter().find(is_best).unwrap_or(&self.scans[2]);
+            let scan = self.scans.iter().find(runs_at_once).unwrap_or(&self.scans[2]);
             (scan.0, scan.1, &scan.3)
         };
         let grid = [width.div_ceil(channels), sequences.count, 1];

@@ -168,6 +168,6 @@ __device__ __forceinline__ void scan(const Args& a) {
         scan<CHANNELS, GATES>(a);                                                                                      \
     }
 
-SCAN(8, 256)
+SCAN(8, 512)
 SCAN(16, 256)
 SCAN(16, 512)
