@@ -38,8 +38,13 @@ const ROUND_OF_KEY: u64 = 1 << 31;
 
 /// What the driver keeps for itself of a block's shared memory.
 const RESERVED_SHARED_BYTES: usize = 1024;
-/// Warps that multiply: a multiprocessor has 128 registers for each thread of these and the other two.
-const WARPS: std::ops::RangeInclusive<usize> = 8..=14;
+/// Warps that multiply, at least, and at most: one for each column of tiles, or as many as have 128 registers a thread.
+const WARPS: std::ops::RangeInclusive<usize> = 8..=16;
+const WARPS_WITH_REGISTERS: usize = 14;
+/// Of wide models, tiles on their way at most (measured: 64 of 32 to 400 at widths of 2560 and 5120; at 1024 it made no
+/// difference, and 2048 is 7 % faster without a limit).
+const WIDE_COLUMNS: usize = 20;
+const MOVING_TILES: usize = 64;
 /// A ring longer than this brings nothing.
 const MAX_RING_TILES: usize = 420;
 /// Columns of tiles that a warp can have: it keeps their activations in registers.
@@ -105,7 +110,11 @@ impl Division {
     ) -> Option<Self> {
         let Shape { width, inner, vocab, .. } = shape;
         let (columns, inner_columns) = (width.div_ceil(TILE_COLS), inner.div_ceil(TILE_COLS));
-        let warps = columns.div_ceil(columns.div_ceil(*WARPS.end())).max(*WARPS.start());
+        let warps = if columns <= *WARPS.end() {
+            columns.max(*WARPS.start())
+        } else {
+            columns.div_ceil(columns.div_ceil(WARPS_WITH_REGISTERS))
+        };
         let groups = |n: usize, blocks: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks);
         // The fewest blocks whose busiest one has as few tiles of a layer as with all of them.
         let busiest = |blocks: usize| {
@@ -143,12 +152,14 @@ impl Division {
         })
     }
 
-    fn constants(&self, shape: Shape) -> [Constant; 4] {
+    fn constants(&self, shape: Shape) -> [Constant; 5] {
+        let is_wide = shape.width.div_ceil(TILE_COLS) >= WIDE_COLUMNS;
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
             ("NUM_WARPS", self.warps),
             ("NUM_RING_TILES", self.ring_tiles),
+            ("NUM_MOVING_TILES", if is_wide { MOVING_TILES } else { self.ring_tiles }),
         ]
     }
 }
@@ -355,7 +366,7 @@ mod tests {
     fn published_sizes_are_divided_evenly() {
         for (width, inner, blocks, warps) in [
             (1024, 2816, 88, 8),
-            (2048, 5632, 128, 8),
+            (2048, 5632, 128, 16),
             (2560, 6912, 108, 10),
             (5120, 13824, 124, 14),
         ] {

@@ -6,6 +6,7 @@
 #define INNER 2816
 #define NUM_WARPS 8
 #define NUM_RING_TILES 400
+#define NUM_MOVING_TILES 400
 #endif
 
 // Warps that multiply; two more fetch weights, and serve: they add sums and fetch vectors.

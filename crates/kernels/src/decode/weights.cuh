@@ -6,7 +6,7 @@ constexpr u32 EARLY_COLUMNS = 2;
 
 #if __CUDA_ARCH__ >= 900
 // Tiles on their way at most: more would only queue up, and floats of the exchange behind them.
-constexpr u32 MOVING_TILES = 64;
+constexpr u32 MOVING_TILES = NUM_MOVING_TILES;
 
 __device__ __forceinline__ void make_barrier(u32 barrier, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
