@@ -19,7 +19,7 @@ use crate::model::Model;
 use crate::state::State;
 
 /// Scratch memory of a pass over a prompt, at most; about.
-const SCRATCH_BYTES: usize = 512 << 20;
+const SCRATCH_BYTES: usize = 256 << 20;
 /// Rows of a pass over a prompt.
 const CHUNK_ROWS: Range<usize> = 128..2048;
 
