@@ -31,7 +31,28 @@ __device__ __forceinline__ void let_next_begin() {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
+// Copies 16 bytes from global to shared memory while the thread goes on.
+__device__ __forceinline__ void async_copy_16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void async_copy_16(void* to, const void* from) { async_copy_16(shared_address(to), from); }
+
 #if __CUDA_ARCH__ >= 900
+// A phase of the barrier is over after so many arrivals, and when the bytes that it expects are there.
+__device__ __forceinline__ void make_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes barriers visible to bulk copies.
+__device__ __forceinline__ void fence_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Waits until the barrier's phase of a parity is over.
 __device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
     u32 done = 0;

@@ -170,7 +170,7 @@ struct Walker {
     const Args& a;
     Shared& shared;
     int* all_sums;
-    const float* both_sides;
+    const float* own_vectors;  // of this phase and the next
     Rows& way;
     u32 turn;
 
@@ -196,8 +196,8 @@ struct Walker {
     }
 
     // Vector `which` at this thread's own channel.
-    __device__ __forceinline__ float side(u32 which) const {
-        return both_sides[(4 * turn + which) * a.own_floats + threadIdx.x];
+    __device__ __forceinline__ float own_vector(u32 which) const {
+        return own_vectors[(4 * turn + which) * a.own_floats + threadIdx.x];
     }
 
     // A sum, whose place is empty then.
@@ -228,11 +228,11 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
         if (threadIdx.x % 32 == 0) fetch_weights(a, shared, ring);
         return;
     }
-    float* both_sides = (float*)(all_sums + a.sums_at[PHASES]);
-    if (warp > WARPS) return serve(a, shared, both_sides);
+    float* own_vectors = (float*)(all_sums + a.sums_at[PHASES]);
+    if (warp > WARPS) return serve(a, shared, own_vectors);
 
     Rows way = {shared, ring, {}};
-    Walker walker = {a, shared, all_sums, both_sides, way, 0};
+    Walker walker = {a, shared, all_sums, own_vectors, way, 0};
     u32 channels = plan.part[MIX].channels, channel = plan.part[MIX].channel + threadIdx.x;
     bool has_channel = threadIdx.x < channels, has_warp_channels = warp * 32 < channels;
     u32 inner_channels = plan.part[GLU].channels, inner_channel = plan.part[GLU].channel + threadIdx.x;
@@ -272,10 +272,10 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                             float i_gate = dequantize(walker.take_sum<MIX>(threadIdx.x), gamma[0] * f[0]);
                             float f_gate = dequantize(walker.take_sum<MIX>(threadIdx.x + rows), gamma[1] * f[1]);
                             g = dequantize(walker.take_sum<MIX>(threadIdx.x + 2 * rows), gamma[2] * f[2]);
-                            float beta = walker.side(0), forget = beta + (1.0f - beta) * quick_sigmoid(f_gate);
-                            h = forget * walker.side(3) + quick_silu(i_gate) * (1.0f - forget);
-                            y = g * walker.side(1) * quick_silu(h);
-                            w[0] = walker.side(2);
+                            float beta = walker.own_vector(0), forget = beta + (1.0f - beta) * quick_sigmoid(f_gate);
+                            h = forget * walker.own_vector(3) + quick_silu(i_gate) * (1.0f - forget);
+                            y = g * walker.own_vector(1) * quick_silu(h);
+                            w[0] = walker.own_vector(2);
                         }
                         send_channel<OUT>(a, has_channel, channel, y, y * y + 1e-6f * (g * g), w, round);
                         if (has_channel) a.state[(size_t)layer * WIDTH + channel] = h;
@@ -288,8 +288,8 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                         float y = 0.0f, w[1] = {};
                         if (has_channel) {
                             x = x + dequantize(walker.take_sum<OUT>(threadIdx.x), gamma * f[0]);
-                            y = x * walker.side(0);
-                            w[0] = walker.side(1);
+                            y = x * walker.own_vector(0);
+                            w[0] = walker.own_vector(1);
                         }
                         send_channel<GLU>(a, has_channel, channel, y, y * y + 1e-6f * (x * x), w, round);
                     }
@@ -303,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     if (has_inner) {
                         y = quick_silu(dequantize(walker.take_sum<GLU>(threadIdx.x), gamma * f[0])) *
                             dequantize(walker.take_sum<GLU>(threadIdx.x + plan.part[GLU].second_at), gamma * f[0]);
-                        w[0] = walker.side(0);
+                        w[0] = walker.own_vector(0);
                     }
                     send_channel<DOWN>(a, has_inner, inner_channel, y, y * y, w, round);
                 }
@@ -316,9 +316,9 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     float y = 0.0f, w[3] = {};
                     if (has_channel) {
                         x = x + dequantize(walker.take_sum<DOWN>(threadIdx.x), gamma * f[0]);
-                        y = x * walker.side(0);
+                        y = x * walker.own_vector(0);
 #pragma unroll
-                        for (u32 j = 0; j < 3; ++j) w[j] = walker.side(1 + j);
+                        for (u32 j = 0; j < 3; ++j) w[j] = walker.own_vector(1 + j);
                     }
                     float square = y * y + 1e-6f * (x * x);
                     if (!is_last) {

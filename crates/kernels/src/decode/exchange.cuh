@@ -125,13 +125,10 @@ __device__ __forceinline__ void add_sums(const Args& a, Shared& shared, u32 roun
     if (lane == 0) shared.factor[turn] = r;
 }
 
-__device__ __forceinline__ void copy16(u32 to, const float* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The vectors that a block's channels need behind a phase, four at most, by one warp.
-__device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, float* side, u32 layer, u32 phase) {
+__device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, float* own_vectors, u32 layer, u32 phase) {
     const Part& part = shared.plan.part[phase];
     const float* v = a.vectors + (size_t)layer * (9 * WIDTH + INNER);
     u32 first = phase == MIX ? 4 : phase == OUT ? 7 : 9, count = phase == OUT ? 2 : phase == GLU ? 1 : 3;
@@ -143,14 +140,14 @@ __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, floa
     if (phase != HEAD)
 #pragma unroll 1
         for (u32 k = threadIdx.x % 32; k < part.channels / 4; k += 32) {
-            u32 to = shared_address(side) + 16 * k, channel = part.channel + 4 * k;
-            for (u32 n = 0; n < count; ++n) copy16(to + 4 * n * a.own_floats, v + (first + n) * WIDTH + channel);
-            if (phase == MIX) copy16(to + 12 * a.own_floats, a.state + (size_t)layer * WIDTH + channel);
+            u32 to = shared_address(own_vectors) + 16 * k, channel = part.channel + 4 * k;
+            for (u32 n = 0; n < count; ++n) async_copy_16(to + 4 * n * a.own_floats, v + (first + n) * WIDTH + channel);
+            if (phase == MIX) async_copy_16(to + 12 * a.own_floats, a.state + (size_t)layer * WIDTH + channel);
         }
 }
 
 // By one warp, beside the others: the sums of squares, and the vectors of the phase to come.
-__device__ __forceinline__ void serve(const Args& a, Shared& shared, float* both_sides) {
+__device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_vectors) {
     auto has = [&](u32 phase) { return shared.plan.part[phase].channels > 0; };
     u32 turn = 0, steps = 4 * a.layers, step = ~0u;
     auto next_of = [&](u32 step) {
@@ -159,7 +156,7 @@ __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* both
         return step;
     };
     auto copy = [&](u32 step, u32 turn) {
-        copy_vectors(a, shared, both_sides + turn * 4 * a.own_floats, step / 4, step == steps ? (u32)HEAD : step % 4);
+        copy_vectors(a, shared, own_vectors + turn * 4 * a.own_floats, step / 4, step == steps ? (u32)HEAD : step % 4);
     };
     u32 token = 0;
     step = next_of(steps);

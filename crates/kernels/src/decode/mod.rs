@@ -30,7 +30,7 @@ const TILE_BYTES: usize = 512;
 /// The beginning of a block's shared memory.
 const SHARED_BYTES: usize = 3072;
 /// Vectors of own channels behind a phase, at most, for two phases.
-const SIDE_VECTORS: usize = 2 * 4;
+const OWN_VECTORS: usize = 2 * 4;
 /// Warps that fetch and serve, beside those that multiply.
 const OTHER_WARPS: usize = 2;
 /// In a key, tells in which round it was sent.
@@ -136,7 +136,7 @@ impl Division {
         for (phase, sums) in sums.into_iter().enumerate() {
             sums_at[phase + 1] = sums_at[phase] + sums as u32;
         }
-        let fixed = SHARED_BYTES + 4 * (sums_at[PHASES] as usize + SIDE_VECTORS * own_floats);
+        let fixed = SHARED_BYTES + 4 * (sums_at[PHASES] as usize + OWN_VECTORS * own_floats);
         let available = shared_bytes.checked_sub(RESERVED_SHARED_BYTES + fixed)?;
         let ring_tiles = if has_ring { (available / TILE_BYTES).min(MAX_RING_TILES) } else { 0 };
         // Two rows: one is used while the next arrives.
@@ -186,8 +186,7 @@ pub struct Decoder {
     /// Whether a logit was not.
     not_finite: Buffer<u32>,
     /// Tokens that were fed in all: the source tells rounds apart by it.
-    fed: u32,
-    is_new: bool,
+    fed: u64,
     /// Tokens that the last call fed.
     history: Buffer<u32>,
 }
@@ -217,7 +216,6 @@ impl Decoder {
             keys: Buffer::zeros(device, division.blocks)?,
             not_finite: Buffer::zeros(device, 1)?,
             fed: 0,
-            is_new: true,
             history: Buffer::zeros(device, 1)?,
             division,
         }))
@@ -274,7 +272,7 @@ impl Decoder {
         let Shape { layers, width, vocab, .. } = self.shape;
         let is_known = match token {
             Token::Id(id) => (id as usize) < vocab,
-            Token::Best => !self.is_new,
+            Token::Best => self.fed > 0,
         };
         if weights.shape() != self.shape || state.len() < layers * width || !is_known {
             return Err(CudaError::Shape(format!("a step of {token:?}")));
@@ -300,7 +298,7 @@ impl Decoder {
             embedding_type: weights.embedding_type.code(),
             own_floats: self.division.own_floats as u32,
             sums_at: self.division.sums_at,
-            tokens_before: self.fed,
+            tokens_before: self.fed as u32,
             count: count as u32,
             token: match token {
                 Token::Id(id) => id as i32,
@@ -317,8 +315,7 @@ impl Decoder {
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape.
         unsafe { self.kernel.launch(launch, &args)? };
-        self.fed = self.fed.wrapping_add(count as u32);
-        self.is_new = false;
+        self.fed += count as u64;
         Ok(())
     }
 

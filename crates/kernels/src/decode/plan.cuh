@@ -48,11 +48,11 @@ struct Args {
 };
 
 // Where things are in `exchange`: of each phase a row for each layer, and the sums of its groups.
-__device__ constexpr u32 even(u32 n) { return (n + 3) / 4 * 4; }
+__device__ constexpr u32 whole_fours(u32 n) { return (n + 3) / 4 * 4; }
 __device__ constexpr u32 layers_of(u32 phase) { return phase == MIX ? 3 : 1; }
 __device__ constexpr u32 place_of(u32 phase) {
     u32 at = 0;
-    for (u32 p = 0; p < phase; ++p) at += layers_of(p) * inputs_of(p) + even(groups_of(inputs_of(p)));
+    for (u32 p = 0; p < phase; ++p) at += layers_of(p) * inputs_of(p) + whole_fours(groups_of(inputs_of(p)));
     return at;
 }
 __device__ constexpr u32 sums_of(u32 phase) { return place_of(phase) + layers_of(phase) * inputs_of(phase); }

@@ -8,20 +8,6 @@ constexpr u32 EARLY_COLUMNS = 2;
 // Tiles on their way at most: more would only queue up, and floats of the exchange behind them.
 constexpr u32 MOVING_TILES = NUM_MOVING_TILES;
 
-__device__ __forceinline__ void make_barrier(u32 barrier, u32 count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-// Makes barriers visible to bulk copies.
-__device__ __forceinline__ void fence_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // A place in the ring: a stage, which is a row of tiles; the parity of its barriers, and its first tile. No row
 // continues at the ring's beginning.
 struct Place {

@@ -21,12 +21,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens(const __grid
     uint4* ring = memory + warp * DEPTH * 32 + lane;
     const uint4* next = a.weights + (size_t)at * 32 + lane;
     u32 left = last - at;  // to fetch
-    auto copy = [](uint4* to, const uint4* from) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    };
     auto fetch = [&](u32 slot) {
         if (left > 0) {
-            copy(ring + slot * 32, next);
+            async_copy_16(ring + slot * 32, next);
             --left;
             next += 32;
         }
@@ -46,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) few_tokens(const __grid
         const uint4* from = (const uint4*)a.q + (size_t)(first_segment + segment) * a.rows * chunks;
         uint4* to = q + segment * a.m * chunks;
         // Chunks are swapped in odd rows, so that eight rows meet in no bank.
-        for (u32 k = threadIdx.x; k < a.m * chunks; k += THREADS) copy(to + (k ^ (k / chunks & 1)), from + k);
+        for (u32 k = threadIdx.x; k < a.m * chunks; k += THREADS) async_copy_16(to + (k ^ (k / chunks & 1)), from + k);
     }
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();

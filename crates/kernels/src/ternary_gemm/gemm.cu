@@ -1,11 +1,6 @@
 // Products of ternary weights with 8-bit activations on the int8 tensor cores, as exact 32-bit sums:
 // y[m, n] = sum_k q[m, k] t[n, k]. Codes are t + 1, so sum_k q (t + 1) - sum_k q.
 
-__device__ __forceinline__ void async_copy_16(void* to, const void* from) {
-    u32 address = (u32)__cvta_generic_to_shared(to);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
-
 // A block computes WARP_ROWS * 32 rows by TOKEN_WARPS * NT * 8 tokens; a warp 32 rows by NT * 8 tokens.
 template <u32 WARP_ROWS, u32 TOKEN_WARPS, u32 NT, u32 STAGES>
 __device__ void product(const Args& a) {

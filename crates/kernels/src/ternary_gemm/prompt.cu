@@ -52,10 +52,6 @@ __device__ __forceinline__ void multiply(int (&d)[64], u64 q, u64 codes) {
         : "l"(q), "l"(codes));
 }
 
-__device__ __forceinline__ void arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // What a block computes at a time: 128 tokens by 256 rows, or half of those rows.
 struct Tile {
     u32 token_block, segment;
@@ -269,15 +265,11 @@ __device__ __forceinline__ void multiply_all(const Args& a, const Grid& grid) {
 
 __device__ __forceinline__ void product(const Args& a) {
     if (threadIdx.x == 0) {
-        auto init = [](u64* barrier, u32 arrivals) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-        };
         for (u32 s = 0; s < STAGES; ++s) {
-            init(full + s, 1 + UNPACK_WARPS);
-            init(empty + s, 2);
+            make_barrier(shared_address(full + s), 1 + UNPACK_WARPS);
+            make_barrier(shared_address(empty + s), 2);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        fence_barriers();
     }
     __syncthreads();
     Grid grid(a);

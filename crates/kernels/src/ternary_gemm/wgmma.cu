@@ -50,11 +50,9 @@ __device__ __forceinline__ void batch_product(const Args& a) {
     u32 segment = first_tile / a.segment_tiles;
     u8* weights = tiles + count * BATCH_TILE_BYTES;
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(&weights_full)) : "memory");
-        for (u32 i = 0; i < count; ++i)
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + i)) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        make_barrier(shared_address(&weights_full), 1);
+        for (u32 i = 0; i < count; ++i) make_barrier(shared_address(full + i), 1);
+        fence_barriers();
         expect_bytes(shared_address(&weights_full), row_tiles * count * 512);
         for (u32 r = 0; r < row_tiles; ++r)
             bulk_copy(weights + r * count * 512, a.weights + ((size_t)(first_tile + r) * a.col_tiles + begin) * 32,

@@ -125,9 +125,8 @@ __device__ __forceinline__ void integer_product(const IntegerProductArgs& a) {
     u32 warp = threadIdx.x / 32;
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < PRODUCT_STAGES; ++s) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(empty + s)), "r"(2 * CLUSTER)
-                         : "memory");
+            make_barrier(shared_address(full + s), 1);
+            make_barrier(shared_address(empty + s), 2 * CLUSTER);
         }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

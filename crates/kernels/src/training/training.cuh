@@ -43,11 +43,10 @@ __device__ __forceinline__ T block_sum(T value, T* parts) {
 // two commits are a group; wait_ahead<N> waits for all groups but the N newest.
 template <u32 BYTES>
 __device__ __forceinline__ void copy_ahead(void* to, const void* from) {
-    u32 address = (u32)__cvta_generic_to_shared(to);
     if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+        async_copy_16(to, from);
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(BYTES) : "memory");
 }
 __device__ __forceinline__ void commit_ahead() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <u32 GROUPS>
