@@ -15,6 +15,8 @@ use super::{COMMON, Constant, CudaError, Source};
 const CACHE_VARIABLE: &str = "MMFREE_CUDA_CACHE";
 /// Environment variable: architecture to compile for, as in `sm_90a` or `compute_80`, instead of the device's.
 pub(super) const ARCHITECTURE_VARIABLE: &str = "MMFREE_CUDA_ARCH";
+/// Option of NVRTC 13.
+const NO_CACHE: &str = "--no-cache";
 /// Begins a cached file; followed by the code's length and its XXH3.
 const MAGIC: [u8; 8] = *b"MMFCUDA1";
 
@@ -38,7 +40,8 @@ pub fn is_compiler_present() -> bool {
     unsafe { sys::is_culib_present() }
 }
 
-/// Compiles a module for an architecture: `sm_90a` gives machine code, `compute_80` PTX.
+/// Compiles a module for an architecture: `sm_90a` gives machine code, `compute_80` PTX. Always anew: NVRTC 13 may keep what
+/// it has compiled, but not what it had to say about it.
 ///
 /// # Errors
 /// No compiler, or its complaints.
@@ -51,6 +54,17 @@ pub(crate) fn compile_with(
     source: Source,
     constants: &[Constant],
     architecture: &str,
+) -> Result<Compiled, CudaError> {
+    compile(source, constants, architecture, Some(NO_CACHE))
+        // Older compilers keep nothing and do not know the option.
+        .or_else(|_| compile(source, constants, architecture, None))
+}
+
+fn compile(
+    source: Source,
+    constants: &[Constant],
+    architecture: &str,
+    option: Option<&str>,
 ) -> Result<Compiled, CudaError> {
     if !is_compiler_present() {
         return Err(CudaError::NoCompiler { kernel: source.name });
@@ -69,6 +83,7 @@ pub(crate) fn compile_with(
     options.extend(constants.iter().map(define));
     options.push(format!("--gpu-architecture={architecture}"));
     options.push("--ptxas-options=-v".to_owned());
+    options.extend(option.map(str::to_owned));
     // SAFETY: the program is alive.
     let outcome = unsafe { result::compile_program(program.0, &options) };
     // SAFETY: the program is alive and was compiled; the log ends with a zero byte.
@@ -135,7 +150,7 @@ pub(super) fn load(
     if let Some(code) = file.as_deref().and_then(read_cached) {
         return Ok(to_image(&architecture, code));
     }
-    let compiled = compile_with(source, constants, &architecture)?;
+    let compiled = compile(source, constants, &architecture, None)?;
     if let Some(file) = file {
         // A cache that cannot be written costs time, not results.
         let _ = write_cached(&file, &compiled.code);
