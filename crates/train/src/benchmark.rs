@@ -101,14 +101,14 @@ pub struct Report {
     pub losses: [f64; 2],
     /// Where the time of one more step went; GPUs only.
     pub breakdown: Vec<Share>,
-    /// What the host did in one more step; one GPU only.
+    /// What the host did in one more step; GPUs only.
     pub host: Option<Host>,
 }
 
 /// The host's part of a step: what does not show as long as it is less than the device's, which goes on meanwhile.
 #[derive(Clone, Debug, Serialize)]
 pub struct Host {
-    /// Kernels and products submitted.
+    /// Kernels and products submitted, exchanges aside.
     pub launches: usize,
     /// Seconds for them, and for making the batch, without waiting for the device.
     pub seconds: f64,
@@ -275,10 +275,7 @@ pub fn run<B: Backend + 'static>(
             .into_iter()
             .map(|(kind, seconds)| Share { kind: kind.to_owned(), seconds, share: seconds / whole })
             .collect(),
-        // Among several processes the host also waits for the others.
-        host: submission
-            .filter(|_| processes == 1)
-            .map(|(launches, seconds)| Host { launches, seconds }),
+        host: submission.map(|(launches, seconds)| Host { launches, seconds }),
     })
 }
 

@@ -113,6 +113,9 @@ pub enum CudaError {
         /// All bytes.
         total: usize,
     },
+    /// What the host waits for will not come.
+    #[error("{0}")]
+    Abandoned(String),
     /// Shapes that the kernels do not handle.
     #[error("{0}")]
     Shape(String),

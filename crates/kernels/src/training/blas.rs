@@ -38,6 +38,20 @@ pub(super) struct Extent {
     pub k: usize,
 }
 
+/// `d = a b + beta c`, all row-major; `c` may be `d`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Product {
+    pub extent: Extent,
+    pub a: Operand,
+    pub b: Operand,
+    /// Element type of `c` and `d`.
+    pub result: Result16Or32,
+    pub beta: f32,
+    /// Addresses.
+    pub c: u64,
+    pub d: u64,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     extent: Extent,
@@ -85,21 +99,12 @@ impl Blas {
         Ok(Self { device: Arc::clone(device), handle, workspace, plans: HashMap::new() })
     }
 
-    /// `d = a b + beta c`, all row-major; `c` may be `d`.
+    /// Submits a product.
     ///
     /// # Safety
     /// The addresses must be of live memory of the device that holds the matrices.
-    #[allow(clippy::too_many_arguments)]
-    pub unsafe fn multiply(
-        &mut self,
-        extent: Extent,
-        a: Operand,
-        b: Operand,
-        result: Result16Or32,
-        beta: f32,
-        c: u64,
-        d: u64,
-    ) -> Result<(), CudaError> {
+    pub unsafe fn multiply(&mut self, product: &Product) -> Result<(), CudaError> {
+        let Product { extent, a, b, result, beta, c, d } = *product;
         // Row-major matrices are the transposed column-major ones: d' = b' a'.
         let alignment =
             |address: u64| (1 << address.trailing_zeros().min(8)).min(MAX_ALIGNMENT) as u32;

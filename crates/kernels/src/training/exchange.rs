@@ -97,7 +97,7 @@ impl GpuGroup {
         buffer: &mut Buffer<f32>,
         shards: &[Range<usize>],
     ) -> Result<(), CudaError> {
-        self.check(buffer, shards)?;
+        self.check_shards(buffer, shards)?;
         self.begin()?;
         let step = block_len(self.world_size);
         let longest = shards.iter().map(Range::len).max().unwrap_or(0);
@@ -132,7 +132,7 @@ impl GpuGroup {
         buffer: &mut Buffer<f32>,
         shards: &[Range<usize>],
     ) -> Result<(), CudaError> {
-        self.check(buffer, shards)?;
+        self.check_shards(buffer, shards)?;
         self.begin()?;
         let mut messages = Vec::with_capacity(2 * self.world_size);
         for peer in self.peers() {
@@ -168,13 +168,21 @@ impl GpuGroup {
         self.device.join()
     }
 
+    /// Looks whether an exchange has failed, as far as NCCL knows.
+    ///
+    /// # Errors
+    /// Such a failure.
+    pub fn check(&self) -> Result<(), CudaError> {
+        // SAFETY: the communicator lives as long as this.
+        unsafe { self.nccl.check_earlier(self.communicator) }
+    }
+
     /// Whether all exchanges are done. Does not wait.
     ///
     /// # Errors
     /// A failure of any of them.
     pub fn is_done(&self) -> Result<bool, CudaError> {
-        // SAFETY: the communicator lives as long as this.
-        unsafe { self.nccl.check_earlier(self.communicator)? };
+        self.check()?;
         let Some(event) = &self.newest else { return Ok(true) };
         event.try_is_complete().map_err(|error| CudaError::driver("an exchange", error))
     }
@@ -194,7 +202,7 @@ impl GpuGroup {
         if rank < self.rank { rank } else { rank - 1 }
     }
 
-    fn check(&self, buffer: &Buffer<f32>, shards: &[Range<usize>]) -> Result<(), CudaError> {
+    fn check_shards(&self, buffer: &Buffer<f32>, shards: &[Range<usize>]) -> Result<(), CudaError> {
         let inside = |shard: &Range<usize>| shard.start <= shard.end && shard.end <= buffer.len();
         if shards.len() == self.world_size && shards.iter().all(inside) {
             return Ok(());

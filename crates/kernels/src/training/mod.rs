@@ -16,21 +16,22 @@ mod loss;
 mod nccl;
 mod norms;
 mod optimizer;
+mod pace;
 mod products;
 mod recurrence;
 mod rows;
-mod submission;
 mod timeline;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Element, Kernel, Launch, Source};
-use blas::{Blas, Extent, Operand, Result16Or32};
+use blas::{Blas, Product};
 pub use exchange::{GpuGroup, UniqueId};
 pub use norms::{Integers, NormBackward, NormQuantize, Rows};
+pub use pace::{Lookout, wait_until};
+use pace::{Pace, Start};
 pub use recurrence::Recurrence;
-use submission::Submission;
 pub use timeline::Timeline;
 
 /// A module of training: the common part of training and its files.
@@ -174,7 +175,8 @@ pub struct Training {
     rope_table: Buffer<f32>,
     rope_key: Option<(usize, usize, u32)>,
     timeline: Option<Timeline>,
-    submission: Option<Submission>,
+    pace: Pace,
+    submission: Option<Start>,
 }
 
 impl Training {
@@ -194,6 +196,7 @@ impl Training {
             rope_table: Buffer::zeros(device, 1)?,
             rope_key: None,
             timeline: None,
+            pace: Pace::default(),
             submission: None,
         })
     }
@@ -232,25 +235,41 @@ impl Training {
         self.timeline.take().map_or(Ok(Vec::new()), |timeline| timeline.finish(&self.device))
     }
 
-    /// Begins to count launches and the host's time for them. The device is waited for now and then, so that it never makes
-    /// the host wait.
+    /// Begins to count launches and the host's time for them. Waits for the device.
     ///
     /// # Errors
     /// The driver's.
     pub fn begin_submission(&mut self) -> Result<(), CudaError> {
-        self.submission = Some(Submission::new(&self.device)?);
+        self.device.synchronize()?;
+        self.submission = Some(self.pace.start());
         Ok(())
     }
 
     /// Kernels and products since [`begin_submission`](Self::begin_submission), and the seconds that the host took, without
     /// waiting for the device.
     pub fn end_submission(&mut self) -> Option<(usize, f64)> {
-        self.submission.take().map(Submission::finish)
+        self.submission.take().map(|start| self.pace.since(&start))
+    }
+
+    /// What looks, whenever the host waits for the device, whether there is still something to wait for.
+    pub fn set_lookout(&mut self, lookout: Option<Lookout>) {
+        self.pace.set_lookout(lookout);
+    }
+
+    /// Waits until work of the device is done, as `done` says.
+    ///
+    /// # Errors
+    /// Those of `done` and of the lookout.
+    pub fn wait(
+        &mut self,
+        done: &mut dyn FnMut() -> Result<bool, CudaError>,
+    ) -> Result<(), CudaError> {
+        self.pace.wait(done)
     }
 
     /// Something was submitted.
     fn submitted(&mut self) -> Result<(), CudaError> {
-        self.submission.as_mut().map_or(Ok(()), |submission| submission.count(&self.device))
+        self.pace.count(&self.device)
     }
 
     /// What follows is work of a kind.
@@ -299,19 +318,9 @@ impl Training {
     ///
     /// # Safety
     /// As there.
-    #[allow(clippy::too_many_arguments)]
-    unsafe fn product(
-        &mut self,
-        extent: Extent,
-        a: Operand,
-        b: Operand,
-        result: Result16Or32,
-        beta: f32,
-        c: u64,
-        d: u64,
-    ) -> Result<(), CudaError> {
+    unsafe fn product(&mut self, product: &Product) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.blas.multiply(extent, a, b, result, beta, c, d)? };
+        unsafe { self.blas.multiply(product)? };
         self.submitted()
     }
 }

@@ -1,6 +1,6 @@
 //! Dense products, by cuBLASLt.
 
-use super::blas::{Extent, Operand, Result16Or32};
+use super::blas::{Extent, Operand, Product, Result16Or32};
 use super::{Training, View, ViewMut, quotient, require};
 use crate::cuda::CudaError;
 
@@ -21,10 +21,11 @@ impl Training {
         require(y.len == extent.m * extent.n, "y")?;
         require(residual.is_none_or(|r| r.len == y.len), "residual")?;
         self.mark("products, forward")?;
-        let (a, b) = (plain(x), transposed(weight));
         let (beta, c) = residual.map_or((0.0, y.address()), |r| (1.0, r.address()));
+        let (a, b, result) = (plain(x), transposed(weight), Result16Or32::Half);
+        let product = Product { extent, a, b, result, beta, c, d: y.address() };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.product(extent, a, b, Result16Or32::Half, beta, c, y.address()) }
+        unsafe { self.product(&product) }
     }
 
     /// As [`multiply`](Self::multiply), with a result in f32.
@@ -41,9 +42,10 @@ impl Training {
         let extent = forward_extent(x.len, weight.len, outputs)?;
         require(y.len == extent.m * extent.n, "y")?;
         self.mark("products, forward")?;
-        let (a, b) = (plain(x), transposed(weight));
+        let (a, b, d) = (plain(x), transposed(weight), y.address());
+        let product = Product { extent, a, b, result: Result16Or32::Full, beta: 0.0, c: d, d };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.product(extent, a, b, Result16Or32::Full, 0.0, y.address(), y.address()) }
+        unsafe { self.product(&product) }
     }
 
     /// `dx = dy W` in bf16: dy [M, N], w [N, K], dx [M, K].
@@ -62,19 +64,11 @@ impl Training {
         require(dx.len == m * k, "dx")?;
         self.mark("products, gradients of inputs")?;
         let extent = Extent { m, n: k, k: outputs };
+        let (a, b, d) = (plain(dy), plain(weight), dx.address());
         let beta = if add { 1.0 } else { 0.0 };
+        let product = Product { extent, a, b, result: Result16Or32::Half, beta, c: d, d };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe {
-            self.product(
-                extent,
-                plain(dy),
-                plain(weight),
-                Result16Or32::Half,
-                beta,
-                dx.address(),
-                dx.address(),
-            )
-        }
+        unsafe { self.product(&product) }
     }
 
     /// `dW += dyᵀ x` in f32: dy [M, N], x [M, K], dW [N, K].
@@ -92,10 +86,10 @@ impl Training {
         require(x.len == m * k, "x")?;
         self.mark("products, gradients of weights")?;
         let extent = Extent { m: outputs, n: k, k: m };
-        let (a, b) = (transposed(dy), plain(x));
-        let d = gradient.address();
+        let (a, b, d) = (transposed(dy), plain(x), gradient.address());
+        let product = Product { extent, a, b, result: Result16Or32::Full, beta: 1.0, c: d, d };
         // SAFETY: the views lie in live buffers and have the sizes that were checked.
-        unsafe { self.product(extent, a, b, Result16Or32::Full, 1.0, d, d) }
+        unsafe { self.product(&product) }
     }
 }
 

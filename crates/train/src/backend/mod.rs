@@ -19,6 +19,7 @@ use mmfree::engine::TokenScore;
 use mmfree::error::Result;
 pub use mmfree_kernels::adamw::AdamW;
 pub use mmfree_kernels::cross_entropy::IGNORED;
+pub use mmfree_kernels::training::Lookout;
 
 mod cpu;
 mod cuda;
@@ -192,6 +193,9 @@ pub trait Backend: Memory {
         Ok(())
     }
 
+    /// What looks, whenever the host waits for room on the device, whether there is still something to wait for.
+    fn set_lookout(&mut self, _: Option<Lookout>) {}
+
     /// Begins to take the time of operations by their kind, where the device can.
     fn begin_timeline(&mut self) -> Result<()> {
         Ok(())
@@ -202,7 +206,7 @@ pub trait Backend: Memory {
         Ok(Vec::new())
     }
 
-    /// Begins to count launches and the host's time for them, where there is a device. Waits for it now and then.
+    /// Begins to count launches and the host's time for them, where there is a device.
     fn begin_submission(&mut self) -> Result<()> {
         Ok(())
     }

@@ -12,8 +12,8 @@
 //! ([`tree_sum`]), so that the number of processes does not change the bits.
 
 use std::ops::Range;
-use std::thread;
-use std::time::{Duration, Instant};
+
+use mmfree_kernels::training::{Lookout, wait_until};
 
 use crate::error::Result;
 
@@ -53,7 +53,7 @@ pub trait Communicator<F> {
 
     /// Adds up a buffer over all processes; process r then has the sum in `shards[r]`. Elsewhere in the shards its
     /// buffer is undefined, and outside of them it is as before. On a device this may only have begun: nothing may
-    /// touch the shards before [`wait`](Self::wait).
+    /// touch the shards before [`join_device`](Self::join_device).
     ///
     /// # Errors
     /// A process is gone.
@@ -70,6 +70,14 @@ pub trait Communicator<F> {
     /// # Errors
     /// A process is gone.
     fn broadcast(&mut self, buffer: &mut F) -> Result<()>;
+
+    /// What is submitted on the device from here on waits for every exchange that was begun. The host does not.
+    ///
+    /// # Errors
+    /// Those of the device.
+    fn join_device(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Waits until every exchange that was begun is done.
     ///
@@ -95,6 +103,11 @@ pub trait Communicator<F> {
         Ok(())
     }
 
+    /// [`check`](Self::check), for whoever waits for a device that waits for other processes.
+    fn lookout(&self) -> Option<Lookout> {
+        None
+    }
+
     /// Gives every process the bytes of every process, in the order of ranks. For small things: losses,
     /// norms, decisions.
     ///
@@ -112,26 +125,6 @@ pub trait Communicator<F> {
 
     /// Takes leave: every process is done. One that ends without this has failed, and the others notice.
     fn finish(&mut self) {}
-}
-
-/// How often the end of work of a device is looked for, and the other processes meanwhile.
-const TICK: Duration = Duration::from_micros(20);
-const LOOK: Duration = Duration::from_secs(1);
-
-/// Waits until `done`, and calls `check` now and then.
-fn wait_until(
-    done: &mut dyn FnMut() -> Result<bool>,
-    check: &mut dyn FnMut() -> Result<()>,
-) -> Result<()> {
-    let mut looked = Instant::now();
-    while !done()? {
-        if looked.elapsed() > LOOK {
-            check()?;
-            looked = Instant::now();
-        }
-        thread::sleep(TICK);
-    }
-    Ok(())
 }
 
 /// Elements that are exchanged at a time.

@@ -3,23 +3,28 @@
 //! The processes find each other as they do on CPUs. That exchange hands round NCCL's unique id and carries what the
 //! host has to say; flat buffers go from GPU to GPU.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use mmfree_kernels::cuda::{Buffer, CudaError, Device};
-use mmfree_kernels::training::{GpuGroup, UniqueId};
+use mmfree_kernels::training::{GpuGroup, Lookout, UniqueId, wait_until};
 
-use super::{Communicator, wait_until};
+use super::Communicator;
 use crate::error::{Error, Result};
 
 /// Most processes whose exchanges go part by part. A part lies in few shards, so that few processes receive it, from all
 /// others: that takes (P - 1) times what it does to exchange everything at once at the end.
 const MAX_OVERLAPPING: usize = 8;
 
+/// What carries the words of hosts, shared with those that watch over it.
+type Host = Rc<RefCell<Box<dyn Communicator<Vec<f32>>>>>;
+
 /// GPUs joined by NCCL, one of each process.
 pub struct Nccl {
     /// Dropped first: the others notice before this process leaves the group.
-    host: Box<dyn Communicator<Vec<f32>>>,
+    host: Host,
     group: GpuGroup,
 }
 
@@ -45,7 +50,7 @@ impl Nccl {
             Error::Communication("process 0 sent something else than an id of NCCL".to_owned())
         })?;
         let group = GpuGroup::join(device, id, rank, world_size).map_err(failed)?;
-        Ok(Self { host, group })
+        Ok(Self { host: Rc::new(RefCell::new(host)), group })
     }
 }
 
@@ -61,19 +66,19 @@ fn failed(error: CudaError) -> Error {
 
 impl Communicator<Buffer<f32>> for Nccl {
     fn rank(&self) -> usize {
-        self.host.rank()
+        self.host.borrow().rank()
     }
 
     fn world_size(&self) -> usize {
-        self.host.world_size()
+        self.host.borrow().world_size()
     }
 
     fn describe(&self) -> String {
-        format!("{}, gradients over NCCL {}", self.host.describe(), self.group.version())
+        format!("{}, gradients over NCCL {}", self.host.borrow().describe(), self.group.version())
     }
 
     fn overlaps(&self) -> bool {
-        self.host.world_size() <= MAX_OVERLAPPING
+        self.host.borrow().world_size() <= MAX_OVERLAPPING
     }
 
     fn reduce_scatter(&mut self, buffer: &mut Buffer<f32>, shards: &[Range<usize>]) -> Result<()> {
@@ -88,23 +93,36 @@ impl Communicator<Buffer<f32>> for Nccl {
         self.group.broadcast(buffer).map_err(failed)
     }
 
+    fn join_device(&mut self) -> Result<()> {
+        self.group.join_device().map_err(failed)
+    }
+
     /// NCCL itself waits for a lost process for ever: this looks for it meanwhile.
     fn wait(&mut self) -> Result<()> {
-        self.group.join_device().map_err(failed)?;
-        wait_until(&mut || self.group.is_done().map_err(failed), &mut || self.host.check())
+        self.join_device()?;
+        let look = &mut || self.host.borrow_mut().check();
+        wait_until(&mut || self.group.is_done().map_err(failed), look)
     }
 
     fn check(&mut self) -> Result<()> {
-        self.host.check()
+        self.group.check().map_err(failed)?;
+        self.host.borrow_mut().check()
+    }
+
+    fn lookout(&self) -> Option<Lookout> {
+        let host = Rc::clone(&self.host);
+        Some(Box::new(move || {
+            host.borrow_mut().check().map_err(|error| CudaError::Abandoned(error.to_string()))
+        }))
     }
 
     fn gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
-        self.host.gather_bytes(bytes)
+        self.host.borrow_mut().gather_bytes(bytes)
     }
 
     fn finish(&mut self) {
         self.group.finish();
-        self.host.finish();
+        self.host.borrow_mut().finish();
     }
 }
 

@@ -12,8 +12,8 @@
 //! Where exchanges run beside the computation, the reduce-scatter goes part by part, as the last micro-batch's backward pass
 //! is done with them.
 //!
-//! On a GPU the host waits for none of this: what a step came to is read when the next one is under way. With several GPUs it
-//! waits once a step, for the exchange of gradients, since only the host can notice that a process is lost.
+//! On a GPU the host waits for none of this: what a step came to is read when the next one is under way. Whenever the host waits
+//! for the device after all, since it is far enough ahead, it looks whether all processes are still there.
 //!
 //! The tree makes the sum independent of the number of processes: the micro-batches of a step are cut
 //! into 2ᵏ groups; each group is added up in order, then the groups pairwise. With 2ʲ ≤ 2ᵏ processes the
@@ -102,6 +102,7 @@ impl<B: Backend + 'static> DataParallel<B> {
         parameters: &[f32],
     ) -> Result<Self> {
         let (rank, world) = (communicator.rank(), communicator.world_size());
+        backend.set_lookout(communicator.lookout());
         if let Some((free, total)) = backend.device_bytes()? {
             let head_chunk = backend.head_chunk();
             memory::require(free, total, architecture, config, head_chunk, rank, world)?;
@@ -184,10 +185,6 @@ impl<B: Backend + 'static> DataParallel<B> {
             let gradients = &mut gradients[0];
             self.backend.clear_flat(gradients, 0..len)?;
             for micro_batch in group.clone() {
-                // The last step's exchange. A process that is lost must be noticed before the device makes the host wait.
-                if micro_batch > self.plan.groups[0].start {
-                    self.communicator.wait()?;
-                }
                 let first = micro_batch * self.micro_batch;
                 let batch = rows(first..first + self.micro_batch)?;
                 let batch = model::Batch { ids: &batch.ids, targets: &batch.targets };
@@ -224,7 +221,7 @@ impl<B: Backend + 'static> DataParallel<B> {
             add_all(&mut self.backend, &mut before[waiting - joined..], gradients, &(0..len))?;
             waiting = waiting + 1 - joined;
         }
-        self.communicator.wait()
+        self.communicator.join_device()
     }
 
     /// Changes the weights: step number `step`, from 1, with clipped gradients. If the norm of the gradients or the loss is

@@ -25,7 +25,7 @@ pub use self::tensors::{CudaTensor, CudaTokens, CudaWeights};
 use self::tensors::{flat_view, flat_view_mut, numbers_mut, rows_by_token};
 use super::numbers::{ELEMENTS, FACTOR};
 use super::{
-    AdamW, AttentionShape, Backend, BatchShape, Head, Memory, Norm, Parameters, Precision,
+    AdamW, AttentionShape, Backend, BatchShape, Head, Lookout, Memory, Norm, Parameters, Precision,
     Projection,
 };
 
@@ -204,6 +204,10 @@ impl Backend for CudaBackend {
         Ok(self.device.synchronize()?)
     }
 
+    fn set_lookout(&mut self, lookout: Option<Lookout>) {
+        self.ops.set_lookout(lookout);
+    }
+
     fn begin_timeline(&mut self) -> Result<()> {
         Ok(self.ops.begin_timeline()?)
     }
@@ -279,10 +283,12 @@ impl Backend for CudaBackend {
     }
 
     fn write_tokens(&mut self, tokens: &mut CudaTokens, ids: &[u32]) -> Result<()> {
+        self.ops.wait(&mut || tokens.is_free())?;
         tokens.write(ids, Some(rows_by_token(ids)))
     }
 
     fn write_targets(&mut self, targets: &mut CudaTokens, ids: &[u32]) -> Result<()> {
+        self.ops.wait(&mut || targets.is_free())?;
         targets.write(ids, None)
     }
 

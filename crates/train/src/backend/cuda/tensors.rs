@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mmfree::error::{Error, Result};
-use mmfree_kernels::cuda::{Buffer, Device, Pinned};
+use mmfree_kernels::cuda::{Buffer, CudaError, Device, Pinned};
 use mmfree_kernels::training::{View, ViewMut};
 
 use crate::backend::numbers::ELEMENTS;
@@ -83,6 +83,11 @@ impl CudaTokens {
             staged: [Pinned::zeros(device, all)?, Pinned::zeros(device, all)?],
             turn: 0,
         })
+    }
+
+    /// Whether the memory of the host that comes next may be filled.
+    pub(super) fn is_free(&self) -> std::result::Result<bool, CudaError> {
+        self.staged[self.turn].is_done()
     }
 
     /// Sets ids, and their order and starts as [`rows_by_token`] has them if they are needed.
