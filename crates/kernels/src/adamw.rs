@@ -34,7 +34,7 @@ pub struct AdamW {
 #[derive(Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Factors {
-    keep: f32,
+    pub keep: f32,
     one_minus_beta1: f32,
     beta2: f32,
     one_minus_beta2: f32,

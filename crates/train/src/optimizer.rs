@@ -4,23 +4,18 @@ use std::ops::Range;
 
 use mmfree::error::Result;
 
-use crate::backend::{AdamW, Backend, Memory};
+use crate::backend::{AdamW, Backend, Group, Memory, Update};
 use crate::config::OptimizerConfig;
+use crate::model::Model;
 use crate::parameters::{ParameterKind, ParameterLayout};
 use crate::schedule::Rates;
-
-/// Parameters that follow each other in the flat buffer and have one weight decay.
-#[derive(Clone, Debug, PartialEq)]
-struct Group {
-    range: Range<usize>,
-    weight_decay: f64,
-}
 
 /// The optimiser of one process: it has the moments of its shard, and changes its shard of the parameters.
 #[derive(Debug)]
 pub struct Optimizer<F> {
     config: OptimizerConfig,
     shard: Range<usize>,
+    /// With the weight decay of the configuration.
     groups: Vec<Group>,
     /// First and second moment, for the shard only.
     moments: [F; 2],
@@ -57,41 +52,42 @@ impl<F> Optimizer<F> {
     }
 
     /// Step number `step`, from 1, for this process's shard of the parameters, with gradients clipped as
-    /// [`Outcomes::clip`](crate::outcome::Outcomes::clip) has computed in `numbers`.
+    /// [`Outcomes::clip`](crate::outcome::Outcomes::clip) has computed in `numbers`. Weights of projections in the shard are up
+    /// to date afterwards.
     ///
     /// # Errors
     /// Errors of the device.
-    pub fn step<B: Backend<Flat = F>>(
+    pub fn step<B: Backend<Flat = F> + 'static>(
         &mut self,
         backend: &mut B,
-        step: u64,
-        rates: Rates,
+        model: &mut Model<B>,
+        (step, rates): (u64, Rates),
         numbers: &F,
         parameters: &mut F,
         gradients: &F,
     ) -> Result<()> {
-        let [first_moment, second_moment] = &mut self.moments;
-        for group in &self.groups {
-            let adamw = AdamW {
+        let factor = rates.weight_decay_factor;
+        let groups = self.groups.iter().map(|group| Group {
+            range: group.range.clone(),
+            weight_decay: group.weight_decay * factor,
+        });
+        let update = Update {
+            step: AdamW {
                 learning_rate: rates.learning_rate,
                 beta1: self.config.beta1,
                 beta2: self.config.beta2,
                 eps: self.config.eps,
-                weight_decay: group.weight_decay * rates.weight_decay_factor,
+                weight_decay: 0.0,
                 step,
-            };
-            backend.adamw(
-                &adamw,
-                numbers,
-                group.range.clone(),
-                parameters,
-                gradients,
-                group.range.start - self.shard.start,
-                first_moment,
-                second_moment,
-            )?;
-        }
-        Ok(())
+            },
+            shard: self.shard.clone(),
+            groups: &groups.collect::<Vec<_>>(),
+            numbers,
+            parameters,
+            gradients,
+            moments: &mut self.moments,
+        };
+        model.update(backend, update)
     }
 }
 

@@ -5,8 +5,10 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use mmfree_kernels::cuda::CudaError;
 use mmfree_train::architecture::Architecture;
-use mmfree_train::backend::{AdamW, Backend, BatchShape};
+use mmfree_train::backend::numbers::ELEMENTS;
+use mmfree_train::backend::{AdamW, Backend, BatchShape, Memory};
 use mmfree_train::benchmark;
 use mmfree_train::communicator::{Local, shards};
 use mmfree_train::config::TrainConfig;
@@ -298,4 +300,17 @@ fn a_benchmark_has_a_breakdown() {
     // Forward and backward pass of two micro-batches, the optimiser.
     assert!(report.host.is_some_and(|host| host.launches > 100 && host.seconds > 0.0));
     assert!((report.losses[0] - 256f64.ln()).abs() < 0.5, "{:?}", report.losses);
+}
+
+#[test]
+fn a_host_that_waits_for_the_device_looks_whether_that_makes_sense() {
+    let Some(mut gpu) = gpu() else { return };
+    // A single block is slow: the device falls far behind.
+    const LEN: usize = 1 << 24;
+    let flat = gpu.flat_zeros(LEN).unwrap();
+    let mut sum = gpu.flat_zeros(ELEMENTS).unwrap();
+    let gone = || Err(CudaError::Abandoned("process 1 is gone".to_owned()));
+    gpu.set_lookout(Some(Box::new(gone)));
+    let outcome = (0..700).try_for_each(|_| gpu.sums_of_squares(&flat, 0..LEN, LEN, &mut sum, 0));
+    assert_eq!(outcome.unwrap_err().to_string(), "process 1 is gone");
 }

@@ -5,10 +5,12 @@
 //! Tensors are bf16 there: a value carries a relative error of 2^-9 for each rounding on its way, so that results are
 //! compared by the norm of the difference over the norm, which for one operation stays below 1 %.
 
-use mmfree_train::backend::numbers::{self, ELEMENTS, LOSSES};
+use std::ops::Range;
+
+use mmfree_train::backend::numbers::{self, ELEMENTS, FACTOR, LOSSES};
 use mmfree_train::backend::{
-    AdamW, AttentionShape, Backend, BatchShape, CpuBackend, CudaBackend, Head, IGNORED, Norm,
-    Parameters, Precision, Projection,
+    AdamW, AttentionShape, Backend, BatchShape, CpuBackend, CudaBackend, Group, Head, IGNORED,
+    Norm, Parameters, Precision, Projection, Update,
 };
 
 #[path = "support/gpu.rs"]
@@ -116,7 +118,7 @@ impl Fill for CpuBackend {
 
 impl Fill for CudaBackend {
     fn fill(&mut self, tensor: &mut Self::Tensor, values: &[f32]) {
-        self.write(tensor, values).unwrap();
+        tensor.write(values).unwrap();
     }
 }
 
@@ -478,6 +480,121 @@ fn the_optimiser_is_the_cpus() {
     let Some(mut gpu) = gpu() else { return };
     for len in [5, 1000, 123_457] {
         compare(&format!("{len}"), 1e-6, steps(&mut gpu, len), steps(&mut cpu(), len));
+    }
+}
+
+/// Parameters and moments after a step for a shard of the parameters, and what products then give with the weights: all in
+/// one, or operation by operation.
+fn updated<B: Fill>(
+    backend: &mut B,
+    setting: &Setting,
+    shard: &Range<usize>,
+    factor: f64,
+    at_once: bool,
+) -> Vec<Vec<f32>> {
+    let mut random = Random(29);
+    let Setting { rows, inputs, ref outputs, ref norm, ref projections, ref flat } = *setting;
+    let mut weights = backend.weights(projections).unwrap();
+    let mut parameters = backend.flat_from(flat).unwrap();
+    let shape = BatchShape { sequences: 1, length: rows };
+    backend.reserve(projections, shape, &setting.head(), None).unwrap();
+    backend.prepare(projections, &parameters, &mut weights).unwrap();
+    let gradients = backend.flat_from(&random.values(flat.len(), 0.1)).unwrap();
+    let first = random.values(shard.len(), 0.01);
+    let second: Vec<_> = random.values(shard.len(), 0.01).iter().map(|v| v * v).collect();
+    let mut moments = [first, second].map(|moment| backend.flat_from(&moment).unwrap());
+    let mut clip = vec![0.0; LOSSES * ELEMENTS];
+    numbers::set(&mut clip, FACTOR, &[factor]);
+    let numbers = &backend.flat_from(&clip).unwrap();
+    // The first norm in pieces of four, matrices, and what lies between them.
+    let pieces = (0..norm.weight.end).step_by(4).map(|at| (at..(at + 4).min(norm.weight.end), 0.2));
+    let between = projections.iter().scan(norm.weight.end, |end, projection| {
+        let weight = projection.weight.clone();
+        let gap = std::mem::replace(end, weight.end)..weight.start;
+        Some([(gap, 0.0), (weight, 0.1)])
+    });
+    let groups: Vec<_> = pieces
+        .chain(between.flatten())
+        .map(|(range, weight_decay)| Group {
+            range: range.start.max(shard.start)..range.end.min(shard.end),
+            weight_decay,
+        })
+        .filter(|group| group.range.start < group.range.end)
+        .collect();
+    if at_once {
+        let update = Update {
+            step: STEP,
+            shard: shard.clone(),
+            groups: &groups,
+            numbers,
+            parameters: &mut parameters,
+            gradients: &gradients,
+            moments: &mut moments,
+        };
+        backend.update(update, projections, &mut weights).unwrap();
+    } else {
+        let (p, [m, v]) = (&mut parameters, &mut moments);
+        for Group { range, weight_decay } in groups {
+            let step = AdamW { weight_decay, ..STEP };
+            let from = range.start - shard.start;
+            backend.adamw(&step, numbers, range, p, &gradients, from, m, v).unwrap();
+        }
+        for projection in projections.iter().filter(|projection| projection.lies_in(shard)) {
+            backend.prepare(std::slice::from_ref(projection), p, &mut weights).unwrap();
+        }
+    }
+    let mut results = vec![backend.flat_values(&parameters, flat.len())];
+    results.extend(moments.iter().map(|moment| backend.flat_values(moment, shard.len())));
+    let parameters = Parameters { flat: &parameters, weights: &weights };
+    let x = random.values(rows * inputs, 1.0);
+    let x = backend.filled(&x, Precision::Activation);
+    let mut y: Vec<_> = outputs.iter().map(|&n| backend.product_tensor(rows, n).unwrap()).collect();
+    let all: Vec<&Projection> = projections.iter().collect();
+    backend.project(parameters, norm, &x, &all, &mut y.iter_mut().collect::<Vec<_>>()).unwrap();
+    let mut dx = backend.filled(&vec![0.0; rows * inputs], Precision::Full);
+    let mut gradients = backend.flat_zeros(flat.len()).unwrap();
+    let dy: Vec<_> = y.iter().collect();
+    backend.project_backward(parameters, norm, &x, &all, &dy, &mut dx, &mut gradients).unwrap();
+    results.extend(y.iter().zip(outputs).map(|(y, n)| backend.values(y, rows * n)));
+    results.push(backend.values(&dx, rows * inputs));
+    results
+}
+
+#[test]
+fn a_step_with_its_weights_is_operation_by_operation_bit_for_bit() {
+    let mut gpu = gpu();
+    for (rows, inputs, outputs, count, ternary) in [
+        (17, 64, 96, 3, true),
+        (5, 40, 24, 1, false),
+        (3, 33, 7, 2, true),
+        (20, 1024, 1536, 2, true),
+        (9, 1024, 1100, 1, false),
+        (4, 256, 2048, 3, true),
+    ] {
+        let counts = vec![outputs; count];
+        let setting = Setting::new(&mut Random(31), rows, inputs, &counts, ternary);
+        let end = setting.flat.len();
+        let inside = setting.projections[0].weight.start + 4;
+        for (shard, factor) in [
+            (0..end, 0.6),
+            (0..end, f64::NAN),
+            (inside..end, 0.6),
+            (0..end - 8, 0.6),
+            (inside + 1..end, 0.6),
+        ] {
+            let what =
+                format!("{rows} x {inputs} x {outputs}, {count}, {ternary}, {shard:?}, {factor}");
+            if end < 1 << 18 {
+                let run = |at_once| updated(&mut cpu(), &setting, &shard, factor, at_once);
+                assert!(run(true) == run(false), "CPU, {what}");
+            }
+            let Some(gpu) = &mut gpu else { continue };
+            let mut run = |at_once| updated(gpu, &setting, &shard, factor, at_once);
+            let (found, expected) = (run(true), run(false));
+            for (at, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert!(found == expected, "{what}: result {at}");
+            }
+        }
     }
 }
 

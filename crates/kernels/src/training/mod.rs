@@ -21,6 +21,7 @@ mod products;
 mod recurrence;
 mod rows;
 mod timeline;
+mod update;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ pub use pace::{Lookout, wait_until};
 use pace::{Pace, Start};
 pub use recurrence::Recurrence;
 pub use timeline::Timeline;
+pub use update::{Prepared, Update, UpdatePart};
 
 /// A module of training: the common part of training and its files.
 macro_rules! source {
@@ -56,7 +58,7 @@ pub(crate) const INTEGERS: Source =
     Source { hopper_only: true, ..source!("training-integers", contracts: true, "integers.cu") };
 pub(crate) const ATTENTION: Source = source!("training-attention", contracts: true, "attention.cu");
 pub(crate) const OPTIMIZER: Source =
-    source!("training-optimizer", contracts: false, "optimizer.cu");
+    source!("training-optimizer", contracts: false, "optimizer.cu", "update.cu");
 
 /// Threads of most kernels.
 const THREADS: usize = 256;
@@ -167,6 +169,8 @@ pub struct Training {
     partials: Buffer<f32>,
     /// Sums of blocks for scales of weights.
     weight_partials: Buffer<f64>,
+    /// What the blocks of an update count with.
+    update_counters: Buffer<u32>,
     /// States between chunks of time.
     carries: Buffer<f32>,
     /// Sums of the attention's backward pass.
@@ -190,7 +194,8 @@ impl Training {
             kernels: HashMap::new(),
             blas: Blas::new(device)?,
             partials: Buffer::zeros(device, 1)?,
-            weight_partials: Buffer::zeros(device, optimizer::WEIGHT_BLOCKS)?,
+            weight_partials: Buffer::zeros(device, update::MOST_PARTS * optimizer::WEIGHT_BLOCKS)?,
+            update_counters: Buffer::zeros(device, update::COUNTERS)?,
             carries: Buffer::zeros(device, 1)?,
             deltas: Buffer::zeros(device, 1)?,
             rope_table: Buffer::zeros(device, 1)?,

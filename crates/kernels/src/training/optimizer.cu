@@ -53,6 +53,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) clip_gradients(const __gri
     a.numbers[1] = usable ? factor : nan("");
 }
 
+struct AdamWFactors {
+    float keep, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+};
+
+// As the CPU computes it, operation by operation.
+__device__ __forceinline__ void adamw(
+    const AdamWFactors& f, float scale, float gradient, float& p, float& m, float& v) {
+    float g = gradient * scale;
+    m += f.one_minus_beta1 * (g - m);
+    v = f.beta2 * v + f.one_minus_beta2 * (g * g);
+    float denominator = sqrtf(v) * f.correction2 + f.eps;
+    p = p * f.keep - f.step_size * (m / denominator);
+}
+
+__device__ __forceinline__ void adamw_four(
+    const AdamWFactors& f, float scale, float4 g, float4& p, float4& m, float4& v) {
+    adamw(f, scale, g.x, p.x, m.x, v.x);
+    adamw(f, scale, g.y, p.y, m.y, v.y);
+    adamw(f, scale, g.z, p.z, m.z, v.z);
+    adamw(f, scale, g.w, p.w, m.w, v.w);
+}
+
 struct AdamWArgs {
     float* p;
     const float* g;
@@ -60,18 +82,8 @@ struct AdamWArgs {
     float* v;
     const double* gradient_scale;  // NaN: nothing is changed
     u64 len;
-    float keep, one_minus_beta1, beta2, one_minus_beta2, correction2, eps, step_size;
+    AdamWFactors factors;
 };
-
-// As the CPU computes it, operation by operation.
-__device__ __forceinline__ void adamw(
-    const AdamWArgs& a, float scale, float gradient, float& p, float& m, float& v) {
-    float g = gradient * scale;
-    m += a.one_minus_beta1 * (g - m);
-    v = a.beta2 * v + a.one_minus_beta2 * (g * g);
-    float denominator = sqrtf(v) * a.correction2 + a.eps;
-    p = p * a.keep - a.step_size * (m / denominator);
-}
 
 extern "C" __global__ void __launch_bounds__(THREADS) adamw_step(const __grid_constant__ AdamWArgs a) {
     float scale = (float)*a.gradient_scale;
@@ -82,15 +94,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) adamw_step(const __grid_co
         [&](u64 k) {
             float4 g = *(const float4*)(a.g + k), p = *(float4*)(a.p + k);
             float4 m = *(float4*)(a.m + k), v = *(float4*)(a.v + k);
-            adamw(a, scale, g.x, p.x, m.x, v.x);
-            adamw(a, scale, g.y, p.y, m.y, v.y);
-            adamw(a, scale, g.z, p.z, m.z, v.z);
-            adamw(a, scale, g.w, p.w, m.w, v.w);
+            adamw_four(a.factors, scale, g, p, m, v);
             *(float4*)(a.p + k) = p;
             *(float4*)(a.m + k) = m;
             *(float4*)(a.v + k) = v;
         },
-        [&](u64 k) { adamw(a, scale, a.g[k], a.p[k], a.m[k], a.v[k]); });
+        [&](u64 k) { adamw(a.factors, scale, a.g[k], a.p[k], a.m[k], a.v[k]); });
 }
 
 struct SquaresArgs {
@@ -139,62 +148,75 @@ struct WeightArgs {
     double* partials;  // [blocks]: sums of |w|
     float* gamma;
     u16* out;
-    i8* bytes;         // trits once more, or null
+    i8* bytes;         // trits once more
     u64 len;
     u32 blocks;
 };
+
+__device__ __forceinline__ double sum_of_four(float4 w) {
+    return (double)fabsf(w.x) + (double)fabsf(w.y) + ((double)fabsf(w.z) + (double)fabsf(w.w));
+}
 
 // Sums of |w| for gamma.
 extern "C" __global__ void __launch_bounds__(THREADS) weight_sums(const __grid_constant__ WeightArgs a) {
     __shared__ double parts[WARPS];
     double sum = 0.0;
     for_all(
-        a.len, are_vectors(a.weights),
-        [&](u64 k) {
-            float4 w = *(const float4*)(a.weights + k);
-            sum += (double)fabsf(w.x) + (double)fabsf(w.y) + ((double)fabsf(w.z) + (double)fabsf(w.w));
-        },
+        a.len, are_vectors(a.weights), [&](u64 k) { sum += sum_of_four(*(const float4*)(a.weights + k)); },
         [&](u64 k) { sum += (double)fabsf(a.weights[k]); });
     sum = block_sum(sum, parts);
     if (threadIdx.x == 0) a.partials[blockIdx.x] = sum;
 }
 
-// gamma = max(mean |w|, 1e-5) and trits as bf16.
+// max(mean |w|, 1e-5) of sums that other blocks have left. All threads get it.
+__device__ __forceinline__ float gamma_of(const double* partials, u32 blocks, u64 len, double* parts) {
+    double sum = 0.0;
+    for (u32 b = threadIdx.x; b < blocks; b += THREADS) sum += __ldcg(partials + b);
+    sum = block_sum(sum, parts);
+    return fmaxf((float)(sum / (double)len), 1e-5f);
+}
+
+__device__ __forceinline__ int trit(float w, float inverse) {
+    float scaled = w * inverse;
+    return scaled > 0.5f ? 1 : scaled < -0.5f ? -1 : 0;
+}
+
+// A trit as bf16.
+__device__ __forceinline__ u32 half_of(int t) { return t == 0 ? 0 : t > 0 ? 0x3f80 : 0xbf80; }
+
+// Four trits as bf16 and as bytes.
+__device__ __forceinline__ void store_trits(float4 w, float inverse, uint2* halves, u32* bytes) {
+    int t[4] = {trit(w.x, inverse), trit(w.y, inverse), trit(w.z, inverse), trit(w.w, inverse)};
+    *halves = make_uint2(half_of(t[0]) | half_of(t[1]) << 16, half_of(t[2]) | half_of(t[3]) << 16);
+    *bytes = pack_bytes(t);
+}
+
+// gamma and trits as bf16.
 extern "C" __global__ void __launch_bounds__(THREADS) weight_trits(const __grid_constant__ WeightArgs a) {
     __shared__ double parts[WARPS];
-    double sum = 0.0;
-    for (u32 b = threadIdx.x; b < a.blocks; b += THREADS) sum += a.partials[b];
-    sum = block_sum(sum, parts);
-    float gamma = fmaxf((float)(sum / (double)a.len), 1e-5f);
+    float gamma = gamma_of(a.partials, a.blocks, a.len, parts);
     float inverse = 1.0f / gamma;
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.gamma = gamma;
-    auto trit = [&](float w) {
-        float scaled = w * inverse;
-        return scaled > 0.5f ? 1 : scaled < -0.5f ? -1 : 0;
-    };
-    auto half = [](int t) -> u32 { return t == 0 ? 0 : t > 0 ? 0x3f80 : 0xbf80; };
     for_all(
         a.len, are_vectors(a.weights) && are_vectors(a.out) && are_vectors(a.bytes),
         [&](u64 k) {
-            float4 w = *(const float4*)(a.weights + k);
-            int t[4] = {trit(w.x), trit(w.y), trit(w.z), trit(w.w)};
-            *(uint2*)(a.out + k) = make_uint2(half(t[0]) | half(t[1]) << 16, half(t[2]) | half(t[3]) << 16);
-            if (a.bytes) *(u32*)(a.bytes + k) = pack_bytes(t);
+            store_trits(*(const float4*)(a.weights + k), inverse, (uint2*)(a.out + k), (u32*)(a.bytes + k));
         },
         [&](u64 k) {
-            int t = trit(a.weights[k]);
-            a.out[k] = (u16)half(t);
-            if (a.bytes) a.bytes[k] = (i8)t;
+            int t = trit(a.weights[k], inverse);
+            a.out[k] = (u16)half_of(t);
+            a.bytes[k] = (i8)t;
         });
 }
+
+__device__ __forceinline__ uint2 halves_of(float4 w) { return make_uint2(pack_bf16(w.x, w.y), pack_bf16(w.z, w.w)); }
 
 // Full-precision weights as bf16.
 extern "C" __global__ void __launch_bounds__(THREADS) weight_halves(const __grid_constant__ WeightArgs a) {
     for_all(
         a.len, are_vectors(a.weights) && are_vectors(a.out),
         [&](u64 k) {
-            float4 w = *(const float4*)(a.weights + k);
-            *(uint2*)(a.out + k) = make_uint2(pack_bf16(w.x, w.y), pack_bf16(w.z, w.w));
+            *(uint2*)(a.out + k) = halves_of(*(const float4*)(a.weights + k));
         },
         [&](u64 k) { a.out[k] = to_bf16(a.weights[k]); });
 }

@@ -62,7 +62,7 @@ struct WeightArgs {
 const NUMBER: usize = size_of::<f64>() / size_of::<f32>();
 
 /// How many f64 numbers a view of f32 holds the bits of.
-fn numbers(len: usize, address: u64) -> Result<usize, CudaError> {
+pub(super) fn numbers(len: usize, address: u64) -> Result<usize, CudaError> {
     let whole = len.is_multiple_of(NUMBER) && address.is_multiple_of(size_of::<f64>() as u64);
     require(whole, "a view of f64 numbers")?;
     Ok(len / NUMBER)

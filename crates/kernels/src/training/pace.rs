@@ -18,7 +18,7 @@ const MARKS: usize = 4;
 
 /// How often the end of work is looked for, and whether there is still something to wait for.
 const TICK: Duration = Duration::from_micros(20);
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(200);
 
 /// Looks, while the host waits for the device, whether there is still something to wait for: an error if not.
 pub type Lookout = Box<dyn FnMut() -> Result<(), CudaError>>;

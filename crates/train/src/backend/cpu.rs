@@ -398,8 +398,8 @@ impl Backend for CpuBackend {
         flat: &Vec<f32>,
         weights: &mut Vec<CpuWeights>,
     ) -> Result<()> {
-        for (projection, weights) in projections.iter().zip(weights) {
-            if let CpuWeights::Ternary(matrix) = weights {
+        for projection in projections {
+            if let CpuWeights::Ternary(matrix) = &mut weights[projection.index] {
                 let values = &flat[projection.weight.clone()];
                 matrix.assign(self.tier, &self.pool, values).map_err(|reason| {
                     Error::Invalid(format!("weights cannot be made ternary: {reason}"))

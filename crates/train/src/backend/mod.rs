@@ -76,6 +76,13 @@ pub struct Projection {
     pub index: usize,
 }
 
+impl Projection {
+    /// Whether all of its weights lie in a part of the parameters.
+    pub fn lies_in(&self, part: &Range<usize>) -> bool {
+        part.start <= self.weight.start && self.weight.end <= part.end
+    }
+}
+
 /// Heads and sizes of causal attention.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionShape {
@@ -103,6 +110,34 @@ impl<B: Backend + ?Sized> Clone for Parameters<'_, B> {
 }
 
 impl<B: Backend + ?Sized> Copy for Parameters<'_, B> {}
+
+/// Parameters that follow each other and have one weight decay.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Group {
+    /// Their place.
+    pub range: Range<usize>,
+    /// As in [`AdamW::weight_decay`].
+    pub weight_decay: f64,
+}
+
+/// A step of the optimiser for a part of the parameters.
+#[derive(Debug)]
+pub struct Update<'a, F> {
+    /// The constants, but for the weight decay.
+    pub step: AdamW,
+    /// The part, whose moments there are.
+    pub shard: Range<usize>,
+    /// Its parameters, in their order.
+    pub groups: &'a [Group],
+    /// What [`Backend::clip`] has computed.
+    pub numbers: &'a F,
+    /// All parameters.
+    pub parameters: &'a mut F,
+    /// All gradients.
+    pub gradients: &'a F,
+    /// First and second moment of the part.
+    pub moments: &'a mut [F; 2],
+}
 
 /// The output layer: final norm, head and how many tokens' logits exist at a time.
 #[derive(Clone, Debug)]
@@ -263,8 +298,8 @@ pub trait Backend: Memory {
 
     // Weights.
 
-    /// Brings prepared weights up to date with the parameters, after each optimiser step. Quantises the
-    /// weights of BitLinear layers.
+    /// Brings the prepared weights of some projections up to date with the parameters. Quantises the weights of BitLinear
+    /// layers.
     fn prepare(
         &mut self,
         projections: &[Projection],
@@ -607,4 +642,26 @@ pub trait Backend: Memory {
         first_moment: &mut Self::Flat,
         second_moment: &mut Self::Flat,
     ) -> Result<()>;
+
+    /// [`adamw`](Self::adamw) for all groups of a shard, and [`prepare`](Self::prepare) for those of the projections whose
+    /// weights all lie in it.
+    fn update(
+        &mut self,
+        update: Update<'_, Self::Flat>,
+        projections: &[Projection],
+        weights: &mut Self::Weights,
+    ) -> Result<()> {
+        let Update { step, shard, groups, numbers, parameters, gradients, moments } = update;
+        let [first, second] = moments;
+        for Group { range, weight_decay } in groups {
+            let step = AdamW { weight_decay: *weight_decay, ..step };
+            let from = range.start - shard.start;
+            let range = range.clone();
+            self.adamw(&step, numbers, range, parameters, gradients, from, first, second)?;
+        }
+        for projection in projections.iter().filter(|projection| projection.lies_in(&shard)) {
+            self.prepare(std::slice::from_ref(projection), parameters, weights)?;
+        }
+        Ok(())
+    }
 }

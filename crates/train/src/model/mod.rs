@@ -10,7 +10,7 @@ use mmfree::error::{Error, Result};
 
 use crate::architecture::Architecture;
 use crate::backend::{
-    Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision, Projection,
+    Backend, BatchShape, Head, IGNORED, Memory, Norm, Parameters, Precision, Projection, Update,
 };
 use crate::parameters::ParameterLayout;
 
@@ -49,7 +49,7 @@ pub type Done<'a, B, E> =
 
 /// A model with the memory to train on batches of one shape.
 ///
-/// Parameters belong to the caller. After every change of them, and before the first batch,
+/// Parameters belong to the caller. After every change of them but by [`update`](Self::update), and before the first batch,
 /// [`update_weights`](Self::update_weights) must be called.
 pub struct Model<B: Backend> {
     layout: ParameterLayout,
@@ -160,6 +160,30 @@ impl<B: Backend + 'static> Model<B> {
     /// Errors of the device.
     pub fn update_weights(&mut self, backend: &mut B, parameters: &B::Flat) -> Result<()> {
         backend.prepare(&self.projections, parameters, &mut self.weights)
+    }
+
+    /// [`update_weights`](Self::update_weights) for the projections whose weights do not all lie in a part of the parameters.
+    ///
+    /// # Errors
+    /// Errors of the device.
+    pub fn update_weights_outside(
+        &mut self,
+        backend: &mut B,
+        parameters: &B::Flat,
+        part: &Range<usize>,
+    ) -> Result<()> {
+        for projection in self.projections.iter().filter(|projection| !projection.lies_in(part)) {
+            backend.prepare(std::slice::from_ref(projection), parameters, &mut self.weights)?;
+        }
+        Ok(())
+    }
+
+    /// A step of the optimiser, after which the weights of projections are up to date that lie in its shard.
+    ///
+    /// # Errors
+    /// Errors of the device.
+    pub fn update(&mut self, backend: &mut B, update: Update<'_, B::Flat>) -> Result<()> {
+        backend.update(update, &self.projections, &mut self.weights)
     }
 
     /// Adds `scale` times the mean cross-entropy of a batch to the loss, and its gradients to

@@ -233,11 +233,11 @@ impl<B: Backend + 'static> DataParallel<B> {
         let (backend, communicator) = (&mut self.backend, &mut *self.communicator);
         let (parameters, gradients) = (&mut self.parameters, &self.gradients[0]);
         let (outcomes, shard) = (&mut self.outcomes, self.optimizer.shard());
-        outcomes.clip(backend, communicator, gradients, shard, self.clip)?;
-        let numbers = outcomes.numbers();
-        self.optimizer.step(backend, step, rates, numbers, parameters, gradients)?;
+        outcomes.clip(backend, communicator, gradients, shard.clone(), self.clip)?;
+        let (numbers, model) = (outcomes.numbers(), &mut self.model);
+        self.optimizer.step(backend, model, (step, rates), numbers, parameters, gradients)?;
         communicator.all_gather(parameters, &self.shards)?;
-        self.update_weights()?;
+        self.model.update_weights_outside(backend, parameters, &shard)?;
         self.outcomes.begin_copy(&mut self.backend)
     }
 

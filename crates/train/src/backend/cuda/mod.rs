@@ -6,13 +6,13 @@
 mod plan;
 mod products;
 mod tensors;
+mod update;
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use half::bf16;
 use mmfree::engine::TokenScore;
-use mmfree::error::{Error, Result};
+use mmfree::error::Result;
 use mmfree_kernels::cuda::{Buffer, Device, Pinned};
 use mmfree_kernels::training::{NormBackward, Recurrence, Rows, Training, View, ViewMut};
 
@@ -26,7 +26,7 @@ use self::tensors::{flat_view, flat_view_mut, numbers_mut, rows_by_token};
 use super::numbers::{ELEMENTS, FACTOR};
 use super::{
     AdamW, AttentionShape, Backend, BatchShape, Head, Lookout, Memory, Norm, Parameters, Precision,
-    Projection,
+    Projection, Update,
 };
 
 /// Layers that can share an input.
@@ -84,28 +84,6 @@ impl CudaBackend {
     /// The device.
     pub fn device(&self) -> &Arc<Device> {
         &self.device
-    }
-
-    /// Sets a tensor from the host, for tests and tools. Waits for the device.
-    ///
-    /// # Errors
-    /// Another length; the driver's.
-    pub fn write(&mut self, tensor: &mut CudaTensor, values: &[f32]) -> Result<()> {
-        if values.len() != tensor.len {
-            return Err(Error::Invalid(format!(
-                "{} values for a tensor of {}",
-                values.len(),
-                tensor.len
-            )));
-        }
-        let halves: Vec<u16> =
-            values.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
-        tensor.half.write(0, &halves)?;
-        tensor.scaled = false;
-        if let Some(full) = &mut tensor.full {
-            full.write(0, values)?;
-        }
-        Ok(())
     }
 }
 
@@ -262,24 +240,7 @@ impl Backend for CudaBackend {
     }
 
     fn read(&mut self, tensor: &CudaTensor, values: &mut [f32]) -> Result<()> {
-        if let Some(full) = &tensor.full {
-            return Ok(full.read(0, values)?);
-        }
-        let mut halves = vec![0; values.len()];
-        tensor.half.read(0, &mut halves)?;
-        values
-            .iter_mut()
-            .zip(&halves)
-            .for_each(|(value, &bits)| *value = bf16::from_bits(bits).to_f32());
-        if let (Some(buffer), true) = (&tensor.factors, tensor.scaled) {
-            let mut factors = vec![0.0; buffer.len()];
-            buffer.read(0, &mut factors)?;
-            let width = (values.len() / factors.len()).max(1);
-            for (row, factor) in values.chunks_mut(width).zip(&factors) {
-                row.iter_mut().for_each(|value| *value *= factor);
-            }
-        }
-        Ok(())
+        tensor.read(values)
     }
 
     fn write_tokens(&mut self, tokens: &mut CudaTokens, ids: &[u32]) -> Result<()> {
@@ -298,21 +259,7 @@ impl Backend for CudaBackend {
         flat: &Buffer<f32>,
         weights: &mut CudaWeights,
     ) -> Result<()> {
-        for projection in projections {
-            let values = flat_view(flat, &projection.weight);
-            let start = weights.starts[projection.index];
-            let (place, len) = weights.byte_place(projection);
-            let into = ViewMut::new(&mut weights.values, start, projection.weight.len());
-            match projection.inner_norm {
-                Some(_) => {
-                    let gamma = ViewMut::new(&mut weights.gammas, projection.index, 1);
-                    let bytes = ViewMut::new(&mut weights.bytes, place, len);
-                    self.ops.ternary_weights(values, into, bytes, gamma)?;
-                }
-                None => self.ops.half_weights(values, into)?,
-            }
-        }
-        Ok(())
+        self.prepare_each(projections, flat, weights)
     }
 
     fn embed(
@@ -801,6 +748,15 @@ impl Backend for CudaBackend {
             flat_view_mut(first_moment, &moments),
             flat_view_mut(second_moment, &moments),
         )?)
+    }
+
+    fn update(
+        &mut self,
+        update: Update<'_, Buffer<f32>>,
+        projections: &[Projection],
+        weights: &mut CudaWeights,
+    ) -> Result<()> {
+        self.update_shard(update, projections, weights)
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use half::bf16;
 use mmfree::error::{Error, Result};
 use mmfree_kernels::cuda::{Buffer, CudaError, Device, Pinned};
 use mmfree_kernels::training::{View, ViewMut};
@@ -47,6 +48,47 @@ impl CudaTensor {
     pub(super) fn scaled_view(&self) -> (View<'_, u16>, Option<View<'_, f32>>) {
         let factors = self.factors.as_ref().filter(|_| self.scaled);
         (self.view(), factors.map(|factors| View::new(factors, 0, factors.len())))
+    }
+
+    /// Sets the values from the host, for tests and tools.
+    ///
+    /// # Errors
+    /// Another length; the driver's.
+    pub fn write(&mut self, values: &[f32]) -> Result<()> {
+        if values.len() != self.len {
+            let what = format!("{} values for a tensor of {}", values.len(), self.len);
+            return Err(Error::Invalid(what));
+        }
+        let halves: Vec<u16> =
+            values.iter().map(|&value| bf16::from_f32(value).to_bits()).collect();
+        self.half.write(0, &halves)?;
+        self.scaled = false;
+        if let Some(full) = &mut self.full {
+            full.write(0, values)?;
+        }
+        Ok(())
+    }
+
+    /// The values, rows times their factors, on the host. Waits for the device.
+    pub(super) fn read(&self, values: &mut [f32]) -> Result<()> {
+        if let Some(full) = &self.full {
+            return Ok(full.read(0, values)?);
+        }
+        let mut halves = vec![0; values.len()];
+        self.half.read(0, &mut halves)?;
+        values
+            .iter_mut()
+            .zip(&halves)
+            .for_each(|(value, &bits)| *value = bf16::from_bits(bits).to_f32());
+        if let (Some(buffer), true) = (&self.factors, self.scaled) {
+            let mut factors = vec![0.0; buffer.len()];
+            buffer.read(0, &mut factors)?;
+            let width = (values.len() / factors.len()).max(1);
+            for (row, factor) in values.chunks_mut(width).zip(&factors) {
+                row.iter_mut().for_each(|value| *value *= factor);
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn full(&self) -> Result<&Buffer<f32>> {
