@@ -16,6 +16,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use super::OPTIMIZER;
 use super::nccl::{FLOAT, Nccl, ncclComm_t, ncclUniqueId};
 use super::optimizer::{AddArgs, elementwise};
+use super::pace::{Lookout, Pace};
 use crate::cuda::{Buffer, CudaError, Device, Kernel};
 
 /// Elements that are received at a time and wait to be added, from all others together: 64 MiB.
@@ -32,6 +33,7 @@ pub struct GpuGroup {
     rank: usize,
     world_size: usize,
     stream: Arc<CudaStream>,
+    pace: Pace,
     add: Kernel,
     scratch: Buffer<f32>,
     /// End of what was submitted last.
@@ -73,11 +75,17 @@ impl GpuGroup {
             rank,
             world_size,
             stream,
+            pace: Pace::default(),
             add,
             scratch,
             newest: None,
             finished: false,
         })
+    }
+
+    /// What looks, whenever the host waits for exchanges that it wants to submit more of, whether that makes sense.
+    pub fn set_lookout(&mut self, lookout: Option<Lookout>) {
+        self.pace.set_lookout(lookout);
     }
 
     /// Version of the library.
@@ -117,7 +125,8 @@ impl GpuGroup {
                     true => buffer.address(own.start),
                     false => self.scratch.address(self.slot(rank) * step),
                 };
-                self.add(piece(from), piece(into), own.len())?;
+                let (from, into) = (piece(from), piece(into));
+                self.add(from, into, own.len())?;
             }
         }
         self.end()
@@ -231,7 +240,7 @@ impl GpuGroup {
     }
 
     /// Submits messages that all go at once. Those without elements are left out, on both sides.
-    fn exchange(&self, messages: &[Message]) -> Result<(), CudaError> {
+    fn exchange(&mut self, messages: &[Message]) -> Result<(), CudaError> {
         let (nccl, stream) = (self.nccl, self.stream.cu_stream());
         self.device.make_current()?;
         // SAFETY: the calls of a group follow each other on this thread.
@@ -257,17 +266,19 @@ impl GpuGroup {
         }
         // SAFETY: as above.
         let ended = nccl.check("ncclGroupEnd", unsafe { (nccl.group_end)() });
-        submitted.and(ended)
+        submitted.and(ended)?;
+        self.pace.count(&self.stream)
     }
 
     /// `into += from`, on the stream of the exchanges.
-    fn add(&self, from: u64, into: u64, len: usize) -> Result<(), CudaError> {
+    fn add(&mut self, from: u64, into: u64, len: usize) -> Result<(), CudaError> {
         if len == 0 {
             return Ok(());
         }
         let args = AddArgs { from, into, len: len as u64 };
         // SAFETY: both are parts of live buffers, whose bounds were checked, and the kernel takes these arguments.
-        unsafe { self.add.launch_on(&self.stream, elementwise(len), &args) }
+        unsafe { self.add.launch_on(&self.stream, elementwise(len), &args)? };
+        self.pace.count(&self.stream)
     }
 }
 

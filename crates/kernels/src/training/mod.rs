@@ -274,7 +274,7 @@ impl Training {
 
     /// Something was submitted.
     fn submitted(&mut self) -> Result<(), CudaError> {
-        self.pace.count(&self.device)
+        self.pace.count(self.device.stream())
     }
 
     /// What follows is work of a kind.

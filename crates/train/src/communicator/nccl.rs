@@ -49,9 +49,18 @@ impl Nccl {
         let id: UniqueId = ids[0].as_slice().try_into().map_err(|_| {
             Error::Communication("process 0 sent something else than an id of NCCL".to_owned())
         })?;
-        let group = GpuGroup::join(device, id, rank, world_size).map_err(failed)?;
-        Ok(Self { host: Rc::new(RefCell::new(host)), group })
+        let mut group = GpuGroup::join(device, id, rank, world_size).map_err(failed)?;
+        let host = Rc::new(RefCell::new(host));
+        group.set_lookout(Some(lookout(&host)));
+        Ok(Self { host, group })
     }
+}
+
+fn lookout(host: &Host) -> Lookout {
+    let host = Rc::clone(host);
+    Box::new(move || {
+        host.borrow_mut().check().map_err(|error| CudaError::Abandoned(error.to_string()))
+    })
 }
 
 /// The first two that are the same.
@@ -110,10 +119,7 @@ impl Communicator<Buffer<f32>> for Nccl {
     }
 
     fn lookout(&self) -> Option<Lookout> {
-        let host = Rc::clone(&self.host);
-        Some(Box::new(move || {
-            host.borrow_mut().check().map_err(|error| CudaError::Abandoned(error.to_string()))
-        }))
+        Some(lookout(&self.host))
     }
 
     fn gather_bytes(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
@@ -123,6 +129,13 @@ impl Communicator<Buffer<f32>> for Nccl {
     fn finish(&mut self) {
         self.group.finish();
         self.host.borrow_mut().finish();
+    }
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        // Else the group would hold on to `host`.
+        self.group.set_lookout(None);
     }
 }
 
