@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use mmfree_kernels::cuda::CudaError;
 use mmfree_train::architecture::Architecture;
 use mmfree_train::backend::numbers::ELEMENTS;
-use mmfree_train::backend::{AdamW, Backend, BatchShape, Memory};
+use mmfree_train::backend::{AdamW, Backend, BatchShape, Group, Memory, Update};
 use mmfree_train::benchmark;
 use mmfree_train::communicator::{Local, shards};
 use mmfree_train::config::TrainConfig;
@@ -146,30 +146,35 @@ fn trajectory<B: Backend + 'static>(backend: &mut B) -> (Vec<f64>, Vec<f32>) {
     let mut model = Model::new(backend, &architecture, shape, &ModelOptions::default()).unwrap();
     let len = parameters.len();
     let mut parameters = backend.flat_from(&parameters).unwrap();
-    let (mut m, mut v) = (backend.flat_zeros(len).unwrap(), backend.flat_zeros(len).unwrap());
+    let mut moments = [backend.flat_zeros(len).unwrap(), backend.flat_zeros(len).unwrap()];
     let mut gradients = backend.flat_zeros(len).unwrap();
     let mut outcomes: Outcomes<B> =
         Outcomes::new(backend, 0, &shards(len, NORM_UNIT, 1), 1).unwrap();
+    model.update_weights(backend, &parameters).unwrap();
     let losses = (1..=30)
         .map(|step| {
             backend.clear_flat(&mut gradients, 0..len).unwrap();
-            model.update_weights(backend, &parameters).unwrap();
             let batch = Batch { ids: &ids, targets: &targets };
             model.accumulate(backend, &parameters, batch, 1.0, &mut gradients).unwrap();
             outcomes.move_loss(backend, 0).unwrap();
             outcomes.clip(backend, &mut Local, &gradients, 0..len, 1.0).unwrap();
-            let constants = AdamW {
-                learning_rate: 4e-3,
-                beta1: 0.9,
-                beta2: 0.95,
-                eps: 1e-8,
-                weight_decay: 0.01,
-                step,
+            let update = Update {
+                step: AdamW {
+                    learning_rate: 4e-3,
+                    beta1: 0.9,
+                    beta2: 0.95,
+                    eps: 1e-8,
+                    weight_decay: 0.0,
+                    step,
+                },
+                shard: 0..len,
+                groups: &[Group { range: 0..len, weight_decay: 0.01 }],
+                numbers: outcomes.numbers(),
+                parameters: &mut parameters,
+                gradients: &gradients,
+                moments: &mut moments,
             };
-            let clip = outcomes.numbers();
-            backend
-                .adamw(&constants, clip, 0..len, &mut parameters, &gradients, 0, &mut m, &mut v)
-                .unwrap();
+            model.update(backend, update).unwrap();
             outcomes.begin_copy(backend).unwrap();
             outcomes.next(backend, &mut Local, true).unwrap().unwrap().loss
         })

@@ -2,8 +2,8 @@
 //!
 //! A backend owns its memory: parameters, gradients and moments are [`Flat`](Memory::Flat) buffers in
 //! f32, activations are [`Tensor`](Memory::Tensor)s in whatever precision it computes with. Nothing but
-//! [`take_loss`](Backend::take_loss) and reads and writes of flat
-//! buffers waits for the device. [`reserve`](Memory::reserve) allocates scratch memory before the first step; on the CPU
+//! [`take_loss`](Backend::take_loss) and reads and writes of flat buffers waits for the device, as long as the host is not
+//! several hundred operations ahead. [`reserve`](Memory::reserve) allocates scratch memory before the first step; on the CPU
 //! some of it still grows at first use, and small vectors are made in each call.
 //!
 //! Every operation is deterministic: the same inputs give the same bits on any number of threads.
