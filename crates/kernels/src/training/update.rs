@@ -67,7 +67,7 @@ struct PartArgs {
     place: u32,
     len: u32,
     gamma: u32,
-    tickets_end: u32,
+    pieces_end: u32,
     keep: f32,
 }
 
@@ -98,7 +98,7 @@ impl UpdatePart {
         self.prepared.map(|prepared| prepared.place..prepared.place + self.range.len())
     }
 
-    /// The part as the kernel takes it, without tickets; none if it does not consist of whole vectors.
+    /// The part as the kernel takes it, without the end of its pieces; none if it does not consist of whole vectors.
     fn args(&self, first: usize, step: &AdamW) -> Option<PartArgs> {
         let place = self.prepared.map_or(0, |prepared| prepared.place);
         let number = |n: usize| {
@@ -114,7 +114,7 @@ impl UpdatePart {
                 None => NOT_PREPARED,
                 Some(Prepared { gamma, .. }) => gamma.map_or(AS_HALVES, |gamma| gamma as u32),
             },
-            tickets_end: 0,
+            pieces_end: 0,
             keep: AdamW { weight_decay: self.weight_decay, ..*step }.factors().keep,
         })
     }
@@ -142,7 +142,7 @@ impl Training {
             moment.address(0).wrapping_sub((first * size_of::<f32>()) as u64)
         };
         for (parts, args) in parts.chunks(MOST_PARTS).zip(args.chunks(MOST_PARTS)) {
-            let (args, tickets) = with_tickets(parts, args);
+            let (args, pieces) = with_ends(parts, args);
             let args = UpdateArgs {
                 parameters: update.parameters.address(0),
                 gradients: update.gradients.address(0),
@@ -158,7 +158,7 @@ impl Training {
                 parts: args,
             };
             self.update_counters.clear()?;
-            let blocks = (RESIDENT_BLOCKS * self.device.multiprocessors()).min(tickets as usize);
+            let blocks = (RESIDENT_BLOCKS * self.device.multiprocessors()).min(pieces);
             let launch = Launch::new([blocks, 1, 1], THREADS, 0);
             // SAFETY: all parts lie in the live buffers, which was checked.
             unsafe { self.launch(OPTIMIZER, "adamw_and_weights", launch, &args)? };
@@ -225,15 +225,15 @@ fn check(parts: &[UpdatePart], update: &Update<'_>) -> Result<(), CudaError> {
     Ok(())
 }
 
-/// Parts with their tickets, and how many there are: of each part those of AdamW, then those of its trits.
-fn with_tickets(parts: &[UpdatePart], args: &[PartArgs]) -> ([PartArgs; MOST_PARTS], u32) {
+/// Parts with the ends of their pieces, and how many pieces there are.
+fn with_ends(parts: &[UpdatePart], args: &[PartArgs]) -> ([PartArgs; MOST_PARTS], usize) {
     let mut all = [PartArgs::default(); MOST_PARTS];
-    let mut tickets = 0;
+    let mut end = 0;
     for ((part, args), all) in parts.iter().zip(args).zip(&mut all) {
-        tickets += if args.gamma < AS_HALVES { 2 * part.pieces() } else { part.pieces() };
-        *all = PartArgs { tickets_end: tickets, ..*args };
+        end += part.pieces();
+        *all = PartArgs { pieces_end: end, ..*args };
     }
-    (all, tickets)
+    (all, end as usize)
 }
 
 #[cfg(test)]
@@ -241,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_piece_has_a_ticket_and_those_of_matrices_have_two() {
+    fn parts_are_cut_as_the_sums_of_weights_are() {
         let step = AdamW {
             learning_rate: 0.1,
             beta1: 0.9,
@@ -270,14 +270,15 @@ mod tests {
         let args: Option<Vec<_>> = parts.iter().map(|part| part.args(0, &step)).collect();
         let args = args.unwrap();
         assert!(args.iter().all(|part| (part.keep - 0.975).abs() < 1e-6));
-        let (args, tickets) = with_tickets(&parts, &args);
-        let counts: Vec<_> = args[..parts.len()]
-            .iter()
-            .scan(0, |end, part| Some(part.tickets_end - std::mem::replace(end, part.tickets_end)))
-            .collect();
-        // Of 1024 elements a piece, at most 1024 pieces, twice for trits.
-        assert_eq!(counts, [1, 2048, 0, 2, 1024, 2048, 2048, 4, 2048, 2]);
-        assert_eq!(counts.iter().sum::<u32>(), tickets);
+        let (args, pieces) = with_ends(&parts, &args);
+        // Of 1024 elements a piece, at most 1024 pieces.
+        let ends = args[..parts.len()].iter().map(|part| part.pieces_end);
+        let counts = [1, 1024, 0, 1, 1024, 1024, 1024, 4, 1024, 1];
+        assert!(ends.eq(counts.iter().scan(0, |end, count| {
+            *end += count;
+            Some(*end)
+        })));
+        assert_eq!(counts.iter().sum::<u32>() as usize, pieces);
         // Not whole vectors: in launches of their own.
         assert!(parts[0].args(2, &step).is_none());
         assert!(UpdatePart { range: 4..9, ..parts[0].clone() }.args(0, &step).is_none());
