@@ -311,7 +311,7 @@ fn a_benchmark_has_a_breakdown() {
 fn a_host_that_waits_for_the_device_looks_whether_that_makes_sense() {
     let Some(mut gpu) = gpu() else { return };
     // A single block is slow: the device falls far behind.
-    const LEN: usize = 1 << 26;
+    const LEN: usize = 1 << 25;
     let flat = gpu.flat_zeros(LEN).unwrap();
     let mut sum = gpu.flat_zeros(ELEMENTS).unwrap();
     let gone = || Err(CudaError::Abandoned("process 1 is gone".to_owned()));

@@ -48,10 +48,14 @@ __device__ __forceinline__ void store_release(u32* at, u32 value) {
 
 __device__ __forceinline__ u32 pieces(const UpdatePart& part) { return min((part.len + THREADS - 1) / THREADS, SUM_BLOCKS); }
 
+// Number of a piece in its part, given that among all.
+__device__ __forceinline__ u32 piece_of(const UpdatePart& part, u32 piece) { return piece + pieces(part) - part.pieces_end; }
+
 // A piece of a part: AdamW, sums of |w| or weights as bf16. The last piece of a matrix leaves gamma.
 __device__ __forceinline__ void update_piece(const UpdateArgs& a, u32 index, u32 piece, float scale, double* sums) {
     __shared__ bool is_last;
     const UpdatePart& part = a.parts[index];
+    piece = piece_of(part, piece);
     float4 *p = (float4*)a.p + part.start, *m = (float4*)a.m + part.start, *v = (float4*)a.v + part.start;
     const float4* g = (const float4*)a.g + part.start;
     AdamWFactors f = a.factors;
@@ -84,9 +88,11 @@ __device__ __forceinline__ void update_piece(const UpdateArgs& a, u32 index, u32
     }
 }
 
-// The trits of a piece of a matrix.
+// The trits of a piece, if it has any.
 __device__ __forceinline__ void trits_piece(const UpdateArgs& a, u32 index, u32 piece) {
     const UpdatePart& part = a.parts[index];
+    if (part.gamma >= AS_HALVES) return;
+    piece = piece_of(part, piece);
     if (threadIdx.x == 0)
         while (!load_acquire(a.counters + 1 + MOST_PARTS + index)) __nanosleep(64);
     __syncthreads();
@@ -103,27 +109,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, UPDATE_BLOCKS)
     __shared__ u32 drawn[2];
     float scale = (float)*a.gradient_scale;
     if (isnan(scale)) return;
-    u32 all = a.parts[a.parts_len - 1].pieces_end, next = 0, index = 0;
-    bool trits = false;
-    // The next ticket is drawn while the piece before it is worked on.
+    u32 all = a.parts[a.parts_len - 1].pieces_end, next = 0, turn = 0, ticket;
     if (threadIdx.x == 0) next = atomicAdd(a.counters, 1);
-    for (u32 turn = 0;; turn ^= 1) {
+    // A ticket for all threads; the next one is drawn while they work.
+    auto draw = [&] {
+        turn ^= 1;
         if (threadIdx.x == 0) drawn[turn] = next;
         __syncthreads();
-        u32 piece = drawn[turn];
-        if (piece >= 2 * all) return;
         if (threadIdx.x == 0) next = atomicAdd(a.counters, 1);
-        if (piece >= all) {
-            piece -= all;
-            if (!trits) index = 0;
-            trits = true;
-        }
-        while (piece >= a.parts[index].pieces_end) ++index;
-        const UpdatePart& part = a.parts[index];
-        piece = pieces(part) - (part.pieces_end - piece);
-        if (!trits)
-            update_piece(a, index, piece, scale, sums);
-        else if (part.gamma < AS_HALVES)
-            trits_piece(a, index, piece);
+        return drawn[turn];
+    };
+    u32 index = 0;
+    while ((ticket = draw()) < all) {
+        while (ticket >= a.parts[index].pieces_end) ++index;
+        update_piece(a, index, ticket, scale, sums);
+    }
+    for (index = 0; ticket < 2 * all; ticket = draw()) {
+        while (ticket - all >= a.parts[index].pieces_end) ++index;
+        trits_piece(a, index, ticket - all);
     }
 }
