@@ -87,6 +87,9 @@ struct UpdateArgs {
     parts: [PartArgs; MOST_PARTS],
 }
 
+/// What a launch takes at most in arguments.
+const _: () = assert!(size_of::<UpdateArgs>() <= 4096);
+
 impl UpdatePart {
     /// Pieces of work, each for a block.
     fn pieces(&self) -> u32 {
