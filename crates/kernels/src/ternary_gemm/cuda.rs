@@ -172,7 +172,7 @@ impl Quantized {
         let block = row / tokens * (stride / TILE_COLS) + tile;
         let (chunk, token) = (2 * f + half, row % tokens);
         let place = if tokens == PROMPT_TOKENS {
-            token * 8 + (chunk ^ token % 8)
+            token * 8 + (chunk ^ (token % 8))
         } else {
             chunk * tokens + token
         };
