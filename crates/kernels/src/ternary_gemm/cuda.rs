@@ -486,8 +486,11 @@ impl Gemm {
         let Some(kernels) = self.for_prompt(q).filter(|_| self.gates_at_once(width, q.rows)) else {
             return self.multiply(tiles, matrix, q, sums);
         };
-        if matrix.columns() != 2 * width {
-            return Err(CudaError::Shape(format!("{width} channels of {matrix:?}")));
+        if matrix.columns() != 2 * width || q.layers != 1 {
+            return Err(CudaError::Shape(format!(
+                "a gated unit of {width} channels, {matrix:?} with {} inputs",
+                q.layers
+            )));
         }
         let product = product_args(tiles, matrix, q, sums, width)?;
         sums.are_gated = true;

@@ -139,30 +139,86 @@ struct WarpRows {
 
 __device__ __forceinline__ void sync_storers() { asm volatile("bar.sync 3, 96;" ::: "memory"); }
 
+// silu of several fours: one check of the divisions' range for all of them, so that they interleave.
+template <u32 N>
+__device__ __forceinline__ void silu_of(float4 (&x)[N]) {
+    float4 d[N], s[N];
+    bool in_range = true;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) {
+        d[i] = make_float4(1.0f + exp_f32(-x[i].x), 1.0f + exp_f32(-x[i].y), 1.0f + exp_f32(-x[i].z), 1.0f + exp_f32(-x[i].w));
+        s[i] = make_float4(reciprocal_in_range(d[i].x), reciprocal_in_range(d[i].y), reciprocal_in_range(d[i].z),
+                           reciprocal_in_range(d[i].w));
+        // A NaN fails the comparison.
+        in_range = in_range && d[i].x < 4e37f && d[i].y < 4e37f && d[i].z < 4e37f && d[i].w < 4e37f;
+    }
+    if (!in_range)
+#pragma unroll
+        for (u32 i = 0; i < N; ++i) s[i] = make_float4(1.0f / d[i].x, 1.0f / d[i].y, 1.0f / d[i].z, 1.0f / d[i].w);
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) x[i] = x[i] * s[i];
+}
+
 // Stores the results of a tile, whole or half. A multiplying warp has left, for each token, the sums of its row tiles one behind the
-// other; of a gated unit eight rows of a tile are of a and eight of b.
+// other; of a gated unit eight rows of a tile are of a and eight of b. A warp stores AT_ONCE tokens at once.
 template <bool IS_GATED, u32 TILES>
-__device__ __forceinline__ void store_tile(const Args& a, const Grid<IS_GATED>& grid, const Tile& tile, u32 storer) {
-    constexpr u32 FOURS = TILES * TILE_ROWS / (IS_GATED ? 8 : 4), AT_ONCE = 32 / FOURS;  // tokens that a warp stores at once
+struct Storing {
+    static constexpr u32 FOURS = TILES * TILE_ROWS / (IS_GATED ? 8 : 4), AT_ONCE = 32 / FOURS;
+};
+
+template <u32 TILES>
+__device__ __forceinline__ void store_sums(const Args& a, const Grid<false>& grid, const Tile& tile, u32 storer) {
+    constexpr u32 FOURS = Storing<false, TILES>::FOURS, AT_ONCE = Storing<false, TILES>::AT_ONCE;
     u32 four = threadIdx.x % 32 % FOURS, first = threadIdx.x % 32 / FOURS;
-    u32 pitch = a.row_tiles * TILE_ROWS / (IS_GATED ? 2 : 1), tokens = min(TOKENS, a.m - tile.token_block * TOKENS);
+    u32 pitch = a.row_tiles * TILE_ROWS, tokens = min(TOKENS, a.m - tile.token_block * TOKENS);
     for (u32 warp = 0; warp < PAIRS; ++warp) {
-        WarpRows<IS_GATED> rows(a, grid, tile, warp, TILES == 2);
+        WarpRows<false> rows(a, grid, tile, warp, TILES == 2);
         if (4 * four >= rows.columns) continue;
-        const u32* from = sums_of(warp) + (IS_GATED ? four / 2 * TILE_ROWS + four % 2 * 4 : 4 * four);
+        const u32* from = sums_of(warp) + 4 * four;
         int* to = a.out + (size_t)tile.token_block * TOKENS * pitch + rows.column + 4 * four;
 #pragma unroll 4
         for (u32 token = storer * AT_ONCE + first; token < tokens; token += STORERS * AT_ONCE) {
             int4 sums = *(const int4*)(from + token * PITCH);
-            if constexpr (IS_GATED) {
-                int4 right = *(const int4*)(from + token * PITCH + TILE_ROWS / 2);
-                float factor = token_factors[token];
-                *(float4*)(to + (size_t)token * pitch) = silu(dequantize(sums, factor)) * dequantize(right, factor);
-            } else {
-                *(int4*)(to + (size_t)token * pitch) = sums;
-            }
+            *(int4*)(to + (size_t)token * pitch) = sums;
         }
     }
+}
+
+template <u32 TILES>
+__device__ __forceinline__ void store_gated(const Args& a, const Grid<true>& grid, const Tile& tile, u32 storer) {
+    constexpr u32 FOURS = Storing<true, TILES>::FOURS, AT_ONCE = Storing<true, TILES>::AT_ONCE;
+    constexpr u32 GROUPS = TOKENS / AT_ONCE, ITEMS = PAIRS * GROUPS, TOGETHER = 3;
+    u32 four = threadIdx.x % 32 % FOURS, first = threadIdx.x % 32 / FOURS;
+    u32 place = four / 2 * TILE_ROWS + four % 2 * 4;
+    u32 pitch = a.row_tiles * (TILE_ROWS / 2), tokens = a.m - tile.token_block * TOKENS;
+    int* out = a.out + (size_t)tile.token_block * TOKENS * pitch + 4 * four;
+    for (u32 item = storer; item < ITEMS; item += STORERS * TOGETHER) {
+        float4 left[TOGETHER], right[TOGETHER];
+        int* to[TOGETHER];
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; ++i) {
+            u32 at = item + i * STORERS, warp = min(at / GROUPS, PAIRS - 1), token = at % GROUPS * AT_ONCE + first;
+            WarpRows<true> rows(a, grid, tile, warp, TILES == 2);
+            to[i] = at < ITEMS && token < tokens && 4 * four < rows.columns ? out + (size_t)token * pitch + rows.column : nullptr;
+            const u32* from = sums_of(warp) + token * PITCH + place;
+            int4 sums = *(const int4*)from;
+            float factor = token_factors[token];
+            right[i] = dequantize(*(const int4*)(from + TILE_ROWS / 2), factor);
+            left[i] = dequantize(sums, factor);
+        }
+        silu_of(left);
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; ++i)
+            if (to[i]) *(float4*)to[i] = left[i] * right[i];
+    }
+}
+
+template <bool IS_GATED, u32 TILES>
+__device__ __forceinline__ void store_tile(const Args& a, const Grid<IS_GATED>& grid, const Tile& tile, u32 storer) {
+    if constexpr (IS_GATED)
+        store_gated<TILES>(a, grid, tile, storer);
+    else
+        store_sums<TILES>(a, grid, tile, storer);
 }
 
 template <bool IS_GATED>
