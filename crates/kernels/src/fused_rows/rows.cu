@@ -289,7 +289,7 @@ __device__ __forceinline__ void step_rows(const StepArgs& a) {
 }
 
 struct GluArgs {
-    Sums ab;              // [M][2F padded]
+    Sums ab;              // [M][2F padded]; of a prompt silu(a) * b as floats, [M][F]
     const float* weight;  // [F]
     u32 width;            // F
     Quantized q;

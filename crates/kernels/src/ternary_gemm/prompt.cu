@@ -159,13 +159,13 @@ __device__ __forceinline__ void silu_of(float4 (&x)[N]) {
     for (u32 i = 0; i < N; ++i) x[i] = x[i] * s[i];
 }
 
-// Stores the results of a tile, whole or half. A multiplying warp has left, for each token, the sums of its row tiles one behind the
-// other; of a gated unit eight rows of a tile are of a and eight of b. A warp stores AT_ONCE tokens at once.
+// The results of a multiplying warp for a token, in fours, and the tokens that a storing warp takes at once.
 template <bool IS_GATED, u32 TILES>
 struct Storing {
     static constexpr u32 FOURS = TILES * TILE_ROWS / (IS_GATED ? 8 : 4), AT_ONCE = 32 / FOURS;
 };
 
+// Stores the sums of a tile, whole or half. A multiplying warp has left, for each token, those of its row tiles one behind the other.
 template <u32 TILES>
 __device__ __forceinline__ void store_sums(const Args& a, const Grid<false>& grid, const Tile& tile, u32 storer) {
     constexpr u32 FOURS = Storing<false, TILES>::FOURS, AT_ONCE = Storing<false, TILES>::AT_ONCE;
@@ -184,6 +184,8 @@ __device__ __forceinline__ void store_sums(const Args& a, const Grid<false>& gri
     }
 }
 
+// Stores a gated unit's results. Of the rows of a tile the first eight are of a, the others of b. A thread takes three fours together, of
+// which each is a chain of dependent operations.
 template <u32 TILES>
 __device__ __forceinline__ void store_gated(const Args& a, const Grid<true>& grid, const Tile& tile, u32 storer) {
     constexpr u32 FOURS = Storing<true, TILES>::FOURS, AT_ONCE = Storing<true, TILES>::AT_ONCE;
