@@ -86,11 +86,12 @@ __device__ __forceinline__ void quantize_rows(const ManyRows<ROWS>& rows, const 
 #pragma unroll
         for (u32 j = 0; j < LAYERS; ++j) scale[r][j] = memory[r].scale(j);
     // A thread's words are whole tiles apart, at the same place of each: blocks are whole warps, a warp's words a tile.
-    u32* to = word_of(q, 0, rows.first, threadIdx.x);
-    bool is_tiled = q.tile_tokens != 0;
-    u32 step = is_tiled ? blockDim.x * q.tile_tokens : blockDim.x, next_row = is_tiled ? 4 : q.stride / 4;
+    u32* to[ROWS];
+#pragma unroll
+    for (u32 r = 0; r < ROWS; ++r) to[r] = word_of(q, 0, rows.number(r), threadIdx.x);
+    u32 step = q.tile_tokens != 0 ? blockDim.x * q.tile_tokens : blockDim.x;
     size_t next_layer = (size_t)q.rows * q.stride / 4;
-    for (u32 k = threadIdx.x; k < q.stride / 4; k += blockDim.x, to += step) {
+    for (u32 k = threadIdx.x, at = 0; k < q.stride / 4; k += blockDim.x, at += step) {
         bool is_inside = k < rows.fours;
         float4 w[LAYERS];
 #pragma unroll
@@ -102,7 +103,7 @@ __device__ __forceinline__ void quantize_rows(const ManyRows<ROWS>& rows, const 
             float4 v = is_inside ? rows.at(r, k) * r_of[r] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
             for (u32 j = 0; j < LAYERS; ++j)
-                to[j * next_layer + r * next_row] = is_inside ? quantize_word(v * w[j] * scale[r][j], sum[r][j]) : 0;
+                to[r][j * next_layer + at] = is_inside ? quantize_word(v * w[j] * scale[r][j], sum[r][j]) : 0;
         }
     }
 #pragma unroll
@@ -186,21 +187,17 @@ __device__ __forceinline__ void gate_of_many(const GateArgs& a) {
     quantize_rows<1>(rows, weights, a.q);
 }
 
+// Of a gated unit: its product has left silu(a) * b.
 template <u32 ROWS>
-__device__ __forceinline__ void glu_of_many(const GluArgs& a) {
+__device__ __forceinline__ void gated_of_many(const GluArgs& a) {
     ManyRows<ROWS> rows(a.width, a.count);
-    auto number = [&](u32 r) { return rows.number(r); };
-    ManySums<ROWS> left(a.ab, 0, number), right(a.ab, a.width, number);
     rows.each([&](u32 k) {
-        int4 left_sum[ROWS], right_sum[ROWS];
-#pragma unroll
-        for (u32 r = 0; r < ROWS; ++r) {
-            left_sum[r] = left.ask(r, k);
-            right_sum[r] = right.ask(r, k);
-        }
+        float4 gated[ROWS];
 #pragma unroll
         for (u32 r = 0; r < ROWS; ++r)
-            rows.at(r, k) = silu(left.as_floats(r, k, left_sum[r])) * right.as_floats(r, k, right_sum[r]);
+            gated[r] = __ldcg((const float4*)(a.ab.values + (size_t)rows.number(r) * a.ab.stride) + k);
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) rows.at(r, k) = gated[r];
     });
     const float4* weights[] = {(const float4*)a.weight};
     quantize_rows<1>(rows, weights, a.q);
@@ -217,8 +214,8 @@ __device__ __forceinline__ void glu_of_many(const GluArgs& a) {
     extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) gate_many_##ROWS(const __grid_constant__ GateArgs a) { \
         gate_of_many<ROWS>(a);                                                                                         \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) glu_many_##ROWS(const __grid_constant__ GluArgs a) { \
-        glu_of_many<ROWS>(a);                                                                                          \
+    extern "C" __global__ void __launch_bounds__(MANY_THREADS, 4) gated_many_##ROWS(const __grid_constant__ GluArgs a) { \
+        gated_of_many<ROWS>(a);                                                                                          \
     }
 
 MANY_ROW_KERNELS(1)

@@ -32,9 +32,9 @@ const MANY_ROWS: [usize; 2] = [1, 2];
 /// Shared memory of those rows, if there is more than one.
 const MANY_BYTES: usize = 64 << 10;
 /// Values of a row that a thread has where there are many rows, in fours, if threads are not too many.
-const FOURS_OF_MANY: usize = 2;
+const FOURS_OF_MANY: usize = 4;
 /// Threads of a block of many rows.
-const MANY_THREADS: RangeInclusive<usize> = 64..=256;
+const MANY_THREADS: RangeInclusive<usize> = 128..=256;
 /// Threads of a row, at most.
 const ROW_THREADS: usize = 512;
 /// The same of the widest gated units.
@@ -104,6 +104,10 @@ impl Output<'_> {
     }
 
     fn holds(&self, rows: usize, columns: usize) -> bool {
+        !self.sums.are_gated && self.has_room(rows, columns)
+    }
+
+    fn has_room(&self, rows: usize, columns: usize) -> bool {
         rows <= self.input.rows
             && self.layer < self.input.layers
             && columns <= self.sums.stride
@@ -257,7 +261,8 @@ struct ManyRowKernels {
     residual_1: Kernel,
     residual_3: Kernel,
     gate: Kernel,
-    glu: Kernel,
+    /// Of a gated unit whose product has left silu(a) ⊙ b.
+    gated: Kernel,
 }
 
 impl ManyRowKernels {
@@ -269,7 +274,7 @@ impl ManyRowKernels {
             residual_1: kernel("residual_1")?,
             residual_3: kernel("residual_3")?,
             gate: kernel("gate")?,
-            glu: kernel("glu")?,
+            gated: kernel("gated")?,
         })
     }
 }
@@ -315,15 +320,16 @@ impl FusedRows {
 
     /// The kernels for many rows of a width, and how they are launched; none if they are few.
     fn for_many_rows(&self, count: usize, width: usize) -> Option<(&ManyRowKernels, Launch)> {
-        if count <= SPLIT_MAX_TOKENS {
-            return None;
-        }
+        (count > SPLIT_MAX_TOKENS).then(|| self.many_rows(count, width))
+    }
+
+    fn many_rows(&self, count: usize, width: usize) -> (&ManyRowKernels, Launch) {
         let fits = |kernels: &&ManyRowKernels| kernels.rows * 4 * width <= MANY_BYTES;
         let kernels = self.many.iter().rev().find(fits).unwrap_or(&self.many[0]);
         let threads = (width / 4).div_ceil(FOURS_OF_MANY).next_multiple_of(32);
         let threads = threads.clamp(*MANY_THREADS.start(), *MANY_THREADS.end());
         let blocks = count.div_ceil(kernels.rows);
-        Some((kernels, Launch::new([blocks, 1, 1], threads, 4 * width * kernels.rows)))
+        (kernels, Launch::new([blocks, 1, 1], threads, 4 * width * kernels.rows))
     }
 
     /// The kernels for rows of a width, and how they are launched for some rows of at most so many threads.
@@ -495,7 +501,8 @@ impl FusedRows {
         unsafe { kernels.step.launch(launch, &args) }
     }
 
-    /// Quantises the gated linear unit's output for the down projection. The norm's weight is at `weight`.
+    /// Quantises the gated linear unit's output for the down projection. The norm's weight is at `weight`. `ab` are the sums of a and
+    /// b, or silu(a) ⊙ b, as [`Gemm::multiply_gated_unit`](crate::ternary_gemm::cuda::Gemm::multiply_gated_unit) left them.
     ///
     /// # Errors
     /// Shapes that do not fit together; the driver's.
@@ -507,7 +514,8 @@ impl FusedRows {
         q: &mut Quantized,
     ) -> Result<(), CudaError> {
         let (count, width) = (q.rows, q.cols);
-        if count == 0 || !ab.holds(count, 2 * width) || weight + width > vectors.len() {
+        let columns = if ab.sums.are_gated { width } else { 2 * width };
+        if count == 0 || !ab.has_room(count, columns) || weight + width > vectors.len() {
             return Err(CudaError::Shape(format!("a gated unit of {count} rows of {width}")));
         }
         check_multiple(width)?;
@@ -518,12 +526,12 @@ impl FusedRows {
             q: QuantizedArgs::of(q),
             count: count as u32,
         };
-        let (kernel, launch) = match self.for_many_rows(count, width) {
-            Some((kernels, launch)) => (&kernels.glu, launch),
-            None => {
-                let (kernels, launch) = self.for_rows(count, width, WIDE_GLU_THREADS)?;
-                (&kernels.glu, launch)
-            }
+        let (kernel, launch) = if ab.sums.are_gated {
+            let (kernels, launch) = self.many_rows(count, width);
+            (&kernels.gated, launch)
+        } else {
+            let (kernels, launch) = self.for_rows(count, width, WIDE_GLU_THREADS)?;
+            (&kernels.glu, launch)
         };
         // SAFETY: rows of sums and q were checked.
         unsafe { kernel.launch(launch, &args) }

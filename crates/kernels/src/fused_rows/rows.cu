@@ -16,7 +16,7 @@ constexpr u32 BEST_THREADS = 1024;
 extern __shared__ float4 row_memory[];
 
 struct Quantized {
-    i8* values;       // [layers][M][stride], or tiled: [layers][token tile][stride / 128][8][tile tokens][16]
+    i8* values;       // [layers][M][stride], or tiled: [layers][token tile][stride / 128][8][tile tokens][16]; for prompts see below
     float* scales;    // [layers][M]
     int* sums;        // [layers][M]
     u32 rows;         // M, padded to whole token tiles where tiled
@@ -24,14 +24,18 @@ struct Quantized {
     u32 tile_tokens;  // for a warpgroup product; 0: not tiled
 };
 
+// Tokens of a prompt's tile. The 128 bytes of each lie together, their chunks swizzled: [tile tokens][8][16].
+constexpr u32 PROMPT_TOKENS = 128;
+
 // Where word `n` (four activations) of a row lies.
 __device__ __forceinline__ u32* word_of(const Quantized& q, u32 layer, u32 row, u32 n) {
     size_t base = (size_t)layer * q.rows * q.stride;
     if (q.tile_tokens == 0) return (u32*)(q.values + base + (size_t)row * q.stride) + n;
     // Natural word 8 t + 4 half + f of a tile is word t of chunk 2 f + half.
-    u32 tile = n / 32, t = n / 8 % 4, half = n / 4 % 2, f = n % 4;
+    u32 tile = n / 32, t = n / 8 % 4, chunk = n % 4 * 2 + n / 4 % 2, token = row % q.tile_tokens;
     size_t block = ((size_t)(row / q.tile_tokens) * (q.stride / 128) + tile) * (q.tile_tokens * 128);
-    return (u32*)(q.values + base + block + ((2 * f + half) * q.tile_tokens + row % q.tile_tokens) * 16) + t;
+    u32 place = q.tile_tokens == PROMPT_TOKENS ? token * 128 + (chunk ^ token % 8) * 16 : (chunk * q.tile_tokens + token) * 16;
+    return (u32*)(q.values + base + block + place) + t;
 }
 
 // Quantises four values, already scaled, and adds the integers to a sum. As `quantize`: a NaN becomes -127.
@@ -285,7 +289,7 @@ __device__ __forceinline__ void step_rows(const StepArgs& a) {
 }
 
 struct GluArgs {
-    Sums ab;              // [M][2F padded]
+    Sums ab;              // [M][2F padded]; of a prompt silu(a) * b as floats, [M][F]
     const float* weight;  // [F]
     u32 width;            // F
     Quantized q;

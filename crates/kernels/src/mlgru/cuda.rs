@@ -126,8 +126,8 @@ impl Recurrence {
             device: Arc::clone(device),
             step: device.kernel(SOURCE, "mlgru_step", 0)?,
             scans: [
-                (8, 544, 2, device.kernel(SOURCE, "mlgru_scan_8_512", 0)?),
-                (16, 544, 2, device.kernel(SOURCE, "mlgru_scan_16_512", 0)?),
+                (8, 512, 2, device.kernel(SOURCE, "mlgru_scan_8_384", 0)?),
+                (8, 256, 4, device.kernel(SOURCE, "mlgru_scan_8_192", 0)?),
                 (16, 288, 4, device.kernel(SOURCE, "mlgru_scan_16_256", 0)?),
             ],
         })

@@ -98,7 +98,8 @@ __device__ __forceinline__ float walk(ScanTile<CHANNELS, STEPS>& tile, u32 chann
     return h;
 }
 
-template <u32 CHANNELS, u32 GATES>
+// Every fourth warp shares the walker's scheduler. APART: none of these computes gates.
+template <u32 CHANNELS, u32 GATES, bool APART>
 __device__ __forceinline__ void scan(const Args& a) {
     constexpr u32 FOURS = CHANNELS / 4, STEPS = GATES / FOURS;
     __shared__ __align__(16) ScanTile<CHANNELS, STEPS> halves[2];
@@ -106,8 +107,14 @@ __device__ __forceinline__ void scan(const Args& a) {
     wait_for_previous();
     u32 first = a.first_rows[sequence], count = a.first_rows[sequence + 1] - first;
     u32 tiles = (count + STEPS - 1) / STEPS;
-    if (threadIdx.x >= GATES) {
-        u32 lane = threadIdx.x - GATES;
+    u32 warp = threadIdx.x / 32;
+    if (APART && warp > 0 && warp % 4 == 0) {
+        for (u32 tile = 0; tile < tiles + 2; ++tile) __syncthreads();
+        let_next_begin();
+        return;
+    }
+    if (warp == 0) {
+        u32 lane = threadIdx.x;
         bool walks = lane < CHANNELS && base + lane < a.width;
         float* state = a.states[sequence] + a.state_offset + base + lane;
         float h = walks ? *state : 0.0f;
@@ -120,7 +127,7 @@ __device__ __forceinline__ void scan(const Args& a) {
         let_next_begin();
         return;
     }
-    u32 step = threadIdx.x / FOURS, four = threadIdx.x % FOURS, channel = base + 4 * four;
+    u32 gate = threadIdx.x - 32 * (1 + (APART ? warp / 4 : 0)), step = gate / FOURS, four = gate % FOURS, channel = base + 4 * four;
     auto has = [&](u32 tile) { return channel < a.width && tile * STEPS + step < count; };
     GateSums next;
     auto ask = [&](u32 tile) {
@@ -162,12 +169,13 @@ __device__ __forceinline__ void scan(const Args& a) {
     let_next_begin();
 }
 
-// Names: channels of a block and threads for their gates.
-#define SCAN(CHANNELS, GATES)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(GATES + 32, 1024 / GATES) mlgru_scan_##CHANNELS##_##GATES(const __grid_constant__ Args a) { \
-        scan<CHANNELS, GATES>(a);                                                                                      \
+// Names: channels of a block and threads for their gates. BLOCKS: that a multiprocessor has room for.
+#define SCAN(CHANNELS, GATES, APART, BLOCKS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(APART ? GATES / 3 * 4 : GATES + 32, BLOCKS)                           \
+        mlgru_scan_##CHANNELS##_##GATES(const __grid_constant__ Args a) {                                              \
+        scan<CHANNELS, GATES, APART>(a);                                                                               \
     }
 
-SCAN(8, 512)
-SCAN(16, 256)
-SCAN(16, 512)
+SCAN(8, 384, true, 2)
+SCAN(8, 192, true, 4)
+SCAN(16, 256, false, 4)

@@ -54,10 +54,9 @@ const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 
 // The warpgroup products, as in their source: of prompts, and of batches.
 const PROMPT_TOKENS: usize = 128;
 const PROMPT_THREADS: usize = 384;
-const PROMPT_ROWS: usize = 256;
-/// Four stages of activations and codes, and for each of eight warps sums of 8 tokens by 128 rows, padded.
+/// Five stages of activations, then for each of eight warps the sums of 128 tokens by 32 rows, padded by four.
 const PROMPT_SHARED_BYTES: usize =
-    4 * (PROMPT_TOKENS + PROMPT_ROWS) * TILE_COLS + 8 * 8 * (128 + 8) * 4;
+    5 * PROMPT_TOKENS * TILE_COLS + 8 * PROMPT_TOKENS * (2 * TILE_ROWS + 4) * 4;
 const BATCH_TOKENS: usize = 64;
 const BATCH_THREADS: usize = 256;
 const BATCH_COL_TILES: usize = 8;
@@ -84,7 +83,7 @@ pub struct Quantized {
     /// Rows from one layer to the next.
     pub(crate) capacity: usize,
     /// Tokens of a tile where it is laid out for a warpgroup product,
-    /// [layers][token tile][column tile][8][tile tokens][16]; 0 where it is not.
+    /// [layers][token tile][column tile][8][tile tokens][16], for prompts [tile tokens][8][16], swizzled; 0 where it is not.
     pub(crate) tile_tokens: usize,
 }
 
@@ -171,8 +170,13 @@ impl Quantized {
         // 2 f + half.
         let (tile, t, half, f, b) = (k / TILE_COLS, k / 32 % 4, k / 16 % 2, k / 4 % 4, k % 4);
         let block = row / tokens * (stride / TILE_COLS) + tile;
-        let chunk = 2 * f + half;
-        (block * 8 + chunk) * tokens * 16 + row % tokens * 16 + 4 * t + b
+        let (chunk, token) = (2 * f + half, row % tokens);
+        let place = if tokens == PROMPT_TOKENS {
+            token * 8 + (chunk ^ (token % 8))
+        } else {
+            chunk * tokens + token
+        };
+        (block * 8 * tokens + place) * 16 + 4 * t + b
     }
 
     /// s of a row.
@@ -199,6 +203,8 @@ pub struct Sums {
     pub(crate) stride: usize,
     /// Whether readers leave zeros, and all of it is zero between products.
     pub(crate) adds: bool,
+    /// Whether they are floats instead: silu(a) ⊙ b of a gated unit, [M, `stride`].
+    pub(crate) are_gated: bool,
 }
 
 impl Sums {
@@ -207,7 +213,7 @@ impl Sums {
     /// # Errors
     /// The driver's.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
-        Ok(Self { values: Buffer::zeros(device, 1)?, stride: 0, adds: false })
+        Ok(Self { values: Buffer::zeros(device, 1)?, stride: 0, adds: false, are_gated: false })
     }
 
     /// Prepares for the products of a pass over some tokens, with at most `stride` columns. Products of few
@@ -297,12 +303,28 @@ struct Args {
 }
 
 #[repr(C)]
+struct GatedArgs {
+    product: Args,
+    scales: u64,
+    gamma: f32,
+}
+
+#[repr(C)]
 struct RepackArgs {
     words: u64,
     tiles: u64,
     row_tiles: u32,
     units: u32,
     col_tiles: u32,
+}
+
+/// Products on Hopper's warpgroup instructions.
+#[derive(Debug)]
+struct WarpgroupKernels {
+    batch: Kernel,
+    prompt: Kernel,
+    /// Of a prompt's gated unit.
+    gated_prompt: Kernel,
 }
 
 /// The kernels.
@@ -313,8 +335,8 @@ pub struct Gemm {
     shapes: [(usize, usize, Kernel); 5],
     /// For up to [`FEW_TOKENS`] tokens that fit into shared memory.
     few_tokens: Kernel,
-    /// For batches and for prompts, on devices that have them.
-    warpgroup: Option<(Kernel, Kernel)>,
+    /// On devices that have them.
+    warpgroup: Option<WarpgroupKernels>,
     repack: Kernel,
 }
 
@@ -340,11 +362,16 @@ impl Gemm {
             few_tokens: device.kernel(FEW_TOKENS_SOURCE, "few_tokens", device.shared_bytes())?,
             warpgroup: has_warpgroup_product(device)
                 .then(|| {
-                    let batch = batch_shared_bytes(BATCH_COL_TILES);
-                    Ok::<_, CudaError>((
-                        device.kernel(WARPGROUP_SOURCE, "wgmma_128x64", batch)?,
-                        device.kernel(PROMPT_SOURCE, "prompt_product", PROMPT_SHARED_BYTES)?,
-                    ))
+                    let prompt = |name| device.kernel(PROMPT_SOURCE, name, PROMPT_SHARED_BYTES);
+                    Ok::<_, CudaError>(WarpgroupKernels {
+                        batch: device.kernel(
+                            WARPGROUP_SOURCE,
+                            "wgmma_128x64",
+                            batch_shared_bytes(BATCH_COL_TILES),
+                        )?,
+                        prompt: prompt("prompt_product")?,
+                        gated_prompt: prompt("gated_prompt_product")?,
+                    })
                 })
                 .transpose()?,
             repack: device.kernel(SOURCE, "repack", 0)?,
@@ -402,34 +429,8 @@ impl Gemm {
         q: &Quantized,
         sums: &mut Sums,
     ) -> Result<(), CudaError> {
-        let (m, columns) = (q.rows, matrix.columns());
-        let fits = m > 0
-            && matrix.tiles() > 0
-            && (matrix.first + matrix.tiles()) * TILE_WORDS <= tiles.len()
-            && q.stride() == matrix.col_tiles * TILE_COLS
-            && matrix.row_tiles == q.layers * matrix.segment_tiles
-            && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
-            && m * columns <= sums.values.len()
-            && (q.tile_tokens != BATCH_TOKENS || sums.adds);
-        if !fits {
-            return Err(CudaError::Shape(format!(
-                "a product of {matrix:?} with {} times {m} rows of {}",
-                q.layers, q.cols
-            )));
-        }
-        sums.stride = columns;
-        let mut args = Args {
-            weights: tiles.address(matrix.first * TILE_WORDS),
-            q: q.values.address(0),
-            q_sums: q.sums.address(0),
-            out: sums.values.address(0),
-            m: m as u32,
-            rows: q.capacity as u32,
-            row_tiles: matrix.row_tiles as u32,
-            col_tiles: matrix.col_tiles as u32,
-            segment_tiles: matrix.segment_tiles as u32,
-            splits: 1,
-        };
+        let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
+        let m = q.rows;
         if let Some(shared) = self.few_tokens_shared_bytes(matrix, q).filter(|_| sums.adds) {
             let grid = [self.device.multiprocessors(), 1, 1];
             let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
@@ -437,13 +438,9 @@ impl Gemm {
             // block's part.
             return unsafe { self.few_tokens.launch(launch, &args) };
         }
-        if let Some((_, kernel)) =
-            self.warpgroup.as_ref().filter(|_| q.tile_tokens == PROMPT_TOKENS)
-        {
-            let grid = [self.device.multiprocessors(), 1, 1];
-            let launch = Launch::new(grid, PROMPT_THREADS, PROMPT_SHARED_BYTES);
+        if let Some(kernels) = self.for_prompt(q) {
             // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
-            return unsafe { kernel.launch(launch, &args) };
+            return unsafe { kernels.prompt.launch(self.prompt_launch(), &args) };
         }
         let col_tiles = matrix.col_tiles;
         let row_blocks = matrix.row_tiles.div_ceil(BLOCK_ROW_TILES);
@@ -454,11 +451,11 @@ impl Gemm {
             if sums.adds { wanted.clamp(fewest, col_tiles) } else { 1 }
         };
         let (tokens, threads, shared, splits, kernel) = match &self.warpgroup {
-            Some((kernel, _)) if q.tile_tokens == BATCH_TOKENS => {
+            Some(kernels) if q.tile_tokens == BATCH_TOKENS => {
                 let splits =
                     splits(1, m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));
                 let shared = batch_shared_bytes(col_tiles.div_ceil(splits));
-                (BATCH_TOKENS, BATCH_THREADS, shared, splits, kernel)
+                (BATCH_TOKENS, BATCH_THREADS, shared, splits, &kernels.batch)
             }
             _ => {
                 let shape = self.shapes.iter().find(|(tokens, ..)| m <= *tokens);
@@ -473,6 +470,51 @@ impl Gemm {
         unsafe { kernel.launch(launch, &args) }
     }
 
+    /// The product of a gated unit of `width` channels, the rows of a and as many of b, for outputs of γ `gamma`: silu(a) ⊙ b where
+    /// [`gates_at_once`](Self::gates_at_once), else the sums of both.
+    ///
+    /// # Errors
+    /// Shapes that do not fit together; the driver's.
+    pub fn multiply_gated_unit(
+        &self,
+        tiles: &Buffer<u32>,
+        (matrix, width): (TileMatrix, usize),
+        q: &Quantized,
+        gamma: f32,
+        sums: &mut Sums,
+    ) -> Result<(), CudaError> {
+        let Some(kernels) = self.for_prompt(q).filter(|_| self.gates_at_once(width, q.rows)) else {
+            return self.multiply(tiles, matrix, q, sums);
+        };
+        if matrix.columns() != 2 * width || q.layers != 1 {
+            return Err(CudaError::Shape(format!(
+                "a gated unit of {width} channels, {matrix:?} with {} inputs",
+                q.layers
+            )));
+        }
+        let product = product_args(tiles, matrix, q, sums, width)?;
+        sums.are_gated = true;
+        let args = GatedArgs { product, scales: q.scales.address(0), gamma };
+        // SAFETY: every buffer was checked to hold what the shapes say, the sums a float for each channel; the kernel
+        // clamps rows and tokens.
+        unsafe { kernels.gated_prompt.launch(self.prompt_launch(), &args) }
+    }
+
+    /// Whether [`multiply_gated_unit`](Self::multiply_gated_unit) of so many channels and rows of activations leaves one column for
+    /// each channel, not two.
+    pub fn gates_at_once(&self, width: usize, rows: usize) -> bool {
+        self.warpgroup.is_some() && rows > SPLIT_MAX_TOKENS && width.is_multiple_of(TILE_ROWS)
+    }
+
+    fn for_prompt(&self, q: &Quantized) -> Option<&WarpgroupKernels> {
+        self.warpgroup.as_ref().filter(|_| q.tile_tokens == PROMPT_TOKENS)
+    }
+
+    fn prompt_launch(&self) -> Launch {
+        let grid = [self.device.multiprocessors(), 1, 1];
+        Launch::new(grid, PROMPT_THREADS, PROMPT_SHARED_BYTES)
+    }
+
     /// Shared memory of the product of few tokens, if it can do this one.
     fn few_tokens_shared_bytes(&self, matrix: TileMatrix, q: &Quantized) -> Option<usize> {
         // What one block touches, at most: its first and last row may be shared with other blocks.
@@ -481,6 +523,44 @@ impl Gemm {
         let bytes = FEW_TOKENS_RING_BYTES + q.rows * (q.layers * q.stride() + 4 * rows);
         (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
+}
+
+/// Arguments of a product whose results have so many columns.
+fn product_args(
+    tiles: &Buffer<u32>,
+    matrix: TileMatrix,
+    q: &Quantized,
+    sums: &mut Sums,
+    columns: usize,
+) -> Result<Args, CudaError> {
+    let m = q.rows;
+    let fits = m > 0
+        && matrix.tiles() > 0
+        && (matrix.first + matrix.tiles()) * TILE_WORDS <= tiles.len()
+        && q.stride() == matrix.col_tiles * TILE_COLS
+        && matrix.row_tiles == q.layers * matrix.segment_tiles
+        && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
+        && m * columns <= sums.values.len()
+        && (q.tile_tokens != BATCH_TOKENS || sums.adds);
+    if !fits {
+        return Err(CudaError::Shape(format!(
+            "a product of {matrix:?} with {} times {m} rows of {}",
+            q.layers, q.cols
+        )));
+    }
+    (sums.stride, sums.are_gated) = (columns, false);
+    Ok(Args {
+        weights: tiles.address(matrix.first * TILE_WORDS),
+        q: q.values.address(0),
+        q_sums: q.sums.address(0),
+        out: sums.values.address(0),
+        m: m as u32,
+        rows: q.capacity as u32,
+        row_tiles: matrix.row_tiles as u32,
+        col_tiles: matrix.col_tiles as u32,
+        segment_tiles: matrix.segment_tiles as u32,
+        splits: 1,
+    })
 }
 
 fn shared_bytes(tokens: usize) -> usize {

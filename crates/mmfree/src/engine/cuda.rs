@@ -19,7 +19,7 @@ use crate::model::Model;
 use crate::state::State;
 
 /// Scratch memory of a pass over a prompt, at most; about.
-const SCRATCH_BYTES: usize = 256 << 20;
+const SCRATCH_BYTES: usize = 288 << 20;
 /// Rows of a pass over a prompt.
 const CHUNK_ROWS: Range<usize> = 128..2048;
 
@@ -148,9 +148,17 @@ impl CudaEngine {
     /// Rows of one pass over a prompt, so that memory stays bounded.
     pub fn chunk_rows(&self) -> usize {
         let Shape { width, inner, .. } = self.weights.shape();
-        let columns = self.weights.mix(0).columns().max(self.weights.glu(0).columns());
+        let columns = self.sums_columns(CHUNK_ROWS.end);
         let row_bytes = 4 * (2 * width + columns) + 6 * width + inner;
         (SCRATCH_BYTES / row_bytes / 128 * 128).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end)
+    }
+
+    /// Columns of the widest product's sums in a pass over so many rows.
+    fn sums_columns(&self, rows: usize) -> usize {
+        let (weights, inner) = (&self.weights, self.weights.shape().inner);
+        let gated =
+            if self.gemm.gates_at_once(inner, rows) { inner } else { weights.glu(0).columns() };
+        weights.mix(0).columns().max(gated)
     }
 
     /// One pass over the batch; the logits after each sequence's last token.
@@ -200,11 +208,11 @@ impl CudaEngine {
             .iter_mut()
             .map(|(state, tokens)| Ok((&*state.on_device(&self.device)?, *tokens)))
             .collect::<Result<_>>()?;
-        let (work, weights) = (&mut self.work, &self.weights);
+        let columns = self.sums_columns(count);
+        let work = &mut self.work;
         work.sequences.assign(&states)?;
         work.x.reserve(count * width)?;
         work.h.reserve(count * width)?;
-        let columns = weights.mix(0).columns().max(weights.glu(0).columns());
         work.sums.begin(count, columns)?;
         work.mix.reshape(3, count, width)?;
         work.out.reshape(1, count, width)?;
@@ -265,7 +273,7 @@ impl CudaEngine {
         is_counted: bool,
         observer: Option<&mut Observer<'_>>,
     ) -> Result<()> {
-        let Shape { layers, width, .. } = self.weights.shape();
+        let Shape { layers, width, inner, .. } = self.weights.shape();
         let (work, weights, rows) = (&mut self.work, &self.weights, &self.rows);
         let passes = is_counted.then_some(&mut work.passes);
         let tokens = (&work.tokens, count);
@@ -331,8 +339,15 @@ impl CudaEngine {
             let inner_norm = [at(Vector::Glu)];
             let mlp = norms(at(Vector::MlpNorm), &inner_norm);
             rows.residual(&mut work.x, None, Some(output), mlp, &mut work.glu)?;
-            self.gemm.multiply(weights.tiles(), weights.glu(layer), &work.glu, &mut work.sums)?;
             let gamma = weights.gamma(layer, Projection::Glu);
+            let matrix = (weights.glu(layer), inner);
+            self.gemm.multiply_gated_unit(
+                weights.tiles(),
+                matrix,
+                &work.glu,
+                gamma,
+                &mut work.sums,
+            )?;
             let ab = Output { sums: &mut work.sums, input: &work.glu, layer: 0, gamma };
             rows.glu(&ab, weights.vectors(), at(Vector::Down), &mut work.down)?;
             self.gemm.multiply(weights.tiles(), weights.down(layer), &work.down, &mut work.sums)?;
