@@ -7,10 +7,22 @@
 // What is sent is the next quantiser's input without its factor. With y = x r1 w1 and z = y r2 w2 (two norms), the
 // quantiser's input is z = u R for u = x w1 w2, which only the channel's owner needs to know the weights for, and
 // R = r1 r2 = 1 / sqrt(mean((x w1)^2) + 1e-6 (mean(x^2) + eps)), for which owners send one sum for each group. All that
-// blocks do with a whole row is to find its maximum and to round u 127 / max|u|. (The CPU and the other kernels multiply
-// one after the other, so bits differ.)
+// blocks do with a whole row is to find its maximum and to round u 127 / max|u|; i, f and g, whose w2 differ, get x w1, and
+// each block multiplies. (The CPU and the other kernels multiply one after the other, so bits differ.)
 
 // Without the compiler's checks; off by a few units in the last place.
+__device__ __forceinline__ float inverse_root(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r * (1.5f - 0.5f * x * r * r);
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
 __device__ __forceinline__ float quick_sigmoid(float x) {
     float e;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.44269504f));
@@ -26,32 +38,97 @@ __device__ __forceinline__ u32 round4(float4 y) {
     return __byte_perm(__byte_perm(one(y.x), one(y.y), 0x0040), __byte_perm(one(y.z), one(y.w), 0x0040), 0x5410);
 }
 
-// Waits for the activations of this warp's columns and quantises them, four a lane of each column: a warp needs no others.
-// Gives max|u| / 127 of each layer. Synchronises the workers.
+// What a warp receives of a phase: eight sums of squares for each of its columns, one a lane.
 template <u32 PHASE>
-__device__ __forceinline__ void quantize_columns(const Args& a, Shared& shared, u32 round, u32 turn,
-                                                 u32 (&words)[layers_of(PHASE)][columns_of(PHASE)],
-                                                 float (&step)[layers_of(PHASE)]) {
+struct Squares {
+    static constexpr u32 LOADS = (columns_of(PHASE) + 3) / 4;
+    float value[LOADS];
+
+    __device__ __forceinline__ static u32 group(u32 i) {
+        return (threadIdx.x / 32 + (4 * i + threadIdx.x % 32 / 8) * WARPS) * (TILE_COLS / TILE_ROWS) + threadIdx.x % 8;
+    }
+    __device__ __forceinline__ static bool has(u32 i) {
+        return 4 * i + threadIdx.x % 32 / 8 < columns_of(PHASE) && group(i) * TILE_ROWS < inputs_of(PHASE);
+    }
+
+    // They were sent behind the floats, so that they may not be there yet.
+    __device__ __forceinline__ void look_for(const Args& a) {
+#pragma unroll
+        for (u32 i = 0; i < LOADS; ++i) value[i] = has(i) ? look(a.exchange + sums_of(PHASE) + group(i)) : 0.0f;
+    }
+
+    // Waits for them, and adds.
+    __device__ __forceinline__ float add(const Args& a, u32 round) {
+        u32 any, mask = mask_of(round);
+        do {
+            any = 0;
+#pragma unroll
+            for (u32 i = 0; i < LOADS; ++i) {
+                u32 one = has(i) ? missing(value[i], mask) & 1 : 0;
+                look_again(value[i], a.exchange + sums_of(PHASE) + group(i), one);
+                any |= one;
+            }
+        } while (__any_sync(ALL_LANES, any));
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < LOADS; ++i) sum += without_round(value[i]);
+#pragma unroll
+        for (u32 width = columns_of(PHASE) == 1 ? 4 : 16; width > 0; width /= 2)
+            sum += __shfl_xor_sync(ALL_LANES, sum, width);
+        return sum;
+    }
+};
+
+// A warp's activations of a phase.
+template <u32 PHASE>
+struct Activations {
+    u32* words;                   // quantised, in shared memory: [layer][column][32]
+    float step[layers_of(PHASE)]; // max|u| / 127
+    int total[layers_of(PHASE)];  // this lane's part of the sum of the integers
+    Squares<PHASE> squares;
+};
+
+// Waits for the activations of this warp's columns and quantises them, four a lane of each column: a warp needs no others.
+// `norms` are the second norms' weights of i, f and g, [3][D]. Synchronises the workers.
+template <u32 PHASE>
+__device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round, u32 turn, Patience& patience,
+                                        const float* norms, Activations<PHASE>& to) {
     constexpr u32 N = inputs_of(PHASE), LAYERS = layers_of(PHASE), COLUMNS = columns_of(PHASE);
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float* row = a.exchange + place_of(PHASE) + warp * TILE_COLS + 4 * lane;
-    float4 v[COLUMNS][LAYERS];
-    auto is_inside = [&](u32 k) { return (warp + k * WARPS) * TILE_COLS + 4 * lane < N; };
-    auto address = [&](u32 k, u32 j) { return row + j * N + k * WARPS * TILE_COLS; };
-#pragma unroll
-    for (u32 k = 0; k < COLUMNS; ++k)
-#pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) v[k][j] = is_inside(k) ? look4(address(k, j)) : make_float4(0, 0, 0, 0);
-    bool all;
-    do {
-        all = true;
+    auto channel = [&](u32 k) { return (warp + k * WARPS) * TILE_COLS + 4 * lane; };
+    auto is_inside = [&](u32 k) { return (k + 1) * WARPS * TILE_COLS <= N || channel(k) < N; };
+    const float* row = a.exchange + place_of(PHASE);
+    float4 v[COLUMNS][LAYERS], norm[COLUMNS][LAYERS];
+    if (PHASE == MIX)
 #pragma unroll
         for (u32 k = 0; k < COLUMNS; ++k)
 #pragma unroll
             for (u32 j = 0; j < LAYERS; ++j)
-                if (is_inside(k) && !was_sent(v[k][j], round)) v[k][j] = look4(address(k, j)), all = false;
-    } while (!all);
-    __syncwarp();
+                norm[k][j] = is_inside(k) ? *(const float4*)(norms + j * N + channel(k)) : make_float4(0, 0, 0, 0);
+    patience.wait();
+#pragma unroll
+    for (u32 k = 0; k < COLUMNS; ++k) v[k][0] = is_inside(k) ? look4(row + channel(k)) : make_float4(0, 0, 0, 0);
+    u32 mask = mask_of(round);
+    for (u32 early_looks = 0;; ++early_looks) {
+        u32 any = 0;
+#pragma unroll
+        for (u32 k = 0; k < COLUMNS; ++k) {
+            u32 one = is_inside(k) ? missing(v[k][0], mask) & 1 : 0;
+            look_again(v[k][0], row + channel(k), one);
+            any |= one;
+        }
+        if (!__any_sync(ALL_LANES, any)) {
+            to.squares.look_for(a);
+            patience.learn(early_looks);
+            break;
+        }
+    }
+#pragma unroll
+    for (u32 k = 0; k < COLUMNS; ++k) {
+        float4 y = without_round(v[k][0]);
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) v[k][j] = PHASE == MIX ? y * norm[k][j] : y;
+    }
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
         float largest = 0.0f;
@@ -68,92 +145,165 @@ __device__ __forceinline__ void quantize_columns(const Args& a, Shared& shared, 
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
         u32 of_warp = lane < WARPS ? shared.largest[turn][j][lane] : 0;
-        float largest = fmaxf(without_round(__uint_as_float(__reduce_max_sync(ALL_LANES, of_warp))), 1e-35f);
-        step[j] = largest * (1.0f / 127.0f);
+        float largest = fmaxf(__uint_as_float(__reduce_max_sync(ALL_LANES, of_warp)), 1e-35f);
+        to.step[j] = largest * (1.0f / 127.0f);
         float factor = 127.0f * reciprocal(largest);
+        to.total[j] = 0;
 #pragma unroll
-        for (u32 k = 0; k < COLUMNS; ++k) words[j][k] = round4(without_round(v[k][j]) * factor);
+        for (u32 k = 0; k < COLUMNS; ++k) {
+            u32 word = round4(v[k][j] * factor);
+            to.words[(j * COLUMNS + k) * 32 + lane] = word;
+            to.total[j] = __dp4a((int)word, 0x01010101, to.total[j]);
+        }
     }
+    __syncwarp();
+}
+
+// R of a phase's row.
+template <u32 PHASE>
+__device__ __forceinline__ float row_factor(const Args& a, const Shared& shared, u32 turn) {
+    const float4* from = (const float4*)shared.squares[turn];
+    float4 sum = from[0];
+#pragma unroll
+    for (u32 q = 1; q < QUADS; ++q) sum = sum + from[q];
+    float mean = (sum.x + sum.y + (sum.z + sum.w)) * (1.0f / inputs_of(PHASE));
+    // Where only the quantiser's own norm is, the other has no part in it.
+    return inverse_root(mean + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
 }
 
 // ---- Product ----
 
-// As in common.cuh, for the compiler to move.
-__device__ __forceinline__ void multiply(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// c + the dot product of four unsigned and four signed bytes.
+__device__ __forceinline__ int dot4(u32 codes, u32 q, int c) {
+    int sum;
+    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(codes), "r"(q), "r"(c));
+    return sum;
 }
 
-// This warp's tile of a column.
+// How a warp goes through its tiles of a phase.
 template <u32 PHASE>
-__device__ __forceinline__ uint4 take_tile(const Rows& way, u32 k) {
+struct Steps {
+    static constexpr u32 LAYERS = layers_of(PHASE), COLUMNS = columns_of(PHASE), ROWS = stage_rows_of(PHASE);
+    static constexpr bool ONE_STAGE = is_one_stage(PHASE);
+    // All tiles are in registers before the activations are there.
+    static constexpr u32 TILES = LAYERS * ROWS * COLUMNS;
+    static constexpr bool EARLY = ONE_STAGE && TILES <= 6;
+    // The activations of all columns stay in registers through the rows.
+    static constexpr bool KEEPS = COLUMNS <= 4;
+
+    // Rows of a stage that begins at a row of a layer. A block has fewer rows than others in the last one at most.
+    __device__ __forceinline__ static u32 rows_from(u32 first, u32 layer_rows) {
+        return ROWS == 1 ? 1 : min(ROWS, layer_rows - first);
+    }
+    // Row r of so many, or the last one once more.
+    __device__ __forceinline__ static u32 row(u32 r, u32 count) { return ROWS == 1 ? 0 : min(r, count - 1); }
+};
+
+// The tiles of a warp that are in registers early.
+template <u32 PHASE>
+struct EarlyTiles {
+    using S = Steps<PHASE>;
+    uint4 tile[S::EARLY ? S::TILES : 1];
+
+    __device__ __forceinline__ static constexpr u32 at(u32 j, u32 r, u32 k) {
+        return S::EARLY ? (j * S::ROWS + r) * S::COLUMNS + k : 0;
+    }
+};
+
+// This warp's tile of a column, or what lies behind the last one.
+template <u32 PHASE>
+__device__ __forceinline__ uint4 take_tile(const Rows& way, u32 row, u32 k) {
     constexpr u32 LAST = col_tiles_of(PHASE) - 1;
     u32 column = threadIdx.x / 32 + k * WARPS;
     if (k * WARPS + WARPS - 1 > LAST) column = min(column, LAST);
-    return way.tile<PHASE>(column);
+    return way.tile<PHASE>(row, column);
 }
 
-// Waits for a row of tiles, and takes those of this warp if they are few.
+// Waits for a phase's first stage, and takes its tiles to registers if they are few.
 template <u32 PHASE>
-__device__ __forceinline__ void take_row(Rows& way, u32 row, uint4 (&w)[columns_of(PHASE)]) {
-    way.take<PHASE>(row);
-    if (columns_of(PHASE) <= EARLY_COLUMNS)
+__device__ __forceinline__ void take_first(Rows& way, u32 rows, EarlyTiles<PHASE>& early) {
+    using S = Steps<PHASE>;
+    u32 layer_rows = rows / S::LAYERS;
+    way.take<PHASE>(0, S::ONE_STAGE ? rows : S::rows_from(0, layer_rows));
+    if (S::EARLY)
 #pragma unroll
-        for (u32 k = 0; k < columns_of(PHASE); ++k) w[k] = take_tile<PHASE>(way, k);
+        for (u32 j = 0; j < S::LAYERS; ++j)
+#pragma unroll
+            for (u32 r = 0; r < S::ROWS; ++r)
+#pragma unroll
+                for (u32 k = 0; k < S::COLUMNS; ++k)
+                    early.tile[early.at(j, r, k)] = take_tile<PHASE>(way, j * layer_rows + S::row(r, layer_rows), k);
 }
 
-// Adds this warp's part of a phase's product to the block's sums, [rows of the block's tiles]. The first row was taken.
+// Leaves this warp's part of a phase's product in `sums`: [row][quad of warps][channel of the row][warp of the quad].
+// Dot products of four bytes: they take half the time of the tensor cores' instructions, of whose eight columns one is used.
 template <u32 PHASE>
-__device__ __forceinline__ void product(const u32 (&words)[layers_of(PHASE)][columns_of(PHASE)],
-                                        uint4 (&w)[columns_of(PHASE)], int* sums, Rows& way) {
-    constexpr u32 COLUMNS = columns_of(PHASE), LAYERS = layers_of(PHASE);
-    u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, rows = way.shared.plan.part[PHASE].rows, layer_rows = rows / LAYERS;
-    constexpr bool KEEPS = COLUMNS <= 4;  // second operands, through all rows
-    u32 b[KEEPS ? COLUMNS : 1][8], row_of_layer = 0, layer = 0;
-    int total = 0;
+__device__ __forceinline__ void product(const Activations<PHASE>& activations, const EarlyTiles<PHASE>& early, int* sums,
+                                        u32 rows, Rows& way) {
+    using S = Steps<PHASE>;
+    constexpr u32 COLUMNS = S::COLUMNS;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, layer_rows = rows / S::LAYERS;
+    bool is_odd = t & 1;
+    int* mine = sums + (warp / 4 * TILE_ROWS + g + 8 * is_odd) * 4 + warp % 4;
+    // Words 8 t ... 8 t + 7 of a column.
+    auto read = [&](u32 j, u32 k, u32(&q)[8]) {
+        const uint4* from = (const uint4*)(activations.words + (j * COLUMNS + k) * 32) + 2 * t;
+        uint4 low = from[0], high = from[1];
+        q[0] = low.x, q[1] = low.y, q[2] = low.z, q[3] = low.w;
+        q[4] = high.x, q[5] = high.y, q[6] = high.z, q[7] = high.w;
+    };
+#pragma unroll
+    for (u32 j = 0; j < S::LAYERS; ++j) {
+        u32 q[S::KEEPS ? COLUMNS : 1][8], first = 0;
+        if (S::KEEPS)
+#pragma unroll
+            for (u32 k = 0; k < COLUMNS; ++k) read(j, k, q[S::KEEPS ? k : 0]);
+        // Makes up for codes t + 1.
+        int total = S::ONE_STAGE ? 0 : __reduce_add_sync(ALL_LANES, activations.total[j]);
 #pragma unroll 1
-    for (u32 row = 0; row < rows; ++row, sums += TILE_ROWS) {
-        if (row_of_layer == 0) {
-            // A column's second operands are words 8 t ... 8 t + 7; the sum of its activations makes up for codes t + 1.
-            total = 0;
+        do {
+            u32 count = S::rows_from(first, layer_rows);
+            if (!S::ONE_STAGE && (j > 0 || first > 0)) way.take<PHASE>(j * layer_rows + first, count);
 #pragma unroll
-            for (u32 k = 0; k < COLUMNS; ++k) {
-                u32 word = words[0][k];
-                if (LAYERS == 3) word = layer == 0 ? word : layer == 1 ? words[1 % LAYERS][k] : words[2 % LAYERS][k];
-                total = __dp4a((int)word, 0x01010101, total);
-                if (KEEPS)
+            for (u32 r = 0; r < S::ROWS; ++r) {
+                u32 row = S::row(r, count);
+                // Of rows g and g + 8; field f's sums are 4^f times too large.
+                int low[4] = {}, high[4] = {};
 #pragma unroll
-                    for (u32 f = 0; f < 8; ++f) b[k % (KEEPS ? COLUMNS : 1)][f] = __shfl_sync(ALL_LANES, word, 8 * t + f);
+                for (u32 k = 0; k < COLUMNS; ++k) {
+                    uint4 tile = S::EARLY ? early.tile[early.at(j, r, k)]
+                                          : take_tile<PHASE>(way, (S::ONE_STAGE ? j * layer_rows : 0) + row, k);
+                    u32(&of_column)[8] = q[S::KEEPS ? k : 0];
+                    if (!S::KEEPS) read(j, k, of_column);
+#pragma unroll
+                    for (u32 f = 0; f < 4; ++f) {
+                        u32 mask = FIELD << 2 * f;
+                        low[f] = dot4(tile.z & mask, of_column[4 + f], dot4(tile.x & mask, of_column[f], low[f]));
+                        high[f] = dot4(tile.w & mask, of_column[4 + f], dot4(tile.y & mask, of_column[f], high[f]));
+                    }
+                }
+                // Here, for the sum to be on its way beside the dot products.
+                if (S::ONE_STAGE && r == 0) total = __reduce_add_sync(ALL_LANES, activations.total[j]);
+                int sum_low = low[0] + (low[1] >> 2) + (low[2] >> 4) + (low[3] >> 6);
+                int sum_high = high[0] + (high[1] >> 2) + (high[2] >> 4) + (high[3] >> 6);
+                // Over the four lanes of a row: odd ones get row g + 8.
+                int sum = (is_odd ? sum_high : sum_low) + __shfl_xor_sync(ALL_LANES, is_odd ? sum_low : sum_high, 1);
+                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+                if (t < 2) mine[(j * layer_rows + first + row) * QUADS * TILE_ROWS * 4] = sum - total;
             }
-            total = __reduce_add_sync(ALL_LANES, total);
-            row_of_layer = LAYERS == 1 ? rows : layer_rows;
-            ++layer;
-        }
-        --row_of_layer;
-        int c[4][4] = {};
-#pragma unroll
-        for (u32 k = 0; k < COLUMNS; ++k) {
-            uint4 tile = COLUMNS > EARLY_COLUMNS ? take_tile<PHASE>(way, k) : w[k];
-            u32(&of_column)[8] = b[KEEPS ? k : 0];
-            if (!KEEPS)
-#pragma unroll
-                for (u32 f = 0; f < 8; ++f) of_column[f] = __shfl_sync(ALL_LANES, words[0][k], 8 * t + f);
-#pragma unroll
-            for (u32 f = 0; f < 4; ++f) {
-                u32 mask = FIELD << 2 * f;
-                multiply(c[f], tile.x & mask, tile.y & mask, tile.z & mask, tile.w & mask, of_column[f], of_column[4 + f]);
-            }
-        }
-        way.release<PHASE>();
-        if (row + 1 < rows) take_row<PHASE>(way, row + 1, w);
-        // All eight columns of the result are the same; field f's sums are 4^f times too large.
-        u32 half = 2 * (t & 1);
-        int sum = half ? c[0][2] + (c[1][2] >> 2) + (c[2][2] >> 4) + (c[3][2] >> 6)
-                       : c[0][0] + (c[1][0] >> 2) + (c[2][0] >> 4) + (c[3][0] >> 6);
-        if (t < 2) atomicAdd(sums + g + 4 * half, sum - total);
+            if (!S::ONE_STAGE) way.release<PHASE>(count);
+            first += S::ROWS;
+        } while (!S::ONE_STAGE && first < layer_rows);
     }
+    if (S::ONE_STAGE) way.release<PHASE>(rows);
 }
+
+// Of the phase that has most: words of a warp's activations, and a block's partial sums.
+template <u32 PHASE>
+constexpr u32 WORDS_OF = layers_of(PHASE) * columns_of(PHASE) * 32;
+constexpr u32 WARP_WORDS = larger_of(WORDS_OF<MIX>, WORDS_OF<DOWN>);
+constexpr u32 SUMS =
+    larger_of(larger_of(3 * most_rows_of(MIX), most_rows_of(GLU)), most_rows_of(HEAD)) * QUADS * TILE_ROWS * 4;
 
 // ---- The walk ----
 
@@ -169,27 +319,33 @@ __device__ __forceinline__ float embedding(const Args& a, u32 token, u32 k) {
 struct Walker {
     const Args& a;
     Shared& shared;
-    int* all_sums;
+    u32* words;                // of this warp's activations
+    int* sums;                 // of the product
     const float* own_vectors;  // of this phase and the next
     Rows& way;
     u32 turn;
+    Patience patience[PHASES];
 
     // Waits for a phase's row and multiplies. Then the sums are there for those who read them, with their factors:
     // R max|u| / 127.
     template <u32 PHASE>
-    __device__ __forceinline__ void run(u32 layer, u32 round, bool reads_sums, float (&factor)[layers_of(PHASE)]) {
+    __device__ __forceinline__ void run(u32 layer, u32 round, bool reads_sums, float (&factor)[layers_of(PHASE)],
+                                        const float* norms = nullptr) {
         turn ^= 1;
-        u32 words[layers_of(PHASE)][columns_of(PHASE)];
-        uint4 w[columns_of(PHASE)];
+        u32 rows = shared.plan.part[PHASE].rows;
+        Activations<PHASE> activations = {words};
+        EarlyTiles<PHASE> early;
         way.begin<PHASE>(a, layer);
-        take_row<PHASE>(way, 0, w);
-        quantize_columns<PHASE>(a, shared, round, turn, words, factor);
-        product<PHASE>(words, w, all_sums + a.sums_at[PHASE], way);
+        take_first<PHASE>(way, rows, early);
+        receive<PHASE>(a, shared, round, turn, patience[PHASE], norms, activations);
+        product<PHASE>(activations, early, sums, rows, way);
+        float squares = activations.squares.add(a, round);
+        if (threadIdx.x % 32 == 0) shared.squares[turn][threadIdx.x / 32] = squares;
         if (reads_sums) {
             wait_for_sums();
-            float r = shared.factor[turn];
+            float r = row_factor<PHASE>(a, shared, turn);
 #pragma unroll
-            for (u32 j = 0; j < layers_of(PHASE); ++j) factor[j] *= r;
+            for (u32 j = 0; j < layers_of(PHASE); ++j) factor[j] = activations.step[j] * r;
         } else {
             sums_are_added();
         }
@@ -200,12 +356,15 @@ struct Walker {
         return own_vectors[(4 * turn + which) * a.own_floats + threadIdx.x];
     }
 
-    // A sum, whose place is empty then.
-    template <u32 PHASE>
-    __device__ __forceinline__ int take_sum(u32 k) const {
-        int* at = all_sums + a.sums_at[PHASE] + k;
-        int sum = *at;
-        *at = 0;
+    // The product's sum for a channel, counted from the block's first row.
+    __device__ __forceinline__ int sum_of(u32 k) const {
+        const int4* from = (const int4*)sums + k / TILE_ROWS * QUADS * TILE_ROWS + k % TILE_ROWS;
+        int sum = 0;
+#pragma unroll
+        for (u32 q = 0; q < QUADS; ++q) {
+            int4 part = from[q * TILE_ROWS];
+            sum += part.x + part.y + (part.z + part.w);
+        }
         return sum;
     }
 };
@@ -216,23 +375,23 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
     Plan& plan = shared.plan;
     u32 warp = threadIdx.x / 32;
     u8* ring = memory + SHARED_BYTES;
-    int* all_sums = (int*)(ring + RING_TILES * TILE_BYTES);
+    int* sums = (int*)(ring + RING_TILES * TILE_BYTES);
+    u32* all_words = (u32*)(sums + SUMS);
     plan.make(a);
-    if (threadIdx.x == THREADS) {
-        make_ring(shared);
-        shared.best = 0;
-    }
-    for (u32 k = threadIdx.x; k < a.sums_at[PHASES]; k += ALL_THREADS) all_sums[k] = 0;
+    if (threadIdx.x == THREADS) make_ring(shared);
+    // Parts of warps that do not exist stay 0.
+    for (u32 k = threadIdx.x; k < SUMS; k += ALL_THREADS) sums[k] = 0;
+    if (threadIdx.x < 2 * 4 * QUADS) shared.squares[0][threadIdx.x] = 0.0f;
     __syncthreads();
     if (warp == WARPS) {
         if (threadIdx.x % 32 == 0) fetch_weights(a, shared, ring);
         return;
     }
-    float* own_vectors = (float*)(all_sums + a.sums_at[PHASES]);
+    float* own_vectors = (float*)(all_words + WARPS * WARP_WORDS);
     if (warp > WARPS) return serve(a, shared, own_vectors);
 
     Rows way = {shared, ring, {}};
-    Walker walker = {a, shared, all_sums, own_vectors, way, 0};
+    Walker walker = {a, shared, all_words + warp * WARP_WORDS, sums, own_vectors, way, 0, {}};
     u32 channels = plan.part[MIX].channels, channel = plan.part[MIX].channel + threadIdx.x;
     bool has_channel = threadIdx.x < channels, has_warp_channels = warp * 32 < channels;
     u32 inner_channels = plan.part[GLU].channels, inner_channel = plan.part[GLU].channel + threadIdx.x;
@@ -246,15 +405,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
         const float* v = a.vectors;
         if (has_warp_channels) {
             u32 token = token_at == 0 && a.token >= 0 ? (u32)a.token : receive_token(a, token_round);
-            float w[3] = {}, w1 = 0.0f;
+            float y = 0.0f;
             if (has_channel) {
-                w1 = __ldg(v + channel);
-                for (u32 j = 0; j < 3; ++j) w[j] = __ldg(v + (1 + j) * WIDTH + channel);
                 x = embedding(a, token, channel);
+                y = x * __ldg(v + channel);
                 if (channel == 0) a.history[token_at] = token;
             }
-            float y = x * w1;
-            send_channel<MIX>(a, has_channel, channel, y, y * y + 1e-6f * (x * x), w, round);
+            send_channel<MIX>(a, has_channel, channel, y, y * y + 1e-6f * (x * x), round);
         }
 #pragma unroll 1
         for (u32 layer = 0; layer < a.layers; ++layer, ++round, v += LAYER_FLOATS) {
@@ -264,20 +421,20 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     float gamma[3], f[3];
 #pragma unroll
                     for (u32 j = 0; j < 3; ++j) gamma[j] = __ldg(gammas + j);
-                    walker.run<MIX>(layer, round, has_warp_channels, f);
+                    walker.run<MIX>(layer, round, has_warp_channels, f, v + WIDTH);
                     if (has_warp_channels) {
-                        float g = 0.0f, y = 0.0f, h = 0.0f, w[1] = {};
+                        float g = 0.0f, y = 0.0f, h = 0.0f, w = 0.0f;
                         if (has_channel) {
                             u32 rows = plan.part[MIX].second_at;
-                            float i_gate = dequantize(walker.take_sum<MIX>(threadIdx.x), gamma[0] * f[0]);
-                            float f_gate = dequantize(walker.take_sum<MIX>(threadIdx.x + rows), gamma[1] * f[1]);
-                            g = dequantize(walker.take_sum<MIX>(threadIdx.x + 2 * rows), gamma[2] * f[2]);
+                            float i_gate = dequantize(walker.sum_of(threadIdx.x), gamma[0] * f[0]);
+                            float f_gate = dequantize(walker.sum_of(threadIdx.x + rows), gamma[1] * f[1]);
+                            g = dequantize(walker.sum_of(threadIdx.x + 2 * rows), gamma[2] * f[2]);
                             float beta = walker.own_vector(0), forget = beta + (1.0f - beta) * quick_sigmoid(f_gate);
                             h = forget * walker.own_vector(3) + quick_silu(i_gate) * (1.0f - forget);
                             y = g * walker.own_vector(1) * quick_silu(h);
-                            w[0] = walker.own_vector(2);
+                            w = walker.own_vector(2);
                         }
-                        send_channel<OUT>(a, has_channel, channel, y, y * y + 1e-6f * (g * g), w, round);
+                        send_channel<OUT>(a, has_channel, channel, y * w, y * y + 1e-6f * (g * g), round);
                         if (has_channel) a.state[(size_t)layer * WIDTH + channel] = h;
                     }
                 }
@@ -285,13 +442,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     float gamma = __ldg(gammas + 3), f[1];
                     walker.run<OUT>(layer, round, has_warp_channels, f);
                     if (has_warp_channels) {
-                        float y = 0.0f, w[1] = {};
+                        float y = 0.0f, w = 0.0f;
                         if (has_channel) {
-                            x = x + dequantize(walker.take_sum<OUT>(threadIdx.x), gamma * f[0]);
+                            x = x + dequantize(walker.sum_of(threadIdx.x), gamma * f[0]);
                             y = x * walker.own_vector(0);
-                            w[0] = walker.own_vector(1);
+                            w = walker.own_vector(1);
                         }
-                        send_channel<GLU>(a, has_channel, channel, y, y * y + 1e-6f * (x * x), w, round);
+                        send_channel<GLU>(a, has_channel, channel, y * w, y * y + 1e-6f * (x * x), round);
                     }
                 }
             }
@@ -299,13 +456,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                 float gamma = __ldg(gammas + 4), f[1];
                 walker.run<GLU>(layer, round, has_warp_inner, f);
                 if (has_warp_inner) {
-                    float y = 0.0f, w[1] = {};
+                    float y = 0.0f, w = 0.0f;
                     if (has_inner) {
-                        y = quick_silu(dequantize(walker.take_sum<GLU>(threadIdx.x), gamma * f[0])) *
-                            dequantize(walker.take_sum<GLU>(threadIdx.x + plan.part[GLU].second_at), gamma * f[0]);
-                        w[0] = walker.own_vector(0);
+                        y = quick_silu(dequantize(walker.sum_of(threadIdx.x), gamma * f[0])) *
+                            dequantize(walker.sum_of(threadIdx.x + plan.part[GLU].second_at), gamma * f[0]);
+                        w = walker.own_vector(0);
                     }
-                    send_channel<DOWN>(a, has_inner, inner_channel, y, y * y, w, round);
+                    send_channel<DOWN>(a, has_inner, inner_channel, y * w, y * y, round);
                 }
             }
             if (channels > 0) {
@@ -313,20 +470,15 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                 float gamma = __ldg(gammas + 5), f[1];
                 walker.run<DOWN>(layer, round, has_warp_channels, f);
                 if (has_warp_channels) {
-                    float y = 0.0f, w[3] = {};
+                    float y = 0.0f, w = 0.0f;
                     if (has_channel) {
-                        x = x + dequantize(walker.take_sum<DOWN>(threadIdx.x), gamma * f[0]);
+                        x = x + dequantize(walker.sum_of(threadIdx.x), gamma * f[0]);
                         y = x * walker.own_vector(0);
-#pragma unroll
-                        for (u32 j = 0; j < 3; ++j) w[j] = walker.own_vector(1 + j);
+                        if (is_last) w = walker.own_vector(1);
                     }
                     float square = y * y + 1e-6f * (x * x);
-                    if (!is_last) {
-                        send_channel<MIX>(a, has_channel, channel, y, square, w, round + 1);
-                    } else {
-                        float only[1] = {w[0]};
-                        send_channel<HEAD>(a, has_channel, channel, y, square, only, token_round + 1);
-                    }
+                    if (is_last) send_channel<HEAD>(a, has_channel, channel, y * w, square, token_round + 1);
+                    else send_channel<MIX>(a, has_channel, channel, y, square, round + 1);
                 }
             }
         }
@@ -338,19 +490,20 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
 #pragma unroll 1
             for (u32 k = threadIdx.x; k < plan.part[HEAD].channels; k += THREADS) {
                 u32 id = plan.part[HEAD].channel + k;
-                float logit = dequantize(walker.take_sum<HEAD>(k), gamma * f[0]);
+                float logit = dequantize(walker.sum_of(k), gamma * f[0]);
                 a.logits[id] = logit;
                 finite = finite && is_finite(logit);
                 u64 key = logit_key(logit, id);
                 mine = key > mine ? key : mine;
             }
-            if (mine) atomicMax(&shared.best, mine);
+            mine = largest_key(mine);
+            if (threadIdx.x % 32 == 0) shared.keys[warp] = mine;
             if (!finite) *a.not_finite = 1;
             sync_workers();
-            if (threadIdx.x == 0) {
+            if (warp == 0) {
+                mine = largest_key(threadIdx.x < WARPS ? shared.keys[threadIdx.x] : 0);
                 u64 round_bit = token_round + 1 & 1 ? ROUND_OF_KEY : 0;
-                send_key(a.keys + blockIdx.x, (shared.best & ~ROUND_OF_KEY) | round_bit);
-                shared.best = 0;
+                if (threadIdx.x == 0) send_key(a.keys + blockIdx.x, (mine & ~ROUND_OF_KEY) | round_bit);
             }
         }
     }

@@ -31,12 +31,49 @@ __device__ __forceinline__ void send_key(u64* to, u64 key) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(key) : "memory");
 }
 
-__device__ __forceinline__ bool was_sent(float v, u32 round) { return ((__float_as_uint(v) ^ round) & 1) == 0; }
-
-__device__ __forceinline__ bool was_sent(float4 v, u32 round) {
-    u32 x = __float_as_uint(v.x), y = __float_as_uint(v.y), z = __float_as_uint(v.z), w = __float_as_uint(v.w);
-    return (((x ^ round) | (y ^ round) | (z ^ round) | (w ^ round)) & 1) == 0;
+// The lowest bit is set if something was not sent in the round that `mask` stands for.
+__device__ __forceinline__ u32 mask_of(u32 round) { return 0 - (round & 1); }
+__device__ __forceinline__ u32 missing(float v, u32 mask) { return __float_as_uint(v) ^ mask; }
+__device__ __forceinline__ u32 missing(float4 v, u32 mask) {
+    return missing(v.x, mask) | missing(v.y, mask) | missing(v.z, mask) | missing(v.w, mask);
 }
+
+// Looks again if a condition is not 0. Without a branch, or the loads of a thread would wait for each other.
+__device__ __forceinline__ void look_again(float& v, const float* from, u32 condition) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.f32 %0, [%1]; }"
+                 : "+f"(v)
+                 : "l"(from), "r"(condition)
+                 : "memory");
+}
+
+__device__ __forceinline__ void look_again(float4& v, const float* from, u32 condition) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
+                 : "l"(from), "r"(condition)
+                 : "memory");
+}
+
+// How long a warp waits before it looks for a phase's row. Looks of all blocks for the same lines keep each other, and what
+// is sent, waiting: so a warp learns when its floats come. It waits longer where looks were too early, and less where the
+// first one was not.
+struct Patience {
+    u32 cycles;
+
+    __device__ __forceinline__ static u32 now() {
+        u32 c;
+        asm volatile("mov.u32 %0, %%clock;" : "=r"(c)::"memory");
+        return c;
+    }
+
+    __device__ __forceinline__ void wait() const {
+        u32 begin = now();
+        while (now() - begin < cycles) {}
+    }
+
+    __device__ __forceinline__ void learn(u32 early_looks) {
+        cycles = early_looks == 0 ? cycles - min(cycles, 32u) : cycles + 32 * min(early_looks, 16u);
+    }
+};
 
 __device__ __forceinline__ float without_round(float v) { return __uint_as_float(__float_as_uint(v) & ~1u); }
 
@@ -44,15 +81,10 @@ __device__ __forceinline__ float4 without_round(float4 v) {
     return make_float4(without_round(v.x), without_round(v.y), without_round(v.z), without_round(v.w));
 }
 
-// Sends for the next product what an own channel contributes, and its group's sum. By whole warps.
+// Sends for the next product what an own channel contributes, and its group's sum of squares. By whole warps.
 template <u32 PHASE>
-__device__ __forceinline__ void send_channel(const Args& a, bool has, u32 channel, float y, float square,
-                                             const float (&w)[layers_of(PHASE)], u32 round) {
-    float* to = a.exchange + place_of(PHASE);
-    constexpr u32 N = inputs_of(PHASE);
-    if (has)
-#pragma unroll
-        for (u32 j = 0; j < layers_of(PHASE); ++j) send(to + j * N + channel, y * w[j], round);
+__device__ __forceinline__ void send_channel(const Args& a, bool has, u32 channel, float value, float square, u32 round) {
+    if (has) send(a.exchange + place_of(PHASE) + channel, value, round);
     // Over a group of 16 neighbouring lanes.
     float sum = has ? square : 0.0f;
 #pragma unroll
@@ -62,68 +94,42 @@ __device__ __forceinline__ void send_channel(const Args& a, bool has, u32 channe
 
 constexpr u64 ROUND_OF_KEY = 1ull << 31;  // vocabularies are smaller
 
-// Waits for the keys of all blocks that have a part in the head: the most likely token.
-__device__ __noinline__ u32 receive_token(const Args& a, u32 round) {
-    u32 groups = groups_of(a.vocab);
-    u64 best = 0, expected = round & 1 ? ROUND_OF_KEY : 0;
-    for (u32 b = threadIdx.x % 32; b < gridDim.x; b += 32) {
-        if (part_begin(groups, b, gridDim.x) == part_begin(groups, b + 1, gridDim.x)) continue;
-        u64 key;
-        do key = look_key(a.keys + b);
-        while ((key & ROUND_OF_KEY) != expected);
-        key |= ROUND_OF_KEY;
-        best = key > best ? key : best;
-    }
-    u32 high = __reduce_max_sync(ALL_LANES, (u32)(best >> 32));
-    return ~__reduce_max_sync(ALL_LANES, (u32)(best >> 32) == high ? (u32)best : 0);
+// The largest of a warp's keys.
+__device__ __forceinline__ u64 largest_key(u64 key) {
+    u32 high = __reduce_max_sync(ALL_LANES, (u32)(key >> 32));
+    return (u64)high << 32 | __reduce_max_sync(ALL_LANES, (u32)(key >> 32) == high ? (u32)key : 0);
 }
 
-// ---- The serving warp: sums of squares, and the vectors that the block's channels need behind a phase ----
+// Waits for the keys of all blocks that have a part in the head: the most likely token.
+__device__ __noinline__ u32 receive_token(const Args& a, u32 round) {
+    constexpr u32 KEYS = (NUM_BLOCKS + 31) / 32;
+    u32 groups = groups_of(a.vocab);
+    u64 keys[KEYS], best = 0, expected = round & 1 ? ROUND_OF_KEY : 0;
+    bool has[KEYS], any;
+#pragma unroll
+    for (u32 k = 0; k < KEYS; ++k) {
+        u32 block = threadIdx.x % 32 + 32 * k;
+        has[k] = block < NUM_BLOCKS && part_begin(groups, block, NUM_BLOCKS) < part_begin(groups, block + 1, NUM_BLOCKS);
+    }
+    do {
+        any = false;
+#pragma unroll
+        for (u32 k = 0; k < KEYS; ++k) keys[k] = has[k] ? look_key(a.keys + threadIdx.x % 32 + 32 * k) : expected;
+#pragma unroll
+        for (u32 k = 0; k < KEYS; ++k) any |= (keys[k] & ROUND_OF_KEY) != expected;
+    } while (__any_sync(ALL_LANES, any));
+#pragma unroll
+    for (u32 k = 0; k < KEYS; ++k)
+        if (has[k] && (keys[k] | ROUND_OF_KEY) > best) best = keys[k] | ROUND_OF_KEY;
+    return ~(u32)largest_key(best);
+}
+
+// ---- Barriers of a block, and the serving warp: the vectors that the block's channels need behind a phase ----
 
 // Warps that do not read a product's sums need not wait for them.
 __device__ __forceinline__ void sums_are_added() { asm volatile("bar.arrive 1, %0;" ::"n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void wait_for_sums() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void sync_workers() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
-
-__device__ __forceinline__ float inverse_root(float x) {
-    float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r * (1.5f - 0.5f * x * r * r);
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-// By one warp: R of a phase's row.
-template <u32 PHASE>
-__device__ __forceinline__ void add_sums(const Args& a, Shared& shared, u32 round, u32 turn) {
-    constexpr u32 N = inputs_of(PHASE), SUMS = (groups_of(N) + 31) / 32;
-    u32 lane = threadIdx.x % 32;
-    const float* from = a.exchange + sums_of(PHASE) + lane;
-    float part[SUMS], sum = 0.0f;
-    auto is_inside = [&](u32 k) { return lane + 32 * k < groups_of(N); };
-#pragma unroll
-    for (u32 k = 0; k < SUMS; ++k) part[k] = is_inside(k) ? look(from + 32 * k) : 0.0f;
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (u32 k = 0; k < SUMS; ++k)
-            if (is_inside(k) && !was_sent(part[k], round)) part[k] = look(from + 32 * k), all = false;
-        if (!all) __nanosleep(20);
-    } while (!all);
-    __syncwarp();
-#pragma unroll
-    for (u32 k = 0; k < SUMS; ++k) sum += without_round(part[k]);
-#pragma unroll
-    for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
-    // Where only the quantiser's own norm is, the other has no part in it.
-    float r = inverse_root(sum * (1.0f / N) + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
-    if (lane == 0) shared.factor[turn] = r;
-}
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -131,11 +137,11 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, float* own_vectors, u32 layer, u32 phase) {
     const Part& part = shared.plan.part[phase];
     const float* v = a.vectors + (size_t)layer * (9 * WIDTH + INNER);
-    u32 first = phase == MIX ? 4 : phase == OUT ? 7 : 9, count = phase == OUT ? 2 : phase == GLU ? 1 : 3;
+    u32 first = phase == MIX ? 4 : phase == OUT ? 7 : 9, count = phase == MIX ? 3 : phase == OUT ? 2 : 1;
     if (phase == DOWN) {
         // Of the next layer, or the head's two.
         v += 9 * WIDTH + INNER;
-        first = 0, count = layer + 1 == a.layers ? 2 : 4;
+        first = 0, count = layer + 1 == a.layers ? 2 : 1;
     }
     if (phase != HEAD)
 #pragma unroll 1
@@ -146,7 +152,7 @@ __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, floa
         }
 }
 
-// By one warp, beside the others: the sums of squares, and the vectors of the phase to come.
+// By one warp, beside the others: the vectors of the phase to come.
 __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_vectors) {
     auto has = [&](u32 phase) { return shared.plan.part[phase].channels > 0; };
     u32 turn = 0, steps = 4 * a.layers, step = ~0u;
@@ -164,16 +170,10 @@ __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_
 #pragma unroll 1
     for (;;) {
         turn ^= 1;
-        u32 phase = step == steps ? (u32)HEAD : step % 4, round = (a.tokens_before + token) * a.layers + step / 4 + 1;
-        if (phase == MIX) add_sums<MIX>(a, shared, round, turn);
-        else if (phase == OUT) add_sums<OUT>(a, shared, round, turn);
-        else if (phase == GLU) add_sums<GLU>(a, shared, round, turn);
-        else if (phase == DOWN) add_sums<DOWN>(a, shared, round, turn);
-        else add_sums<HEAD>(a, shared, a.tokens_before + token + 1, turn);
         wait_for_copies();
         __syncwarp();
-        sums_are_added();
-        // All have read the vectors of the phase before: the sums depend on them.
+        // Behind it all have read the vectors of the phase before.
+        wait_for_sums();
         u32 next = next_of(step);
         copy(next, turn ^ 1);
         if (next <= step && ++token == a.count) return;

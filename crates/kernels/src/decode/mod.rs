@@ -38,17 +38,20 @@ const ROUND_OF_KEY: u64 = 1 << 31;
 
 /// What the driver keeps for itself of a block's shared memory.
 const RESERVED_SHARED_BYTES: usize = 1024;
-/// Warps that multiply, at least, and at most: one for each column of tiles, or as many as have 128 registers a thread.
-const WARPS: std::ops::RangeInclusive<usize> = 8..=16;
-const WARPS_WITH_REGISTERS: usize = 14;
-/// Of wide models, tiles on their way at most (measured: 64 of 32 to 400 at widths of 2560 and 5120; at 1024 it made no
-/// difference, and 2048 is 7 % faster without a limit).
-const WIDE_COLUMNS: usize = 20;
-const MOVING_TILES: usize = 64;
+/// Warps that multiply: one for two columns of tiles (at a width of 2048 one for each is 14 % slower), at most as many as
+/// have enough registers, 128 a thread or, where weights are read without a ring, 168.
+const MIN_WARPS: usize = 8;
+const MAX_WARPS: usize = 14;
+const MAX_WARPS_WITHOUT_RING: usize = 10;
+/// Tiles on their way, at least; otherwise as many as two and a half rows of them. Measured at widths of 1024, 2048, 2560
+/// and 5120: 32 of 16 to 64, 32 of 32 to 380, 40 of 40 to 128 and 96 of 64 to 192 tiles.
+const MOVING_TILES: usize = 32;
+/// Of weights that arrive together, where more than a row of tiles does.
+const STAGE_TILES: usize = 48;
 /// A ring longer than this brings nothing.
 const MAX_RING_TILES: usize = 420;
 /// Columns of tiles that a warp can have: it keeps their activations in registers.
-const MAX_COLUMNS: usize = 10;
+const MAX_COLUMNS: usize = 11;
 /// Steps of one launch, so that it ends in reasonable time.
 const MAX_STEPS: usize = 256;
 
@@ -72,7 +75,6 @@ struct Args {
     glu_row_tiles: u32,
     embedding_type: u32,
     own_floats: u32,
-    sums_at: [u32; PHASES + 1],
     tokens_before: u32,
     count: u32,
     token: i32,
@@ -96,7 +98,8 @@ struct Division {
     ring_tiles: usize,
     /// Channels of the inner width, which has the most, that a block owns at most.
     own_floats: usize,
-    sums_at: [u32; PHASES + 1],
+    /// Groups of channels of the width, the inner width and the vocabulary that a block owns at most.
+    groups: [usize; 3],
     shared_bytes: usize,
 }
 
@@ -110,11 +113,9 @@ impl Division {
     ) -> Option<Self> {
         let Shape { width, inner, vocab, .. } = shape;
         let (columns, inner_columns) = (width.div_ceil(TILE_COLS), inner.div_ceil(TILE_COLS));
-        let warps = if columns <= *WARPS.end() {
-            columns.max(*WARPS.start())
-        } else {
-            columns.div_ceil(columns.div_ceil(WARPS_WITH_REGISTERS))
-        };
+        let most = if has_ring { MAX_WARPS } else { MAX_WARPS_WITHOUT_RING };
+        let most = columns.div_ceil(2).clamp(MIN_WARPS, most);
+        let warps = columns.div_ceil(columns.div_ceil(most)).max(MIN_WARPS);
         let groups = |n: usize, blocks: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks);
         // The fewest blocks whose busiest one has as few tiles of a layer as with all of them.
         let busiest = |blocks: usize| {
@@ -124,51 +125,51 @@ impl Division {
         let blocks = (1..=multiprocessors).min_by_key(|&blocks| (busiest(blocks), blocks))?;
         let owned = |n: usize| groups(n, blocks) * TILE_ROWS;
         let own_floats = owned(width).max(owned(inner));
+        let groups_at_most = [groups(width, blocks), groups(inner, blocks), groups(vocab, blocks)];
         // Rows of values begin within a tile.
-        let sums = [
-            3 * owned(width),
-            owned(width),
-            2 * (owned(inner) + TILE_ROWS),
-            owned(width),
-            owned(vocab),
-        ];
-        let mut sums_at = [0; PHASES + 1];
-        for (phase, sums) in sums.into_iter().enumerate() {
-            sums_at[phase + 1] = sums_at[phase] + sums as u32;
-        }
-        let fixed = SHARED_BYTES + 4 * (sums_at[PHASES] as usize + OWN_VECTORS * own_floats);
+        let values = 2 * groups_at_most[1] + usize::from(inner % TILE_ROWS != 0);
+        let rows = (3 * groups_at_most[0]).max(values).max(groups_at_most[2]);
+        let sums = 4 * rows * TILE_ROWS * warps.next_multiple_of(4);
+        let words =
+            (3 * columns.div_ceil(warps)).max(inner_columns.div_ceil(warps)) * TILE_COLS * warps;
+        let fixed = SHARED_BYTES + sums + words + 4 * OWN_VECTORS * own_floats;
         let available = shared_bytes.checked_sub(RESERVED_SHARED_BYTES + fixed)?;
         let ring_tiles = if has_ring { (available / TILE_BYTES).min(MAX_RING_TILES) } else { 0 };
-        // Two rows: one is used while the next arrives.
-        let has_room = !has_ring || ring_tiles >= columns.max(inner_columns) + columns;
+        // Two stages, wherever in the ring the first one begins.
+        let stage = STAGE_TILES.max(columns).max(inner_columns);
+        let has_room = !has_ring || ring_tiles >= 2 * stage;
         let is_small = own_floats <= 32 * warps && inner_columns.div_ceil(warps) <= MAX_COLUMNS;
         (has_room && is_small).then_some(Self {
             blocks,
             warps,
             ring_tiles,
             own_floats,
-            sums_at,
+            groups: groups_at_most,
             shared_bytes: fixed + ring_tiles * TILE_BYTES,
         })
     }
 
-    fn constants(&self, shape: Shape) -> [Constant; 5] {
-        let is_wide = shape.width.div_ceil(TILE_COLS) >= WIDE_COLUMNS;
+    fn constants(&self, shape: Shape) -> [Constant; 9] {
+        let rows_of_tiles = 5 * shape.width.div_ceil(TILE_COLS) / 2;
+        let [groups, inner_groups, head_groups] = self.groups;
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
+            ("NUM_BLOCKS", self.blocks),
             ("NUM_WARPS", self.warps),
             ("NUM_RING_TILES", self.ring_tiles),
-            ("NUM_MOVING_TILES", if is_wide { MOVING_TILES } else { self.ring_tiles }),
+            ("NUM_MOVING_TILES", rows_of_tiles.max(MOVING_TILES)),
+            ("NUM_GROUPS", groups),
+            ("NUM_INNER_GROUPS", inner_groups),
+            ("NUM_HEAD_GROUPS", head_groups),
         ]
     }
 }
 
-/// Floats that blocks send each other: of each product's input a row for each of its quantisers, and a sum for each group
-/// of channels.
+/// Floats that blocks send each other: a row of each product's input, and a sum for each group of its channels.
 fn exchange_floats(shape: Shape) -> usize {
-    let row = |rows: usize, n: usize| rows * n + n.div_ceil(TILE_ROWS).next_multiple_of(4);
-    row(3, shape.width) + 3 * row(1, shape.width) + row(1, shape.inner)
+    let row = |n: usize| n + n.div_ceil(TILE_ROWS).next_multiple_of(4);
+    4 * row(shape.width) + row(shape.inner)
 }
 
 /// The kernel and what it keeps between tokens.
@@ -297,7 +298,6 @@ impl Decoder {
             glu_row_tiles: weights.glu(0).row_tiles as u32,
             embedding_type: weights.embedding_type.code(),
             own_floats: self.division.own_floats as u32,
-            sums_at: self.division.sums_at,
             tokens_before: self.fed as u32,
             count: count as u32,
             token: match token {
@@ -363,7 +363,7 @@ mod tests {
     fn published_sizes_are_divided_evenly() {
         for (width, inner, blocks, warps) in [
             (1024, 2816, 88, 8),
-            (2048, 5632, 128, 16),
+            (2048, 5632, 128, 8),
             (2560, 6912, 108, 10),
             (5120, 13824, 124, 14),
         ] {
@@ -371,7 +371,7 @@ mod tests {
             let division = division.expect("fits");
             assert_eq!((division.blocks, division.warps), (blocks, warps), "{width}");
             assert!(division.shared_bytes <= HOPPER.1);
-            assert!(division.ring_tiles >= 400);
+            assert!(division.ring_tiles >= 330);
         }
     }
 

@@ -6,12 +6,17 @@
 #define INNER 2816
 #define NUM_WARPS 8
 #define NUM_RING_TILES 400
-#define NUM_MOVING_TILES 400
+#define NUM_MOVING_TILES 32
+#define NUM_GROUPS 1
+#define NUM_INNER_GROUPS 2
+#define NUM_HEAD_GROUPS 23
+#define NUM_BLOCKS 88
 #endif
 
-// Warps that multiply; two more fetch weights, and serve: they add sums and fetch vectors.
+// Warps that multiply; two more fetch weights, and the vectors of own channels.
 constexpr u32 WARPS = NUM_WARPS, THREADS = 32 * WARPS, ALL_THREADS = THREADS + 64;
 constexpr u32 TILE_BYTES = 512, RING_TILES = NUM_RING_TILES, STAGES = 64;
+constexpr u32 QUADS = (WARPS + 3) / 4;  // of warps
 
 enum Phase : u32 { MIX, OUT, GLU, DOWN, HEAD, PHASES };
 
@@ -21,6 +26,27 @@ __device__ constexpr u32 inputs_of(u32 phase) { return phase == DOWN ? INNER : W
 __device__ constexpr u32 col_tiles_of(u32 phase) { return tiles_of(inputs_of(phase)); }
 // Columns of tiles that a warp has, for all rows of its block: `warp + k WARPS`.
 __device__ constexpr u32 columns_of(u32 phase) { return (col_tiles_of(phase) + WARPS - 1) / WARPS; }
+
+__device__ constexpr u32 smaller_of(u32 a, u32 b) { return a < b ? a : b; }
+__device__ constexpr u32 larger_of(u32 a, u32 b) { return a > b ? a : b; }
+
+__device__ constexpr u32 layers_of(u32 phase) { return phase == MIX ? 3 : 1; }
+// Rows of tiles that a block has of a phase's layer, at most. The values' rows begin anywhere in a tile.
+__device__ constexpr u32 most_rows_of(u32 phase) {
+    return phase == HEAD  ? NUM_HEAD_GROUPS
+           : phase == GLU ? 2 * NUM_INNER_GROUPS + (INNER % TILE_ROWS != 0)
+                          : NUM_GROUPS;
+}
+
+// Weights arrive in stages: all of a block's tiles of a phase if they are few, otherwise some rows of one layer.
+constexpr u32 STAGE_TILES = 48, STAGE_ROWS = 4;
+__device__ constexpr bool is_one_stage(u32 phase) {
+    return layers_of(phase) * most_rows_of(phase) * col_tiles_of(phase) <= STAGE_TILES;
+}
+__device__ constexpr u32 stage_rows_of(u32 phase) {
+    u32 fit = smaller_of(larger_of(STAGE_TILES / col_tiles_of(phase), 1), STAGE_ROWS);
+    return is_one_stage(phase) ? most_rows_of(phase) : smaller_of(fit, most_rows_of(phase));
+}
 
 struct Args {
     const uint4* weights;        // tiles: [layer][phase], then the head
@@ -40,22 +66,20 @@ struct Args {
     u32 glu_row_tiles;
     u32 embedding_type;          // 0: f32, 1: f16, 2: bf16
     u32 own_floats;              // of each vector that a block needs, at most
-    u32 sums_at[PHASES + 1];     // where the sums of a phase are, of the rows that a block owns
     u32 tokens_before;           // fed since the exchange was cleared
     u32 count;                   // tokens to feed: `token`, then the most likely ones
     int token;                   // negative: the most likely one
     float eps;
 };
 
-// Where things are in `exchange`: of each phase a row for each layer, and the sums of its groups.
+// Where things are in `exchange`: of each phase a row and the sums of its groups.
 __device__ constexpr u32 whole_fours(u32 n) { return (n + 3) / 4 * 4; }
-__device__ constexpr u32 layers_of(u32 phase) { return phase == MIX ? 3 : 1; }
 __device__ constexpr u32 place_of(u32 phase) {
     u32 at = 0;
-    for (u32 p = 0; p < phase; ++p) at += layers_of(p) * inputs_of(p) + whole_fours(groups_of(inputs_of(p)));
+    for (u32 p = 0; p < phase; ++p) at += inputs_of(p) + whole_fours(groups_of(inputs_of(p)));
     return at;
 }
-__device__ constexpr u32 sums_of(u32 phase) { return place_of(phase) + layers_of(phase) * inputs_of(phase); }
+__device__ constexpr u32 sums_of(u32 phase) { return place_of(phase) + inputs_of(phase); }
 
 // ---- Who does what ----
 
@@ -113,11 +137,11 @@ __device__ __forceinline__ const uint4* tiles_of_phase(const Args& a, u32 layer,
 // At the beginning of a block's shared memory.
 struct Shared {
     Plan plan;
-    u64 best;
-    u64 full[STAGES], empty[STAGES];  // barriers of the ring
+    u64 keys[WARPS];                          // the largest of a warp's logits
+    u64 full[STAGES], empty[STAGES];          // barriers of the ring
     u32 stage_tiles[STAGES];
-    float factor[2];                  // R
-    u32 largest[2][3][WARPS];         // |u| of a warp's columns
+    alignas(16) float squares[2][4 * QUADS];  // sums of squares of a warp's columns
+    u32 largest[2][3][WARPS];                 // |u| of a warp's columns
 };
 
 constexpr u32 SHARED_BYTES = 3072;

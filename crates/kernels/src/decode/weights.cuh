@@ -1,19 +1,16 @@
 // Weights on their way to a product. They do not depend on activations: one thread copies the tiles that the block will
 // need into a ring in shared memory, through phases, layers and tokens, whatever the exchange does.
 
-// So few columns of a warp are taken to registers before the activations are there.
-constexpr u32 EARLY_COLUMNS = 2;
-
 #if __CUDA_ARCH__ >= 900
 // Tiles on their way at most: more would only queue up, and floats of the exchange behind them.
 constexpr u32 MOVING_TILES = NUM_MOVING_TILES;
 
-// A place in the ring: a stage, which is a row of tiles; the parity of its barriers, and its first tile. No row
-// continues at the ring's beginning.
+// A place in the ring: a stage, the parity of its barriers, and its first tile. No stage continues at the ring's
+// beginning.
 struct Place {
     u32 stage, parity, tile;
 
-    // Makes room for a row of so many tiles; gives how many were left unused.
+    // Makes room for a stage of so many tiles; gives how many were left unused.
     __device__ __forceinline__ u32 align(u32 tiles) {
         u32 left = RING_TILES - tile;
         if (left >= tiles) return 0;
@@ -54,10 +51,13 @@ __device__ __forceinline__ void fetch_weights(const Args& a, Shared& shared, u8*
             u32 phase = step == 4 * a.layers ? (u32)HEAD : step % 4, col_tiles = col_tiles_of(phase);
             const Part& part = shared.plan.part[phase];
             const uint4* tiles = tiles_of_phase(a, step / 4, phase);
+            u32 layer_rows = phase == MIX ? part.rows / 3 : part.rows, left = layer_rows;
 #pragma unroll 1
-            for (u32 row = 0; row < part.rows; ++row) {
-                const uint4* from = tiles + (size_t)part.row_at(row) * col_tiles * (TILE_BYTES / 16);
-                u32 taken = col_tiles + place.align(col_tiles);
+            for (u32 row = 0; row < part.rows;) {
+                u32 rows = is_one_stage(phase) ? part.rows : min(left, stage_rows_of(phase));
+                left -= rows;
+                if (left == 0) left = layer_rows;
+                u32 count = rows * col_tiles, taken = count + place.align(count);
                 while (used + taken > RING_TILES || stages == STAGES) {
                     wait_for(shared_address(&shared.empty[oldest.stage]), oldest.parity);
                     if (moving_stages == stages) land();
@@ -65,19 +65,23 @@ __device__ __forceinline__ void fetch_weights(const Args& a, Shared& shared, u8*
                     oldest.advance(0);
                     --stages;
                 }
-                while (moving > 0 && moving + col_tiles > MOVING_TILES) {
+                while (moving > 0 && moving + count > MOVING_TILES) {
                     wait_for(shared_address(&shared.full[landing.stage]), landing.parity);
                     land();
                 }
                 u32 full = shared_address(&shared.full[place.stage]);
                 shared.stage_tiles[place.stage] = taken;
-                expect_bytes(full, col_tiles * TILE_BYTES);
-                bulk_copy(ring + place.tile * TILE_BYTES, from, col_tiles * TILE_BYTES, full);
+                expect_bytes(full, count * TILE_BYTES);
+                u8* to = ring + place.tile * TILE_BYTES;
+#pragma unroll 1
+                for (u32 end = row + rows; row < end; ++row, to += col_tiles * TILE_BYTES)
+                    bulk_copy(to, tiles + (size_t)part.row_at(row) * col_tiles * (TILE_BYTES / 16),
+                              col_tiles * TILE_BYTES, full);
                 used += taken;
                 moving += taken;
                 ++stages;
                 ++moving_stages;
-                place.advance(col_tiles);
+                place.advance(count);
             }
         }
 }
@@ -91,24 +95,24 @@ struct Rows {
     template <u32 PHASE>
     __device__ __forceinline__ void begin(const Args&, u32) {}
 
-    // Waits for a row.
+    // Waits for a stage of so many rows, from one on.
     template <u32 PHASE>
-    __device__ __forceinline__ void take(u32) {
-        place.align(col_tiles_of(PHASE));
+    __device__ __forceinline__ void take(u32, u32 rows) {
+        place.align(rows * col_tiles_of(PHASE));
         wait_for(shared_address(&shared.full[place.stage]), place.parity);
         __syncwarp();
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 column) const {
-        return ((const uint4*)(ring + (place.tile + column) * TILE_BYTES))[threadIdx.x % 32];
+    __device__ __forceinline__ uint4 tile(u32 row, u32 column) const {
+        return ((const uint4*)(ring + (place.tile + row * col_tiles_of(PHASE) + column) * TILE_BYTES))[threadIdx.x % 32];
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ void release() {
+    __device__ __forceinline__ void release(u32 rows) {
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive(shared_address(&shared.empty[place.stage]));
-        place.advance(col_tiles_of(PHASE));
+        place.advance(rows * col_tiles_of(PHASE));
     }
 };
 #else
@@ -123,7 +127,8 @@ struct Rows {
     Shared& shared;
     const u8* ring;
     Place place;
-    const uint4 *tiles, *row_tiles;
+    const uint4* tiles;
+    u32 first;
 
     template <u32 PHASE>
     __device__ __forceinline__ void begin(const Args& a, u32 layer) {
@@ -131,16 +136,17 @@ struct Rows {
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ void take(u32 row) {
-        row_tiles = tiles + (size_t)shared.plan.part[PHASE].row_at(row) * col_tiles_of(PHASE) * (TILE_BYTES / 16);
+    __device__ __forceinline__ void take(u32 row, u32) {
+        first = row;
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 column) const {
-        return __ldg(row_tiles + column * (TILE_BYTES / 16) + threadIdx.x % 32);
+    __device__ __forceinline__ uint4 tile(u32 row, u32 column) const {
+        u32 at = shared.plan.part[PHASE].row_at(first + row) * col_tiles_of(PHASE) + column;
+        return __ldg(tiles + (size_t)at * (TILE_BYTES / 16) + threadIdx.x % 32);
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ void release() {}
+    __device__ __forceinline__ void release(u32) {}
 };
 #endif
