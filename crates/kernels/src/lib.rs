@@ -10,6 +10,7 @@
 //! | [`bit_linear`], [`cross_entropy`], [`adamw`] | what training adds: gradients of ternary layers, loss, optimiser |
 //! | [`attention`], [`rope`] | the Transformer++ baseline |
 //! | [`gemm`] | dense products in f32 |
+//! | [`sampling`] | weights of logits, by which tokens are drawn |
 //! | [`training`] | the operations of a training step on a GPU |
 //! | [`column_sum`] | sums over the tokens of a batch that no number of threads changes |
 //! | [`pool`], [`tier`] | threads, and instruction sets chosen at run time |
@@ -35,6 +36,7 @@ pub mod norm_gate;
 pub mod pool;
 pub mod rms_norm;
 pub mod rope;
+pub mod sampling;
 pub mod swiglu;
 pub mod ternary;
 pub mod ternary_gemm;

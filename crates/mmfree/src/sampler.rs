@@ -1,5 +1,6 @@
 //! Logits to a token.
 
+use mmfree_kernels::sampling::{self, MAX_LOGITS, weight};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
@@ -67,19 +68,23 @@ impl SamplingParams {
 /// 1. Repetition penalty r, once for each distinct token among the last `repetition_window`: logit / r
 ///    if positive, logit · r if not (f32).
 /// 2. Temperature 0: the highest logit, of equals the lowest id. No random number is used.
-/// 3. Weights w = exp((logit − highest logit) / temperature), in f64, by an exponential of this module
-///    that uses additions and multiplications only.
-/// 4. Top-k, top-p (among what top-k left), min-p: each keeps the first tokens in the order of
-///    descending logit, of equals ascending id. Top-p keeps at least one.
-/// 5. u = the upper 53 bits of the next 64-bit word of ChaCha8 / 2⁵³; ChaCha8's key is the seed
-///    (little-endian, followed by zeros). The token is the first in order of id at which the sum of the kept
-///    weights exceeds u · their total.
+/// 3. Likelihoods e = exp((logit − highest logit) · (1 / temperature)), in f32, by the kernels' exponential, which uses
+///    additions and multiplications only. Weights w = e · 2⁴⁰, rounded to an integer, half to even: from here on sums are exact,
+///    whatever their order. A vocabulary has 2²² tokens at most, so they stay below 2⁶³.
+/// 4. Top-k, top-p (among what top-k left), min-p: the first two keep the first tokens in the order of descending
+///    likelihood, of equals ascending id: k of them, or as few as have a sum of weights of at least top-p · their total. Top-p
+///    keeps at least one. Min-p keeps tokens whose weight is at least min-p · 2⁴⁰.
+/// 5. u = the upper 53 bits of the next 64-bit word of ChaCha8; ChaCha8's key is the seed (little-endian, followed by
+///    zeros). The token is the first in order of id at which the sum of the kept weights exceeds
+///    floor(u · their total / 2⁵³).
 #[derive(Clone, Debug)]
 pub struct Sampler {
     params: SamplingParams,
+    /// The same as the drawing computes with them.
+    numbers: sampling::Params,
     random: ChaCha8Rng,
-    /// Scratch: exp of every kept logit, by id.
-    weights: Vec<f64>,
+    /// Scratch: likelihoods by id.
+    likelihoods: Vec<f32>,
     /// Scratch: tokens by rank as far as ranks are needed.
     ranked: Vec<Candidate>,
     /// Scratch: the recent tokens.
@@ -88,15 +93,14 @@ pub struct Sampler {
 
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
-    logit: f32,
+    likelihood: f32,
     id: u32,
 }
 
 impl Candidate {
     /// Likelier first, of equals the lower id.
     fn rank(&self, other: &Self) -> std::cmp::Ordering {
-        let by_logit = other.logit.partial_cmp(&self.logit).expect("logits are checked for NaN");
-        by_logit.then(self.id.cmp(&other.id))
+        other.likelihood.total_cmp(&self.likelihood).then(self.id.cmp(&other.id))
     }
 
     fn is_before_or_same(&self, last: &Self) -> bool {
@@ -113,10 +117,16 @@ impl Sampler {
         params.validate()?;
         let mut key = [0; 32];
         key[..8].copy_from_slice(&params.seed.to_le_bytes());
+        let SamplingParams { temperature, top_k, top_p, min_p, .. } = params;
         Ok(Self {
+            numbers: sampling::Params {
+                penalty: params.repetition_penalty,
+                window: params.repetition_window,
+                ..sampling::Params::new(temperature, top_k, top_p, min_p)
+            },
             params,
             random: ChaCha8Rng::from_seed(key),
-            weights: Vec::new(),
+            likelihoods: Vec::new(),
             ranked: Vec::new(),
             recent: Vec::new(),
         })
@@ -132,47 +142,32 @@ impl Sampler {
     /// the first call only.
     ///
     /// # Errors
-    /// No logits; a logit that is NaN or +∞; all logits −∞.
+    /// No logits, or more than 2²²; a logit that is NaN or +∞; all logits −∞.
     pub fn sample(&mut self, logits: &mut [f32], recent: &[u32]) -> Result<u32> {
+        if logits.len() > MAX_LOGITS {
+            let count = logits.len();
+            return Err(Error::Invalid(format!("{count} logits, expected {MAX_LOGITS} at most")));
+        }
         self.penalise(logits, recent);
-        let best = highest(logits)?;
-        if self.params.temperature == 0.0 {
-            return Ok(best.id);
+        let (id, highest) = highest(logits)?;
+        let sampling::Params { scale, min_weight, .. } = self.numbers;
+        if scale == 0.0 {
+            return Ok(id);
         }
-        let last = self.weigh(logits, best);
-        let uniform = (self.random.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
-        let min_weight = f64::from(self.params.min_p);
-        if last.is_none() && min_weight == 0.0 {
-            return Ok(self.draw_from_all(uniform));
+        sampling::likelihoods(logits, highest, scale, &mut self.likelihoods);
+        let last = self.last_by_rank();
+        let word = self.random.next_u64();
+        if last.is_none() && min_weight == 1 {
+            let weights = self.likelihoods.iter().map(|&likelihood| weight(likelihood));
+            return Ok(first_exceeding((0..).zip(weights), word));
         }
-        let is_kept = |&(id, &weight): &(usize, &f64)| {
-            let candidate = Candidate { logit: logits[id], id: id as u32 };
-            weight > 0.0
-                && weight >= min_weight
-                && last.is_none_or(|last| candidate.is_before_or_same(&last))
-        };
-        let kept = || self.weights.iter().enumerate().filter(is_kept);
-        let total: f64 = kept().map(|(_, weight)| weight).sum();
-        let mut sum = 0.0;
-        let drawn = kept().find(|&(_, weight)| {
-            sum += weight;
-            sum > uniform * total
+        let kept = (0..).zip(&self.likelihoods).filter_map(|(id, &likelihood)| {
+            let weight = weight(likelihood);
+            let is_kept = weight >= min_weight
+                && last.is_none_or(|last| Candidate { likelihood, id }.is_before_or_same(&last));
+            is_kept.then_some((id, weight))
         });
-        // Rounding may leave the sum at the total without exceeding it: then it is the last token.
-        let (id, _) = drawn.or_else(|| kept().next_back()).expect("the best token is always kept");
-        Ok(id as u32)
-    }
-
-    /// Draws when nothing was dropped. Tokens of weight 0 change no sum, so they need no look.
-    fn draw_from_all(&self, uniform: f64) -> u32 {
-        let threshold = uniform * self.weights.iter().sum::<f64>();
-        let mut sum = 0.0;
-        let drawn = self.weights.iter().position(|&weight| {
-            sum += weight;
-            sum > threshold
-        });
-        let last = || self.weights.iter().rposition(|&weight| weight > 0.0);
-        drawn.or_else(last).expect("the best token has weight 1") as u32
+        Ok(first_exceeding(kept, word))
     }
 
     fn penalise(&mut self, logits: &mut [f32], recent: &[u32]) {
@@ -192,41 +187,34 @@ impl Sampler {
         }
     }
 
-    /// Computes the weights, 0 for tokens that top-k drops, and returns the last token in rank that
-    /// top-k and top-p keep, if they drop any.
-    fn weigh(&mut self, logits: &[f32], best: Candidate) -> Option<Candidate> {
-        let SamplingParams { temperature, top_k, top_p, .. } = self.params;
-        let scale = 1.0 / f64::from(temperature);
-        let weight = |logit: f32| exp((f64::from(logit) - f64::from(best.logit)) * scale);
-        let drops_by_rank = top_k > 0 && top_k < logits.len();
-        if drops_by_rank || top_p < 1.0 {
-            self.ranked.clear();
-            self.ranked.extend((0..).zip(logits).map(|(id, &logit)| Candidate { logit, id }));
+    /// The last token in rank that top-k and top-p keep, if they drop any.
+    fn last_by_rank(&mut self) -> Option<Candidate> {
+        let vocab = self.likelihoods.len();
+        if self.numbers.keeps_all_ranks(vocab) {
+            return None;
         }
+        self.ranked.clear();
+        let likelihoods = (0..).zip(&self.likelihoods);
+        self.ranked.extend(likelihoods.map(|(id, &likelihood)| Candidate { likelihood, id }));
         let mut last = None;
-        self.weights.clear();
-        if drops_by_rank {
+        let top_k = self.numbers.top_k;
+        if top_k > 0 && top_k < vocab {
             let (_, &mut kth, _) = self.ranked.select_nth_unstable_by(top_k - 1, Candidate::rank);
             last = Some(kth);
             self.ranked.truncate(top_k);
-            self.weights.resize(logits.len(), 0.0);
-            for candidate in &self.ranked {
-                self.weights[candidate.id as usize] = weight(candidate.logit);
-            }
-        } else {
-            self.weights.extend(logits.iter().map(|&logit| weight(logit)));
         }
-        if top_p < 1.0 {
-            last = Some(self.nucleus(f64::from(top_p)));
+        if self.params.top_p < 1.0 {
+            last = Some(self.nucleus());
         }
         last
     }
 
-    /// The last of the most likely tokens whose weights sum to at least `top_p` of the total. Ranks only
+    /// The last of the most likely tokens whose weights sum to at least top-p of the total. Ranks only
     /// as many tokens as that takes, in blocks that double.
-    fn nucleus(&mut self, top_p: f64) -> Candidate {
-        let enough = top_p * self.weights.iter().sum::<f64>();
-        let mut sum = 0.0;
+    fn nucleus(&mut self) -> Candidate {
+        let weights = self.ranked.iter().map(|candidate| weight(candidate.likelihood));
+        let enough = self.numbers.enough(weights.sum());
+        let mut sum = 0;
         let mut rest = &mut self.ranked[..];
         let mut block = 64;
         loop {
@@ -236,14 +224,10 @@ impl Sampler {
             let (head, tail) = rest.split_at_mut(block.min(rest.len()));
             head.sort_unstable_by(Candidate::rank);
             for candidate in head.iter() {
-                sum += self.weights[candidate.id as usize];
+                sum += weight(candidate.likelihood);
                 if sum >= enough {
                     return *candidate;
                 }
-            }
-            if tail.is_empty() {
-                // Rounding may leave the sum just below the total.
-                return *head.last().expect("there are logits");
             }
             rest = tail;
             block *= 2;
@@ -251,17 +235,28 @@ impl Sampler {
     }
 }
 
+/// The first token at which the sum of weights exceeds the part of their total that a random word says.
+fn first_exceeding(weights: impl Iterator<Item = (u32, u64)> + Clone, word: u64) -> u32 {
+    let threshold = sampling::threshold(word, weights.clone().map(|(_, weight)| weight).sum());
+    let mut sum = 0;
+    let mut weights = weights;
+    let drawn = weights.find(|&(_, weight)| {
+        sum += weight;
+        sum > threshold
+    });
+    drawn.expect("the threshold is below the total: the best token is always kept").0
+}
+
 /// The highest logit, of equals the one with the lowest id.
-fn highest(logits: &[f32]) -> Result<Candidate> {
-    let Some((id, logit)) = most_likely(logits) else {
-        return Err(Error::Invalid(match logits.iter().position(is_invalid) {
+fn highest(logits: &[f32]) -> Result<(u32, f32)> {
+    most_likely(logits).ok_or_else(|| {
+        Error::Invalid(match logits.iter().position(is_invalid) {
             Some(id) => {
                 format!("logit {id} is {}: the model computes no valid distribution", logits[id])
             }
             None => "no token has a finite logit".into(),
-        }));
-    };
-    Ok(Candidate { logit, id })
+        })
+    })
 }
 
 fn is_invalid(logit: &f32) -> bool {
@@ -289,40 +284,6 @@ pub(crate) fn most_likely(logits: &[f32]) -> Option<(u32, f32)> {
     (highest > f32::NEG_INFINITY).then_some((id as u32, logits[id]))
 }
 
-/// e^x for x ≤ 0 from additions and multiplications only: the system's `exp` differs from platform to
-/// platform. 0 below −700.
-fn exp(x: f64) -> f64 {
-    // ln 2 in two parts, the first with so few bits that its product with k is exact.
-    const LN2_HIGH: f64 = f64::from_bits(0x3fe6_2e42_fee0_0000);
-    const LN2_LOW: f64 = f64::from_bits(0x3dea_39ef_3579_3c76);
-    // Adding it leaves no bits for a fraction, so the sum is rounded to an integer (half to even).
-    const ROUND: f64 = 1.5 * (1u64 << 52) as f64;
-    const COEFFICIENTS: [f64; 14] = inverse_factorials();
-    let clamped = x.max(-700.0);
-    let rounded = clamped * std::f64::consts::LOG2_E + ROUND;
-    let k = rounded - ROUND;
-    let r = clamped - k * LN2_HIGH - k * LN2_LOW;
-    // Taylor's series: |r| ≤ ln 2 / 2, so the first term left out is below 2⁻⁵⁷.
-    let series = COEFFICIENTS.iter().rev().fold(0.0, |sum, coefficient| sum * r + coefficient);
-    // The low bits of `rounded` are k: a cast would keep this from becoming vector code.
-    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(1023);
-    let power = f64::from_bits(exponent << 52);
-    if x < -700.0 { 0.0 } else { series * power }
-}
-
-/// 1 / n! for n = 0 … 13.
-const fn inverse_factorials() -> [f64; 14] {
-    let mut inverses = [1.0; 14];
-    let mut n = 1;
-    let mut factorial = 1u64;
-    while n < inverses.len() {
-        factorial *= n as u64;
-        inverses[n] = 1.0 / factorial as f64;
-        n += 1;
-    }
-    inverses
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -330,7 +291,7 @@ mod tests {
     use super::*;
 
     /// The definition, by a full sort.
-    fn reference(params: &SamplingParams, logits: &[f32], recent: &[u32], uniform: f64) -> u32 {
+    fn reference(params: &SamplingParams, logits: &[f32], recent: &[u32], word: u64) -> u32 {
         let mut logits = logits.to_vec();
         let start = recent.len().saturating_sub(params.repetition_window);
         let distinct: std::collections::HashSet<_> = recent[start..].iter().collect();
@@ -342,44 +303,47 @@ mod tests {
                 *logit * params.repetition_penalty
             };
         }
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].partial_cmp(&logits[a]).unwrap().then(a.cmp(&b)));
+        let best = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         if params.temperature == 0.0 {
-            return order[0] as u32;
+            return logits.iter().position(|&logit| logit == best).unwrap() as u32;
         }
-        let best = f64::from(logits[order[0]]);
-        let weight =
-            |id: usize| exp((f64::from(logits[id]) - best) * (1.0 / f64::from(params.temperature)));
+        let mut e = Vec::new();
+        let scale = (1.0 / params.temperature).min(f32::MAX);
+        sampling::likelihoods(&logits, best, scale, &mut e);
+        let weight = |id: &usize| u128::from(weight(e[*id]));
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| e[b].partial_cmp(&e[a]).unwrap().then(a.cmp(&b)));
         if params.top_k > 0 {
             order.truncate(params.top_k);
         }
         if params.top_p < 1.0 {
-            let mut by_id = order.clone();
-            by_id.sort();
-            let total: f64 = by_id.iter().map(|&id| weight(id)).sum();
-            let mut sum = 0.0;
-            let count = order.iter().position(|&id| {
+            let share = (f64::from(params.top_p) * 2f64.powi(53)) as u128;
+            let total: u128 = order.iter().map(weight).sum();
+            let mut sum = 0;
+            let count = order.iter().position(|id| {
                 sum += weight(id);
-                sum >= f64::from(params.top_p) * total
+                sum << 53 >= share * total
             });
-            order.truncate(count.map_or(order.len(), |last| last + 1));
+            order.truncate(count.unwrap() + 1);
         }
-        order.retain(|&id| weight(id) >= f64::from(params.min_p) && weight(id) > 0.0);
+        let least = f64::from(params.min_p) * 2f64.powi(40);
+        order.retain(|id| weight(id) > 0 && weight(id) as f64 >= least);
         order.sort();
-        let total: f64 = order.iter().map(|&id| weight(id)).sum();
-        let mut sum = 0.0;
-        let drawn = order.iter().find(|&&id| {
+        let total: u128 = order.iter().map(weight).sum();
+        let threshold = (u128::from(word >> 11) * total) >> 53;
+        let mut sum = 0;
+        let drawn = order.iter().find(|id| {
             sum += weight(id);
-            sum > uniform * total
+            sum > threshold
         });
-        *drawn.unwrap_or(order.last().unwrap()) as u32
+        *drawn.unwrap() as u32
     }
 
-    fn uniforms(seed: u64) -> impl Iterator<Item = f64> {
+    fn words(seed: u64) -> impl Iterator<Item = u64> {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
         let mut random = ChaCha8Rng::from_seed(key);
-        std::iter::repeat_with(move || (random.next_u64() >> 11) as f64 / (1u64 << 53) as f64)
+        std::iter::repeat_with(move || random.next_u64())
     }
 
     fn logit() -> impl Strategy<Value = f32> {
@@ -419,17 +383,35 @@ mod tests {
             let recent: Vec<u32> =
                 recent.iter().map(|index| index.index(logits.len()) as u32).collect();
             let mut sampler = Sampler::new(params.clone()).unwrap();
-            for uniform in uniforms(params.seed).take(4) {
-                let expected = reference(&params, &logits, &recent, uniform);
+            for word in words(params.seed).take(4) {
+                let expected = reference(&params, &logits, &recent, word);
                 let drawn = sampler.sample(&mut logits.clone(), &recent).unwrap();
                 prop_assert_eq!(drawn, expected);
             }
         }
 
+        /// Tokens in another order have the same weights, the same total and the same tokens kept.
         #[test]
-        fn exp_is_exact_to_a_few_units(x in -700.0f64..=0.0) {
-            let (ours, system) = (exp(x), x.exp());
-            prop_assert!((ours - system).abs() <= 4.0 * f64::EPSILON * system, "{} {}", ours, system);
+        fn the_order_of_ids_changes_no_weight(
+            params in params(),
+            logits in prop::collection::hash_set(-4000i32..4000, 1..200),
+        ) {
+            prop_assume!(params.temperature > 0.0);
+            let logits: Vec<f32> = logits.into_iter().map(|x| x as f32 / 300.0).collect();
+            let mut sampler = Sampler::new(SamplingParams { repetition_penalty: 1.0, ..params }).unwrap();
+            let mut kept = |logits: &[f32]| -> std::collections::HashSet<u32> {
+                let draws = (0..40).map(|_| sampler.sample(&mut logits.to_vec(), &[]).unwrap());
+                let drawn: Vec<u32> = draws.collect();
+                let last = sampler.last_by_rank().map(|last| last.likelihood.to_bits());
+                drawn.iter().for_each(|&id| {
+                    let likelihood = sampler.likelihoods[id as usize];
+                    assert!(last.is_none_or(|last| likelihood >= f32::from_bits(last)));
+                });
+                last.into_iter().collect()
+            };
+            let mut reversed = logits.clone();
+            reversed.reverse();
+            prop_assert_eq!(kept(&logits), kept(&reversed));
         }
     }
 
