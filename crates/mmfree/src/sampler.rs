@@ -171,11 +171,11 @@ impl Sampler {
     }
 
     fn penalise(&mut self, logits: &mut [f32], recent: &[u32]) {
-        let penalty = self.params.repetition_penalty;
+        let sampling::Params { penalty, window, .. } = self.numbers;
         if penalty == 1.0 {
             return;
         }
-        let start = recent.len().saturating_sub(self.params.repetition_window);
+        let start = recent.len().saturating_sub(window);
         self.recent.clear();
         self.recent.extend_from_slice(&recent[start..]);
         self.recent.sort_unstable();

@@ -38,7 +38,7 @@ __device__ __forceinline__ u32 round4(float4 y) {
     return __byte_perm(__byte_perm(one(y.x), one(y.y), 0x0040), __byte_perm(one(y.z), one(y.w), 0x0040), 0x5410);
 }
 
-// What a warp receives of a phase: eight sums of squares for each of its columns, one a lane.
+// The sums of squares that belong to a warp's columns: eight groups a column, each group's sum in a lane.
 template <u32 PHASE>
 struct Squares {
     static constexpr u32 LOADS = (columns_of(PHASE) + 3) / 4;
@@ -191,7 +191,7 @@ struct Steps {
     // The activations of all columns stay in registers through the rows.
     static constexpr bool KEEPS = COLUMNS <= 4;
 
-    // Rows of a stage that begins at a row of a layer. A block has fewer rows than others in the last one at most.
+    // Rows of the stage that begins at a row of a layer: fewer in its last one.
     __device__ __forceinline__ static u32 rows_from(u32 first, u32 layer_rows) {
         return ROWS == 1 ? 1 : min(ROWS, layer_rows - first);
     }
@@ -210,7 +210,7 @@ struct EarlyTiles {
     }
 };
 
-// This warp's tile of a column, or what lies behind the last one.
+// This warp's tile of a column; behind the last one that again, to be multiplied by zeros.
 template <u32 PHASE>
 __device__ __forceinline__ uint4 take_tile(const Rows& way, u32 row, u32 k) {
     constexpr u32 LAST = col_tiles_of(PHASE) - 1;
