@@ -305,6 +305,14 @@ constexpr u32 WARP_WORDS = larger_of(WORDS_OF<MIX>, WORDS_OF<DOWN>);
 constexpr u32 SUMS =
     larger_of(larger_of(3 * most_rows_of(MIX), most_rows_of(GLU)), most_rows_of(HEAD)) * QUADS * TILE_ROWS * 4;
 
+// The host allocates both.
+#ifdef NUM_SHARED_BYTES
+constexpr u32 OWN_FLOATS = larger_of(NUM_GROUPS, NUM_INNER_GROUPS) * TILE_ROWS;
+static_assert(SHARED_BYTES + RING_TILES * TILE_BYTES + 4 * (SUMS + WARPS * WARP_WORDS + 2 * 4 * OWN_FLOATS) == NUM_SHARED_BYTES,
+              "the host computes this number");
+static_assert(place_of(PHASES) == NUM_EXCHANGE_FLOATS, "the host computes this number");
+#endif
+
 // ---- The walk ----
 
 // Channel k of a token's embedding.
@@ -366,6 +374,12 @@ struct Walker {
             sum += part.x + part.y + (part.z + part.w);
         }
         return sum;
+    }
+
+    // Adds a mixer's output to the residual stream of this thread's own channel; gives x w1 of the norm behind it.
+    __device__ __forceinline__ float add_output(float& x, float factor) const {
+        x = x + dequantize(sum_of(threadIdx.x), factor);
+        return x * own_vector(0);
     }
 };
 
@@ -444,8 +458,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     if (has_warp_channels) {
                         float y = 0.0f, w = 0.0f;
                         if (has_channel) {
-                            x = x + dequantize(walker.sum_of(threadIdx.x), gamma * f[0]);
-                            y = x * walker.own_vector(0);
+                            y = walker.add_output(x, gamma * f[0]);
                             w = walker.own_vector(1);
                         }
                         send_channel<GLU>(a, has_channel, channel, y * w, y * y + 1e-6f * (x * x), round);
@@ -472,8 +485,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                 if (has_warp_channels) {
                     float y = 0.0f, w = 0.0f;
                     if (has_channel) {
-                        x = x + dequantize(walker.sum_of(threadIdx.x), gamma * f[0]);
-                        y = x * walker.own_vector(0);
+                        y = walker.add_output(x, gamma * f[0]);
                         if (is_last) w = walker.own_vector(1);
                     }
                     float square = y * y + 1e-6f * (x * x);

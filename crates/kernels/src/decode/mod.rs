@@ -149,7 +149,7 @@ impl Division {
         })
     }
 
-    fn constants(&self, shape: Shape) -> [Constant; 9] {
+    fn constants(&self, shape: Shape) -> [Constant; 11] {
         let rows_of_tiles = 5 * shape.width.div_ceil(TILE_COLS) / 2;
         let [groups, inner_groups, head_groups] = self.groups;
         [
@@ -162,6 +162,9 @@ impl Division {
             ("NUM_GROUPS", groups),
             ("NUM_INNER_GROUPS", inner_groups),
             ("NUM_HEAD_GROUPS", head_groups),
+            // The source compares these two with its own.
+            ("NUM_SHARED_BYTES", self.shared_bytes),
+            ("NUM_EXCHANGE_FLOATS", exchange_floats(shape)),
         ]
     }
 }
