@@ -10,13 +10,6 @@
 // blocks do with a whole row is to find its maximum and to round u 127 / max|u|; i, f and g, whose w2 differ, get x w1, and
 // each block multiplies. (The CPU and the other kernels multiply one after the other, so bits differ.)
 
-// Without the compiler's checks; off by a few units in the last place.
-__device__ __forceinline__ float inverse_root(float x) {
-    float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r * (1.5f - 0.5f * x * r * r);
-}
-
 __device__ __forceinline__ float reciprocal(float x) {
     float r;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -57,8 +50,8 @@ struct Squares {
         for (u32 i = 0; i < LOADS; ++i) value[i] = has(i) ? look(a.exchange + sums_of(PHASE) + group(i)) : 0.0f;
     }
 
-    // Waits for them, and adds.
-    __device__ __forceinline__ float add(const Args& a, u32 round) {
+    // Waits for them, and leaves this lane's part of their sum.
+    __device__ __forceinline__ void post(const Args& a, u32 round, float& part) {
         u32 any, mask = mask_of(round);
         do {
             any = 0;
@@ -69,13 +62,10 @@ struct Squares {
                 any |= one;
             }
         } while (__any_sync(ALL_LANES, any));
-        float sum = 0.0f;
+        part = 0.0f;
 #pragma unroll
-        for (u32 i = 0; i < LOADS; ++i) sum += without_round(value[i]);
-#pragma unroll
-        for (u32 width = columns_of(PHASE) == 1 ? 4 : 16; width > 0; width /= 2)
-            sum += __shfl_xor_sync(ALL_LANES, sum, width);
-        return sum;
+        for (u32 i = 0; i < LOADS; ++i) part += without_round(value[i]);
+        squares_are_posted();
     }
 };
 
@@ -159,26 +149,7 @@ __device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round
     __syncwarp();
 }
 
-// R of a phase's row.
-template <u32 PHASE>
-__device__ __forceinline__ float row_factor(const Args& a, const Shared& shared, u32 turn) {
-    const float4* from = (const float4*)shared.squares[turn];
-    float4 sum = from[0];
-#pragma unroll
-    for (u32 q = 1; q < QUADS; ++q) sum = sum + from[q];
-    float mean = (sum.x + sum.y + (sum.z + sum.w)) * (1.0f / inputs_of(PHASE));
-    // Where only the quantiser's own norm is, the other has no part in it.
-    return inverse_root(mean + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
-}
-
 // ---- Product ----
-
-// c + the dot product of four unsigned and four signed bytes.
-__device__ __forceinline__ int dot4(u32 codes, u32 q, int c) {
-    int sum;
-    asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(sum) : "r"(codes), "r"(q), "r"(c));
-    return sum;
-}
 
 // How a warp goes through its tiles of a phase.
 template <u32 PHASE>
@@ -189,7 +160,7 @@ struct Steps {
     static constexpr u32 TILES = LAYERS * ROWS * COLUMNS;
     static constexpr bool EARLY = ONE_STAGE && TILES <= 6;
     // The activations of all columns stay in registers through the rows.
-    static constexpr bool KEEPS = COLUMNS <= 4;
+    static constexpr bool KEEPS = Column::IS_SMALL || COLUMNS <= 4;
 
     // Rows of the stage that begins at a row of a layer: fewer in its last one.
     __device__ __forceinline__ static u32 rows_from(u32 first, u32 layer_rows) {
@@ -236,7 +207,6 @@ __device__ __forceinline__ void take_first(Rows& way, u32 rows, EarlyTiles<PHASE
 }
 
 // Leaves this warp's part of a phase's product in `sums`: [row][quad of warps][channel of the row][warp of the quad].
-// Dot products of four bytes: they take half the time of the tensor cores' instructions, of whose eight columns one is used.
 template <u32 PHASE>
 __device__ __forceinline__ void product(const Activations<PHASE>& activations, const EarlyTiles<PHASE>& early, int* sums,
                                         u32 rows, Rows& way) {
@@ -245,19 +215,14 @@ __device__ __forceinline__ void product(const Activations<PHASE>& activations, c
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, layer_rows = rows / S::LAYERS;
     bool is_odd = t & 1;
     int* mine = sums + (warp / 4 * TILE_ROWS + g + 8 * is_odd) * 4 + warp % 4;
-    // Words 8 t ... 8 t + 7 of a column.
-    auto read = [&](u32 j, u32 k, u32(&q)[8]) {
-        const uint4* from = (const uint4*)(activations.words + (j * COLUMNS + k) * 32) + 2 * t;
-        uint4 low = from[0], high = from[1];
-        q[0] = low.x, q[1] = low.y, q[2] = low.z, q[3] = low.w;
-        q[4] = high.x, q[5] = high.y, q[6] = high.z, q[7] = high.w;
-    };
+    auto read = [&](u32 j, u32 k, Column& column) { column.read(activations.words + (j * COLUMNS + k) * 32); };
 #pragma unroll
     for (u32 j = 0; j < S::LAYERS; ++j) {
-        u32 q[S::KEEPS ? COLUMNS : 1][8], first = 0;
+        Column columns[S::KEEPS ? COLUMNS : 1];
+        u32 first = 0;
         if (S::KEEPS)
 #pragma unroll
-            for (u32 k = 0; k < COLUMNS; ++k) read(j, k, q[S::KEEPS ? k : 0]);
+            for (u32 k = 0; k < COLUMNS; ++k) read(j, k, columns[S::KEEPS ? k : 0]);
         // Makes up for codes t + 1.
         int total = S::ONE_STAGE ? 0 : __reduce_add_sync(ALL_LANES, activations.total[j]);
 #pragma unroll 1
@@ -267,27 +232,21 @@ __device__ __forceinline__ void product(const Activations<PHASE>& activations, c
 #pragma unroll
             for (u32 r = 0; r < S::ROWS; ++r) {
                 u32 row = S::row(r, count);
-                // Of rows g and g + 8; field f's sums are 4^f times too large.
-                int low[4] = {}, high[4] = {};
+                Dots dots;
 #pragma unroll
                 for (u32 k = 0; k < COLUMNS; ++k) {
                     uint4 tile = S::EARLY ? early.tile[early.at(j, r, k)]
                                           : take_tile<PHASE>(way, (S::ONE_STAGE ? j * layer_rows : 0) + row, k);
-                    u32(&of_column)[8] = q[S::KEEPS ? k : 0];
-                    if (!S::KEEPS) read(j, k, of_column);
-#pragma unroll
-                    for (u32 f = 0; f < 4; ++f) {
-                        u32 mask = FIELD << 2 * f;
-                        low[f] = dot4(tile.z & mask, of_column[4 + f], dot4(tile.x & mask, of_column[f], low[f]));
-                        high[f] = dot4(tile.w & mask, of_column[4 + f], dot4(tile.y & mask, of_column[f], high[f]));
-                    }
+                    Column& column = columns[S::KEEPS ? k : 0];
+                    if (!S::KEEPS) read(j, k, column);
+                    dots.add(tile, column);
                 }
                 // Here, for the sum to be on its way beside the dot products.
                 if (S::ONE_STAGE && r == 0) total = __reduce_add_sync(ALL_LANES, activations.total[j]);
-                int sum_low = low[0] + (low[1] >> 2) + (low[2] >> 4) + (low[3] >> 6);
-                int sum_high = high[0] + (high[1] >> 2) + (high[2] >> 4) + (high[3] >> 6);
+                int2 rows_sums = dots.sums();
                 // Over the four lanes of a row: odd ones get row g + 8.
-                int sum = (is_odd ? sum_high : sum_low) + __shfl_xor_sync(ALL_LANES, is_odd ? sum_low : sum_high, 1);
+                int sum = (is_odd ? rows_sums.y : rows_sums.x) +
+                          __shfl_xor_sync(ALL_LANES, is_odd ? rows_sums.x : rows_sums.y, 1);
                 sum += __shfl_xor_sync(ALL_LANES, sum, 2);
                 if (t < 2) mine[(j * layer_rows + first + row) * QUADS * TILE_ROWS * 4] = sum - total;
             }
@@ -346,12 +305,11 @@ struct Walker {
         way.begin<PHASE>(a, layer);
         take_first<PHASE>(way, rows, early);
         receive<PHASE>(a, shared, round, turn, patience[PHASE], norms, activations);
+        activations.squares.post(a, round, shared.squares[turn][threadIdx.x]);
         product<PHASE>(activations, early, sums, rows, way);
-        float squares = activations.squares.add(a, round);
-        if (threadIdx.x % 32 == 0) shared.squares[turn][threadIdx.x / 32] = squares;
         if (reads_sums) {
             wait_for_sums();
-            float r = row_factor<PHASE>(a, shared, turn);
+            float r = shared.row_factor[turn];
 #pragma unroll
             for (u32 j = 0; j < layers_of(PHASE); ++j) factor[j] = activations.step[j] * r;
         } else {
@@ -395,7 +353,6 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
     if (threadIdx.x == THREADS) make_ring(shared);
     // Parts of warps that do not exist stay 0.
     for (u32 k = threadIdx.x; k < SUMS; k += ALL_THREADS) sums[k] = 0;
-    if (threadIdx.x < 2 * 4 * QUADS) shared.squares[0][threadIdx.x] = 0.0f;
     __syncthreads();
     if (warp == WARPS) {
         if (threadIdx.x % 32 == 0) fetch_weights(a, shared, ring);

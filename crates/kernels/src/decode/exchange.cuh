@@ -124,11 +124,14 @@ __device__ __noinline__ u32 receive_token(const Args& a, u32 round) {
     return ~(u32)largest_key(best);
 }
 
-// ---- Barriers of a block, and the serving warp: the vectors that the block's channels need behind a phase ----
+// ---- Barriers of a block, and the serving warp: what the block's channels need behind a phase ----
 
 // Warps that do not read a product's sums need not wait for them.
 __device__ __forceinline__ void sums_are_added() { asm volatile("bar.arrive 1, %0;" ::"n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void wait_for_sums() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS + 32) : "memory"); }
+// Warps that multiply go on while the serving one adds.
+__device__ __forceinline__ void squares_are_posted() { asm volatile("bar.arrive 3, %0;" ::"n"(THREADS + 32) : "memory"); }
+__device__ __forceinline__ void wait_for_squares() { asm volatile("bar.sync 3, %0;" ::"n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void sync_workers() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -152,7 +155,25 @@ __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, floa
         }
 }
 
-// By one warp, beside the others: the vectors of the phase to come.
+// Without the compiler's checks; off by a few units in the last place.
+__device__ __forceinline__ float inverse_root(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r * (1.5f - 0.5f * x * r * r);
+}
+
+// R of a phase's row, by one warp.
+__device__ __forceinline__ float row_factor(const Args& a, const float* squares, u32 phase) {
+    float sum = 0.0f;
+#pragma unroll
+    for (u32 warp = 0; warp < WARPS; ++warp) sum += squares[32 * warp + threadIdx.x % 32];
+#pragma unroll
+    for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
+    // Where only the quantiser's own norm is, the other has no part in it.
+    return inverse_root(sum * (phase == DOWN ? 1.0f / INNER : 1.0f / WIDTH) + (phase == DOWN ? 1e-6f : 1e-6f * a.eps));
+}
+
+// By one warp, beside the others: R of each phase, and the vectors of the phase to come.
 __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_vectors) {
     auto has = [&](u32 phase) { return shared.plan.part[phase].channels > 0; };
     u32 turn = 0, steps = 4 * a.layers, step = ~0u;
@@ -170,6 +191,9 @@ __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_
 #pragma unroll 1
     for (;;) {
         turn ^= 1;
+        wait_for_squares();
+        float r = row_factor(a, shared.squares[turn], step == steps ? (u32)HEAD : step % 4);
+        if (threadIdx.x % 32 == 0) shared.row_factor[turn] = r;
         wait_for_copies();
         __syncwarp();
         // Behind it all have read the vectors of the phase before.

@@ -18,6 +18,7 @@ pub(crate) const SOURCE: Source = Source {
         include_str!("plan.cuh"),
         include_str!("weights.cuh"),
         include_str!("exchange.cuh"),
+        include_str!("dots.cuh"),
         include_str!("decode.cu")
     ),
     hopper_only: false,
@@ -28,7 +29,7 @@ pub(crate) const SOURCE: Source = Source {
 const PHASES: usize = 5;
 const TILE_BYTES: usize = 512;
 /// The beginning of a block's shared memory.
-const SHARED_BYTES: usize = 3072;
+const SHARED_BYTES: usize = 6656;
 /// Vectors of own channels behind a phase, at most, for two phases.
 const OWN_VECTORS: usize = 2 * 4;
 /// Warps that fetch and serve, beside those that multiply.
@@ -39,12 +40,11 @@ const ROUND_OF_KEY: u64 = 1 << 31;
 /// What the driver keeps for itself of a block's shared memory.
 const RESERVED_SHARED_BYTES: usize = 1024;
 /// Warps that multiply: one for two columns of tiles (at a width of 2048 one for each is 14 % slower), at most as many as
-/// have enough registers, 128 a thread or, where weights are read without a ring, 168.
+/// have 168 registers a thread (at a width of 5120 fourteen with 128 are 3 % slower).
 const MIN_WARPS: usize = 8;
-const MAX_WARPS: usize = 14;
-const MAX_WARPS_WITHOUT_RING: usize = 10;
-/// Tiles on their way, at least; otherwise as many as two and a half rows of them. Measured at widths of 1024, 2048, 2560
-/// and 5120: 32 of 16 to 64, 32 of 32 to 380, 40 of 40 to 128 and 96 of 64 to 192 tiles.
+const MAX_WARPS: usize = 10;
+/// Tiles on their way, at least; otherwise as many as 2.75 rows of them. Measured at widths of 1024, 2048, 2560 and 5120 as best:
+/// 32 of 16 to 64, 32 to 48 of 32 to 380, 50 to 64 of 40 to 160 and 110 of 64 to 192 tiles.
 const MOVING_TILES: usize = 32;
 /// Of weights that arrive together, where more than a row of tiles does.
 const STAGE_TILES: usize = 48;
@@ -52,6 +52,9 @@ const STAGE_TILES: usize = 48;
 const MAX_RING_TILES: usize = 420;
 /// Columns of tiles that a warp can have: it keeps their activations in registers.
 const MAX_COLUMNS: usize = 11;
+/// Columns of tiles of a row from which on tensor cores pay on a Hopper device: with 16 they lose 6 %, with 20 and 40 they win
+/// 1 and 3 %. Later devices have none for bits.
+const MIN_TENSOR_COLUMNS: usize = 20;
 /// Steps of one launch, so that it ends in reasonable time.
 const MAX_STEPS: usize = 256;
 
@@ -95,6 +98,7 @@ enum Token {
 struct Division {
     blocks: usize,
     warps: usize,
+    uses_tensor_cores: bool,
     ring_tiles: usize,
     /// Channels of the inner width, which has the most, that a block owns at most.
     own_floats: usize,
@@ -104,17 +108,12 @@ struct Division {
 }
 
 impl Division {
-    /// `None` if a model's rows do not fit.
-    fn new(
-        shape: Shape,
-        multiprocessors: usize,
-        shared_bytes: usize,
-        has_ring: bool,
-    ) -> Option<Self> {
+    /// For a device of a major compute capability. `None` if a model's rows do not fit.
+    fn new(shape: Shape, multiprocessors: usize, shared_bytes: usize, major: i32) -> Option<Self> {
+        let has_ring = major >= 9;
         let Shape { width, inner, vocab, .. } = shape;
         let (columns, inner_columns) = (width.div_ceil(TILE_COLS), inner.div_ceil(TILE_COLS));
-        let most = if has_ring { MAX_WARPS } else { MAX_WARPS_WITHOUT_RING };
-        let most = columns.div_ceil(2).clamp(MIN_WARPS, most);
+        let most = columns.div_ceil(2).clamp(MIN_WARPS, MAX_WARPS);
         let warps = columns.div_ceil(columns.div_ceil(most)).max(MIN_WARPS);
         let groups = |n: usize, blocks: usize| n.div_ceil(TILE_ROWS).div_ceil(blocks);
         // The fewest blocks whose busiest one has as few tiles of a layer as with all of them.
@@ -142,6 +141,7 @@ impl Division {
         (has_room && is_small).then_some(Self {
             blocks,
             warps,
+            uses_tensor_cores: major == 9 && columns >= MIN_TENSOR_COLUMNS,
             ring_tiles,
             own_floats,
             groups: groups_at_most,
@@ -149,14 +149,15 @@ impl Division {
         })
     }
 
-    fn constants(&self, shape: Shape) -> [Constant; 11] {
-        let rows_of_tiles = 5 * shape.width.div_ceil(TILE_COLS) / 2;
+    fn constants(&self, shape: Shape) -> [Constant; 12] {
+        let rows_of_tiles = 11 * shape.width.div_ceil(TILE_COLS) / 4;
         let [groups, inner_groups, head_groups] = self.groups;
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
             ("NUM_BLOCKS", self.blocks),
             ("NUM_WARPS", self.warps),
+            ("NUM_TENSOR_CORES", usize::from(self.uses_tensor_cores)),
             ("NUM_RING_TILES", self.ring_tiles),
             ("NUM_MOVING_TILES", rows_of_tiles.max(MOVING_TILES)),
             ("NUM_GROUPS", groups),
@@ -206,9 +207,8 @@ impl Decoder {
         eps: f32,
     ) -> Result<Option<Self>, CudaError> {
         let shape = weights.shape();
-        let has_ring = device.capability().0 >= 9;
-        let division =
-            Division::new(shape, device.multiprocessors(), device.shared_bytes(), has_ring);
+        let major = device.capability().0;
+        let division = Division::new(shape, device.multiprocessors(), device.shared_bytes(), major);
         let Some(division) = division else { return Ok(None) };
         let constants = division.constants(shape);
         Ok(Some(Self {
@@ -368,21 +368,21 @@ mod tests {
             (1024, 2816, 88, 8),
             (2048, 5632, 128, 8),
             (2560, 6912, 108, 10),
-            (5120, 13824, 124, 14),
+            (5120, 13824, 124, 10),
         ] {
-            let division = Division::new(shape(width, inner, 32000), HOPPER.0, HOPPER.1, true);
+            let division = Division::new(shape(width, inner, 32000), HOPPER.0, HOPPER.1, 9);
             let division = division.expect("fits");
             assert_eq!((division.blocks, division.warps), (blocks, warps), "{width}");
             assert!(division.shared_bytes <= HOPPER.1);
-            assert!(division.ring_tiles >= 330);
+            assert!(division.ring_tiles >= 320);
         }
     }
 
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
-        assert!(Division::new(shape(5120, 500_000, 32000), HOPPER.0, HOPPER.1, true).is_none());
-        assert!(Division::new(shape(64, 160, 4_000_000), HOPPER.0, HOPPER.1, true).is_none());
-        assert!(Division::new(shape(1024, 2816, 32000), HOPPER.0, 1 << 14, true).is_none());
+        assert!(Division::new(shape(5120, 500_000, 32000), HOPPER.0, HOPPER.1, 9).is_none());
+        assert!(Division::new(shape(64, 160, 4_000_000), HOPPER.0, HOPPER.1, 9).is_none());
+        assert!(Division::new(shape(1024, 2816, 32000), HOPPER.0, 1 << 14, 9).is_none());
     }
 
     #[test]
@@ -395,8 +395,8 @@ mod tests {
         for (width, inner) in [(132, 340), (2048, 5632), (2560, 6912), (4096, 11008), (5120, 13824)]
         {
             let shape = shape(width, inner, 32000);
-            for (architecture, has_ring) in [("sm_80", false), ("sm_90a", true)] {
-                let division = Division::new(shape, HOPPER.0, HOPPER.1, has_ring).expect("fits");
+            for (architecture, major) in [("sm_80", 8), ("sm_90a", 9)] {
+                let division = Division::new(shape, HOPPER.0, HOPPER.1, major).expect("fits");
                 let compiled = compile_with(SOURCE, &division.constants(shape), architecture);
                 let log = compiled.expect("compiles").log;
                 assert!(log.contains(" 0 bytes spill stores"), "{width} {architecture}: {log}");

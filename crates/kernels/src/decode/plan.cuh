@@ -11,9 +11,10 @@
 #define NUM_INNER_GROUPS 2
 #define NUM_HEAD_GROUPS 23
 #define NUM_BLOCKS 88
+#define NUM_TENSOR_CORES 0
 #endif
 
-// Warps that multiply; two more fetch weights, and the vectors of own channels.
+// Warps that multiply; two more fetch weights, and serve.
 constexpr u32 WARPS = NUM_WARPS, THREADS = 32 * WARPS, ALL_THREADS = THREADS + 64;
 constexpr u32 TILE_BYTES = 512, RING_TILES = NUM_RING_TILES, STAGES = 64;
 constexpr u32 QUADS = (WARPS + 3) / 4;  // of warps
@@ -140,9 +141,10 @@ struct Shared {
     u64 keys[WARPS];                          // the largest of a warp's logits
     u64 full[STAGES], empty[STAGES];          // barriers of the ring
     u32 stage_tiles[STAGES];
-    alignas(16) float squares[2][4 * QUADS];  // sums of squares of a warp's columns
+    float squares[2][THREADS];                // parts of sums of squares
+    float row_factor[2];                      // R of a phase's row
     u32 largest[2][3][WARPS];                 // |u| of a warp's columns
 };
 
-constexpr u32 SHARED_BYTES = 3072;
+constexpr u32 SHARED_BYTES = 6656;
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the host knows this number");
