@@ -11,6 +11,7 @@
 //! | [`attention`], [`rope`] | the Transformer++ baseline |
 //! | [`gemm`] | dense products in f32 |
 //! | [`sampling`] | weights of logits, by which tokens are drawn |
+//! | [`decode`], [`batch`] | one token of one or of many sequences through all layers, in one launch |
 //! | [`training`] | the operations of a training step on a GPU |
 //! | [`column_sum`] | sums over the tokens of a batch that no number of threads changes |
 //! | [`pool`], [`tier`] | threads, and instruction sets chosen at run time |
@@ -21,6 +22,7 @@ pub mod activations;
 pub mod adamw;
 pub mod attention;
 pub mod bandwidth;
+pub mod batch;
 pub mod bit_linear;
 pub mod column_sum;
 pub mod cross_entropy;

@@ -54,6 +54,8 @@ fn models() -> Vec<(&'static str, Arc<Model>)> {
         ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),
         ("odd sizes", random(132, 340, 2, 1003)),
         ("wide", random(1024, 2816, 2, 5000)),
+        // Whole tiles of the width and none of the others.
+        ("uneven tiles", random(256, 328, 3, 1003)),
         // A thread holds two fours of a row of the others, four and eight of these.
         ("widest", random(4100, 8204, 1, 300)),
     ]
@@ -148,8 +150,14 @@ fn batches_give_the_bits_of_the_processor() {
         let Some(mut gpu) = gpu(&model) else { return };
         let mut cpu = engine(&model, "cpu");
         let text = tokens(&model, 700);
-        for lengths in [vec![1; 2], vec![1; 7], vec![1; 33], vec![1; 70], vec![1, 40, 1, 300, 5, 9]]
-        {
+        for lengths in [
+            vec![1; 2],
+            vec![1; 7],
+            vec![1; 33],
+            vec![1; 70],
+            vec![1; 200],
+            vec![1, 40, 1, 300, 5, 9],
+        ] {
             let run = |engine: &mut Engine| {
                 let mut states: Vec<State> = lengths.iter().map(|_| State::new(&model)).collect();
                 let mut logits = Vec::new();

@@ -20,7 +20,12 @@ use crate::ternary_gemm::cuda::{Quantized, SPLIT_MAX_TOKENS, Sums};
 
 pub(crate) const SOURCE: Source = Source {
     name: "fused_rows",
-    text: concat!(include_str!("rows.cu"), include_str!("many_rows.cu")),
+    text: concat!(
+        include_str!("block_of_a_row.cuh"),
+        include_str!("row.cuh"),
+        include_str!("rows.cu"),
+        include_str!("many_rows.cu")
+    ),
     hopper_only: false,
     contracts: false,
 };
@@ -47,7 +52,7 @@ const OTHER_SHARED_BYTES: usize = 1024;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct QuantizedArgs {
+pub(crate) struct QuantizedArgs {
     values: u64,
     scales: u64,
     sums: u64,
@@ -57,7 +62,7 @@ struct QuantizedArgs {
 }
 
 impl QuantizedArgs {
-    fn of(q: &Quantized) -> Self {
+    pub(crate) fn of(q: &Quantized) -> Self {
         Self {
             values: q.values.address(0),
             scales: q.scales.address(0),

@@ -11,12 +11,3 @@ struct Args {
     u32 segment_tiles;     // row tiles that share an input
     u32 splits;            // blocks that share the column tiles of an output and add to it; not of prompts or few tokens
 };
-
-#if __CUDA_ARCH__ >= 900
-// A warpgroup instruction's operand in shared memory: core matrices of 8 rows or tokens by 16 bytes, 128 bytes apart, a chunk
-// of 16 inputs has LENGTH rows or tokens.
-template <u32 LENGTH>
-__device__ __forceinline__ u64 descriptor(u32 address) {
-    return (u64)(address >> 4 & 0x3fff) | (u64)(LENGTH * 16 >> 4) << 16 | (u64)(128 >> 4) << 32;
-}
-#endif

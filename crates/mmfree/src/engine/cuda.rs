@@ -1,11 +1,13 @@
 //! The engine on a GPU. The same bits as on the processor, but for a sequence that is decoded alone.
 //!
-//! Tokens of one sequence take one launch ([`Decoder`]). Everything else goes through the blocks with one
-//! launch for each product and one for what lies between two products.
+//! Tokens of one sequence take one launch ([`Decoder`]), and so does a token of each of many sequences
+//! ([`BatchDecoder`]). Everything else goes through the blocks with one launch for each product and one for what lies
+//! between two products.
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use mmfree_kernels::batch::BatchDecoder;
 use mmfree_kernels::cuda::{Buffer, CudaError, Device};
 use mmfree_kernels::decode::{Decoder, Projection, Shape, Vector, Weights};
 use mmfree_kernels::fused_rows::{EmbeddingType, FusedRows, Norms, Output};
@@ -33,6 +35,7 @@ pub(super) struct CudaEngine {
     rows: FusedRows,
     recurrence: Recurrence,
     decoder: Option<Decoder>,
+    batches: Option<BatchDecoder>,
     work: Work,
     /// Logits of the last call, [rows, V].
     pub logits: Vec<f32>,
@@ -85,6 +88,7 @@ impl CudaEngine {
         let weights = upload(&model, &device, &gemm)?;
         let recurrence = Recurrence::new(&device)?;
         let decoder = Decoder::new(&device, &weights, config.rms_norm_eps)?;
+        let batches = BatchDecoder::new(&device, &weights, config.rms_norm_eps)?;
         let work = Work {
             tokens: Buffer::zeros(&device, 1)?,
             chosen: Buffer::zeros(&device, 1)?,
@@ -111,6 +115,7 @@ impl CudaEngine {
             rows,
             recurrence,
             decoder,
+            batches,
             work,
             logits: Vec::new(),
         })
@@ -172,6 +177,20 @@ impl CudaEngine {
             decoder.logits().read(0, &mut self.logits)?;
             return check_finite(&self.logits);
         }
+        let count = batch.len();
+        let batches = self.batches.as_mut().filter(|batches| batches.takes(count));
+        if let Some(batches) = batches.filter(|_| batch.iter().all(|s| s.tokens.len() == 1)) {
+            let tokens: Vec<u32> = batch.iter().flat_map(|s| s.tokens).copied().collect();
+            let mut states: Vec<_> = batch.iter_mut().map(|s| &mut *s.state).collect();
+            assign_steps(&mut self.work.sequences, &mut states, &self.device)?;
+            batches.step(&self.weights, &self.work.sequences, &tokens)?;
+            for state in states {
+                state.count_tokens(1);
+            }
+            self.logits.resize(count * self.model.config().vocab_size, 0.0);
+            batches.logits().read(0, &mut self.logits)?;
+            return check_finite(&self.logits);
+        }
         self.run_blocks(batch, None)?;
         let ends = batch.iter().scan(0, |end, sequence| {
             *end += sequence.tokens.len() as u32;
@@ -229,6 +248,14 @@ impl CudaEngine {
         count: usize,
     ) -> Result<Vec<u32>> {
         let rows = states.len();
+        if let Some(batches) = self.batches.as_mut().filter(|batches| batches.takes(rows)) {
+            assign_steps(&mut self.work.sequences, states, &self.device)?;
+            let chosen = batches.greedy(&self.weights, &self.work.sequences, tokens, count)?;
+            for state in states {
+                state.count_tokens(count);
+            }
+            return chosen.ok_or_else(super::not_finite);
+        }
         let vocab = self.model.config().vocab_size;
         let mut sequences: Vec<_> = states.iter_mut().map(|state| (&mut **state, 1)).collect();
         self.prepare(&mut sequences, rows)?;
@@ -414,6 +441,19 @@ impl CudaEngine {
         let output = Output { sums: &mut work.head_sums, input: &work.head, layer: 0, gamma };
         Ok(self.rows.logits(&output, count, vocab, &mut work.logits)?)
     }
+}
+
+/// Takes sequences of one token each.
+fn assign_steps(
+    sequences: &mut Sequences,
+    states: &mut [&mut State],
+    device: &Arc<Device>,
+) -> Result<()> {
+    let states: Vec<_> = states
+        .iter_mut()
+        .map(|state| Ok((&*state.on_device(device)?, 1)))
+        .collect::<Result<_>>()?;
+    Ok(sequences.assign(&states)?)
 }
 
 /// Copies a model's weights to the device.

@@ -1,0 +1,6 @@
+// A block of threads has one row.
+
+constexpr u32 MOST_HELD = 4;
+__device__ __forceinline__ u32 row_threads() { return blockDim.x; }
+__device__ __forceinline__ void sync_row() { __syncthreads(); }
+
