@@ -206,14 +206,10 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
     for (u32 n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
         for (u32 i = 0; i < TOKENS / 2; ++i) d[n][i] = 0;
-    // While a tile is multiplied, the next one's codes are unpacked, and its activations waited for; it follows without a gap.
-    constexpr u32 NONE = ~0u;
-    u32 even[4][4], odd[4][4], left = tiles, before = NONE;
-    auto wait_for_input = [&] { wait_for(shared_address(shared.input_full + input.stage), input.parity); };
-    auto release = [&] {
-        if (lane == 0 && before != NONE) arrive(shared_address(shared.input_empty + before));
-    };
+    // While a tile is multiplied, the next one's codes are unpacked.
+    u32 even[4][4], odd[4][4], left = tiles;
     auto multiply = [&](u32 (&codes)[4][4], u32 (&next)[4][4]) {
+        wait_for(shared_address(shared.input_full + input.stage), input.parity);
         u32 address = shared_address(inputs) + input.stage * (TOKEN_TILES * TILE_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -223,17 +219,12 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
                 wgmma(d[n], codes[f][0], codes[f][1], codes[f][2], codes[f][3],
                       descriptor<TOKENS>(address + n * TILE_BYTES + 2 * f * TOKENS * 16));
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-        release();
-        before = input.stage;
+        if (--left > 0) take_codes(a, shared, weights, weight, row_tile, next);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (lane == 0) arrive(shared_address(shared.input_empty + input.stage));
         input.advance(a.input_stages);
-        if (--left > 0) {
-            take_codes(a, shared, weights, weight, row_tile, next);
-            wait_for_input();
-        }
     };
     take_codes(a, shared, weights, weight, row_tile, even);
-    wait_for_input();
 #pragma unroll 1
     for (;;) {
         multiply(even, odd);
@@ -241,8 +232,6 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
         multiply(odd, even);
         if (left == 0) break;
     }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    release();
     if (row_tile * TILE_ROWS < unit_columns) {
         int* to = out + row_tile * TILE_ROWS + g;
 #pragma unroll
