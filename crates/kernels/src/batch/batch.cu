@@ -125,6 +125,11 @@ struct Shared {
 
 // ---- The streams ----
 
+// Arrives at the barrier when the thread's copies so far are there.
+__device__ __forceinline__ void arrive_behind_copies(u32 barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // One warp.
 __device__ __forceinline__ void stream_weights(const Args& a, Shared& shared, u8* ring) {
     u32 lane = threadIdx.x % 32;
@@ -137,34 +142,36 @@ __device__ __forceinline__ void stream_weights(const Args& a, Shared& shared, u8
             const uint4* from = a.weights + first * 32;
             for (u32 u = blockIdx.x; u < product.units; u += gridDim.x) {
                 Unit unit = product.unit(u);
-                u32 row_tile = unit.row_block * UNIT_TILES + lane;
+                u32 row_tile = unit.row_block * UNIT_TILES;
                 u32 row_tiles = min(UNIT_TILES, row_tiles_of(phase) - unit.row_block * UNIT_TILES);
-                const uint4* tile = from + ((size_t)row_tile * product.col_tiles + unit.begin) * 32;
+                const uint4* tile = from + ((size_t)row_tile * product.col_tiles + unit.begin) * 32 + lane;
                 for (u32 c = unit.begin; c < unit.end; ++c, tile += 32) {
                     u32 full = shared_address(shared.weight_full + place.stage);
                     wait_for(shared_address(shared.weight_empty + place.stage), place.parity ^ 1);
-                    if (lane == 0) expect_bytes(full, row_tiles * 512);
-                    __syncwarp();
-                    if (lane < row_tiles) bulk_copy(ring + place.stage * WEIGHT_BYTES + lane * 512, tile, 512, full);
+                    // A bulk copy keeps the multiprocessor's engine busy for 60 cycles, however short it is.
+                    u32 to = shared_address(ring + place.stage * WEIGHT_BYTES) + lane * 16;
+#pragma unroll
+                    for (u32 r = 0; r < UNIT_TILES; ++r)
+                        if (r < row_tiles) async_copy_16(to + r * 512, tile + (size_t)r * product.col_tiles * 32);
+                    arrive_behind_copies(full);
                     place.advance(a.weight_stages);
                 }
             }
         }
 }
 
-// One thread.
+// One warp.
 __device__ __forceinline__ void stream_inputs(const Args& a, Shared& shared, u8* ring, u32 row_blocks) {
     Place place;
-    u32 token_tiles = a.capacity / TOKENS, rows = 0, stage_bytes = token_tiles * TILE_BYTES;
+    u32 token_tiles = a.capacity / TOKENS, rows = 0, lane = threadIdx.x % 32;
     for (u32 step = 0; step < a.steps; ++step)
         for (u32 p = 0; p < products_of(a); ++p) {
             u32 phase = phase_of(a, p);
             Product product(a, phase);
             rows += row_blocks;
             if (blockIdx.x >= product.units) continue;
-            wait_for_count(&a.counters->rows, rows);
-            // What was written by ordinary stores is read by bulk copies.
-            asm volatile("fence.proxy.async;" ::: "memory");
+            if (lane == 0) wait_for_count(&a.counters->rows, rows);
+            __syncwarp();
             for (u32 u = blockIdx.x; u < product.units; u += gridDim.x) {
                 Unit unit = product.unit(u);
                 u32 segment = phase == MIX ? unit.row_block / (WIDTH / TILE_ROWS / UNIT_TILES) : 0;
@@ -172,11 +179,13 @@ __device__ __forceinline__ void stream_inputs(const Args& a, Shared& shared, u8*
                 for (u32 c = unit.begin; c < unit.end; ++c) {
                     u32 full = shared_address(shared.input_full + place.stage);
                     wait_for(shared_address(shared.input_empty + place.stage), place.parity ^ 1);
-                    expect_bytes(full, stage_bytes);
                     u8* to = ring + place.stage * (TOKEN_TILES * TILE_BYTES);
-                    for (u32 t = 0; t < token_tiles; ++t)
-                        bulk_copy(to + t * TILE_BYTES, from + ((size_t)t * product.col_tiles + c) * TILE_BYTES, TILE_BYTES,
-                                  full);
+                    for (u32 t = 0; t < token_tiles; ++t) {
+                        const i8* tile = from + ((size_t)t * product.col_tiles + c) * TILE_BYTES + lane * 16;
+#pragma unroll
+                        for (u32 k = 0; k < TILE_BYTES; k += 512) async_copy_16(to + t * TILE_BYTES + k + lane * 16, tile + k);
+                    }
+                    arrive_behind_copies(full);
                     place.advance(a.input_stages);
                 }
             }
@@ -206,10 +215,18 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
     for (u32 n = 0; n < TOKEN_TILES; ++n)
 #pragma unroll
         for (u32 i = 0; i < TOKENS / 2; ++i) d[n][i] = 0;
-    // While a tile is multiplied, the next one's codes are unpacked.
-    u32 even[4][4], odd[4][4], left = tiles;
-    auto multiply = [&](u32 (&codes)[4][4], u32 (&next)[4][4]) {
+    // While a tile is multiplied, the next one's codes are unpacked, and its activations waited for; it follows without a gap.
+    constexpr u32 NONE = ~0u;
+    u32 even[4][4], odd[4][4], left = tiles, before = NONE;
+    auto wait_for_input = [&] {
         wait_for(shared_address(shared.input_full + input.stage), input.parity);
+        // What was written by ordinary stores is read by the tensor cores.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    };
+    auto release = [&] {
+        if (lane == 0 && before != NONE) arrive(shared_address(shared.input_empty + before));
+    };
+    auto multiply = [&](u32 (&codes)[4][4], u32 (&next)[4][4]) {
         u32 address = shared_address(inputs) + input.stage * (TOKEN_TILES * TILE_BYTES);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -219,12 +236,17 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
                 wgmma(d[n], codes[f][0], codes[f][1], codes[f][2], codes[f][3],
                       descriptor<TOKENS>(address + n * TILE_BYTES + 2 * f * TOKENS * 16));
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (--left > 0) take_codes(a, shared, weights, weight, row_tile, next);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (lane == 0) arrive(shared_address(shared.input_empty + input.stage));
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        release();
+        before = input.stage;
         input.advance(a.input_stages);
+        if (--left > 0) {
+            take_codes(a, shared, weights, weight, row_tile, next);
+            wait_for_input();
+        }
     };
     take_codes(a, shared, weights, weight, row_tile, even);
+    wait_for_input();
 #pragma unroll 1
     for (;;) {
         multiply(even, odd);
@@ -232,6 +254,8 @@ __device__ __forceinline__ void multiply_unit(const Args& a, Shared& shared, con
         multiply(odd, even);
         if (left == 0) break;
     }
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    release();
     if (row_tile * TILE_ROWS < unit_columns) {
         int* to = out + row_tile * TILE_ROWS + g;
 #pragma unroll
@@ -430,11 +454,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) batch_step(cons
     u8 *inputs = (u8*)row_memory + (ROW_BYTES + 127) / 128 * 128, *weights = inputs + a.input_stages * (TOKEN_TILES * TILE_BYTES);
     if (threadIdx.x == 0) {
         for (u32 i = 0; i < a.input_stages; ++i) {
-            make_barrier(shared_address(shared.input_full + i), 1);
+            make_barrier(shared_address(shared.input_full + i), 32);
             make_barrier(shared_address(shared.input_empty + i), CONSUMERS / 32);
         }
         for (u32 i = 0; i < a.weight_stages; ++i) {
-            make_barrier(shared_address(shared.weight_full + i), 1);
+            make_barrier(shared_address(shared.weight_full + i), 32);
             make_barrier(shared_address(shared.weight_empty + i), CONSUMERS / 32);
         }
         fence_barriers();
@@ -445,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1) batch_step(cons
     if (warp >= CONSUMERS / 32) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
         if (warp == CONSUMERS / 32) stream_weights(a, shared, weights);
-        else if (warp == CONSUMERS / 32 + 1 && threadIdx.x % 32 == 0) stream_inputs(a, shared, inputs, row_blocks);
+        else if (warp == CONSUMERS / 32 + 1) stream_inputs(a, shared, inputs, row_blocks);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
         u32 own_rows = a.m > blockIdx.x ? (a.m - blockIdx.x - 1) / gridDim.x + 1 : 0, sums = 0, last = a.layers * HEAD;

@@ -172,6 +172,8 @@ __device__ __forceinline__ u64 logit_key(float logit, u32 token) {
 // ---- Rows: one block works on one row that lies in shared memory. Widths are multiples of four ----
 
 // 1 / sqrt(mean(x^2) + eps), by one warp. Element k goes to partial sum k % 32; partial sums are combined in halves.
+// ROLLED: with fewer instructions, where the compiler would unroll a constant n.
+template <bool ROLLED = false>
 __device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float eps) {
     // A batch is loaded while the one before it is summed.
     constexpr u32 BATCH = 8;
@@ -180,7 +182,7 @@ __device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float
     if (batches > 0)
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
-    for (u32 batch = 1; batch <= batches; ++batch) {
+    auto add = [&](u32 batch) {
         float square[BATCH];
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) square[j] = next[j] * next[j];
@@ -190,6 +192,12 @@ __device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float
             for (u32 j = 0; j < BATCH; ++j) next[j] = row[k + 32 * j];
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) sum += square[j];
+    };
+    if constexpr (ROLLED) {
+#pragma unroll 1
+        for (u32 batch = 1; batch <= batches; ++batch) add(batch);
+    } else {
+        for (u32 batch = 1; batch <= batches; ++batch) add(batch);
     }
     for (; k < n; k += 32) sum += row[k] * row[k];
 #pragma unroll

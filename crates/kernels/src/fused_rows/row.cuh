@@ -1,10 +1,10 @@
 // One row (token) in the registers and the shared memory of some threads: norms and quantiser. In front of it stand
-// `row_threads()`, how many threads share a row, numbered by threadIdx.x from 0, `sync_row()`, a barrier for them, and MOST_HELD,
-// how many fours of a vector a thread can hold.
+// `row_threads()`, how many threads share a row, numbered by threadIdx.x from 0, `sync_row()`, a barrier for them, MOST_HELD, how
+// many fours of a vector a thread can hold, and ROLLED_NORMS.
 
 template <u32 PER>
 constexpr bool FITS_REGISTERS = PER <= MOST_HELD;
-extern __shared__ float4 row_memory[];
+extern __shared__ __align__(128) float4 row_memory[];
 
 struct Quantized {
     i8* values;       // [layers][M][stride], or tiled: [layers][token tile][stride / 128][8][tile tokens][16]; for prompts see below
@@ -75,7 +75,7 @@ __device__ __forceinline__ float row_inverse_rms(const float4 (&row)[PER], u32 f
     each<PER>(fours, [&](u32 i, u32 k) { row_memory[k] = row[i]; });
     sync_row();
     if (threadIdx.x < 32) {
-        float r = warp_inverse_rms((const float*)row_memory, 4 * fours, eps);
+        float r = warp_inverse_rms<ROLLED_NORMS>((const float*)row_memory, 4 * fours, eps);
         if (threadIdx.x == 0) *scalar = r;
     }
     sync_row();
