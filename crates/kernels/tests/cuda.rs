@@ -53,10 +53,13 @@ fn every_kernel_compiles_within_its_register_budget() {
 
 /// Registers a thread of some kernels on Hopper, at most: what their launches count on, or what lets enough blocks share a
 /// multiprocessor.
-const REGISTERS: [(&str, usize); 27] = [
+const REGISTERS: [(&str, usize); 30] = [
+    ("few_tokens", 64),
     ("prompt_product", 168),
+    ("wide_prompt_product", 168),
     ("gated_prompt_product", 168),
     ("mlgru_scan_8_384", 64),
+    ("mlgru_scan_20_480", 96),
     ("mlgru_scan_8_192", 64),
     ("mlgru_scan_16_256", 56),
     ("residual_1_many_2", 64),
@@ -147,8 +150,15 @@ fn products_are_exact() {
         (1, 700, 96, 130),
         (3, 300, 140, 260),
         (1, 520, 300, 1000),
-        // More tiles than an H200 has multiprocessors: whole ones, then halves.
-        (1, 1030, 4300, 130),
+        // More tiles than an H200 has multiprocessors: whole ones, then those of 48 tokens or halves of their rows.
+        (1, 1030, 5100, 130),
+        (1, 2048, 3072, 20),
+        // Fewer: those of 80 and of 96 tokens.
+        (1, 2048, 1280, 20),
+        (1, 1900, 1536, 20),
+        // Tiles of 160 tokens, one round and two.
+        (1, 1900, 2560, 140),
+        (1, 2048, 5120, 20),
     ] {
         for extreme in [false, true] {
             let q: Vec<i8> = (0..layers * m * k)
@@ -213,8 +223,16 @@ fn gated_products_have_the_bits_of_the_processor() {
     let gemm = Gemm::new(&device).expect("compiles");
     let (backend, pool) = (Backend::detect(), Pool::new(std::num::NonZeroUsize::MIN));
     let mut random = Random(11);
-    // Halves; whole tiles and halves; an odd number of channels; few tokens.
-    for (m, width, k) in [(300, 336, 700), (1030, 2160, 130), (300, 340, 100), (100, 336, 100)] {
+    // An odd number of channels; few tokens; whole tiles and then, on an H200, 48 tokens or half of the rows; 80 and 96 tokens.
+    for (m, width, k) in [
+        (300, 336, 700),
+        (300, 340, 100),
+        (100, 336, 100),
+        (1030, 2160, 130),
+        (2048, 1536, 20),
+        (2048, 640, 20),
+        (1900, 768, 20),
+    ] {
         // The second makes sigmoids' divisors leave the range of fast reciprocals.
         for gamma in [0.01, 7.0] {
             let q: Vec<i8> =

@@ -32,7 +32,7 @@ const MANY_ROWS: [usize; 2] = [1, 2];
 /// Shared memory of those rows, if there is more than one.
 const MANY_BYTES: usize = 64 << 10;
 /// Values of a row that a thread has where there are many rows, in fours, if threads are not too many.
-const FOURS_OF_MANY: usize = 4;
+const FOURS_OF_MANY: usize = 5;
 /// Threads of a block of many rows.
 const MANY_THREADS: RangeInclusive<usize> = 128..=256;
 /// Threads of a row, at most.

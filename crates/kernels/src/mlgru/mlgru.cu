@@ -177,5 +177,6 @@ __device__ __forceinline__ void scan(const Args& a) {
     }
 
 SCAN(8, 384, true, 2)
+SCAN(20, 480, true, 1)
 SCAN(8, 192, true, 4)
 SCAN(16, 256, false, 4)
