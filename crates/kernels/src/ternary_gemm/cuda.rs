@@ -438,11 +438,10 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
         let m = q.rows;
-        if let Some(shared) = self.few_tokens_shared_bytes(matrix, q).filter(|_| sums.adds) {
+        if let Some(shared) = self.few_tokens_shared_bytes(q).filter(|_| sums.adds) {
             let grid = [self.device.multiprocessors(), 1, 1];
             let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
-            // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds a
-            // block's part.
+            // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds the activations.
             return unsafe { self.few_tokens.launch(launch, &args) };
         }
         if let Some(kernels) = self.for_prompt(q) {
@@ -528,11 +527,8 @@ impl Gemm {
     }
 
     /// Shared memory of the product of few tokens, if it can do this one.
-    fn few_tokens_shared_bytes(&self, matrix: TileMatrix, q: &Quantized) -> Option<usize> {
-        // What one block touches, at most: its first and last row may be shared with other blocks.
-        let tiles = matrix.tiles().div_ceil(self.device.multiprocessors());
-        let rows = (tiles.div_ceil(matrix.col_tiles) + 1) * TILE_ROWS;
-        let bytes = FEW_TOKENS_RING_BYTES + q.rows * (q.layers * q.stride() + 4 * rows);
+    fn few_tokens_shared_bytes(&self, q: &Quantized) -> Option<usize> {
+        let bytes = FEW_TOKENS_RING_BYTES + q.rows * q.layers * q.stride();
         (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
 }

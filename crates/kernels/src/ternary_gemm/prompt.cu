@@ -360,7 +360,7 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
                                               Place& place, u32 turn) {
     constexpr bool IS_GATED = Tiles::IS_GATED;
     u32 group = threadIdx.x / WARPGROUP, i = threadIdx.x % WARPGROUP, t = threadIdx.x % 4;
-    Tile tile = tiles.at(index);
+    u32 half = TILES == 1 ? tiles.at(index).half : 0;
 #pragma unroll
     for (u32 part = 0; part < Prepared<Tiles>::SUMS; ++part)
         if (part * WARPGROUP + i < Tiles::STAGE_TOKENS) ((int*)token_sums[group])[part * WARPGROUP + i] = prepared.q_sums[part];
@@ -381,7 +381,7 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
         u32 q = shared_address(stages + place.stage * STAGE_BYTES<Tiles>);
         uint4 l = prepared.held[slot][0], r = prepared.held[slot][1];
         // Of a gated unit half a tile has eight rows of each of a and b.
-        if (IS_GATED && TILES == 1 && tile.half) l = make_uint4(l.y, 0, l.w, 0), r = make_uint4(r.y, 0, r.w, 0);
+        if (IS_GATED && TILES == 1 && half) l = make_uint4(l.y, 0, l.w, 0), r = make_uint4(r.y, 0, r.w, 0);
         const u32 words[2][4] = {{l.x, IS_GATED ? r.x : l.y, l.z, IS_GATED ? r.z : l.w},
                                  {IS_GATED ? l.y : r.x, r.y, IS_GATED ? l.w : r.z, r.w}};
 #pragma unroll
@@ -412,6 +412,7 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
     prepared.begin(a, tiles, index + gridDim.x);
     if (turn > 0) wait_for(shared_address(&sums_empty), (turn - 1) % 2);
     constexpr u32 FIRST = COUNT < TOKENS ? COUNT : TOKENS;
+    Tile tile = tiles.at(index);
     Share own{threadIdx.x / 32, 1, 0, 1};
     // There is room for the sums of so many tokens.
     if constexpr (COUNT > FIRST) {
