@@ -44,12 +44,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens(const __grid
         // Chunks are swapped in odd rows, so that eight rows meet in no bank.
         for (u32 k = threadIdx.x; k < a.m * chunks; k += THREADS) async_copy_16(to + (k ^ (k / chunks & 1)), from + k);
     }
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    __syncthreads();
-
     u32 row = at / a.col_tiles, col = at % a.col_tiles, token = min(g, a.m - 1), swap = token & 1;
     bool is_begin = col == 0, has_part = at < last;
     u32 segment = row / a.segment_tiles;
+    int q_sums[2];  // of the tokens whose sums the thread has
+    auto ask_for_q_sums = [&] {
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) q_sums[i] = 2 * t + i < a.m ? a.q_sums[segment * a.rows + 2 * t + i] : 0;
+    };
+    if (has_part) ask_for_q_sums();
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+
     auto input_of = [&] { return q + ((segment - first_segment) * a.m + token) * chunks; };
     const uint4* input = input_of();
     int c[4][4] = {};
@@ -60,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens(const __grid
             int sum = c[0][i] + (c[1][i] >> 2) + (c[2][i] >> 4) + (c[3][i] >> 6);
             u32 m = 2 * t + i % 2;
             if (m < a.m) {
-                if (is_begin) sum -= a.q_sums[segment * a.rows + m];
+                if (is_begin) sum -= q_sums[i % 2];
                 atomicAdd(a.out + ((size_t)m * a.row_tiles + row) * TILE_ROWS + g + i / 2 * 8, sum);
             }
             c[0][i] = c[1][i] = c[2][i] = c[3][i] = 0;
@@ -83,8 +89,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens(const __grid
             col = 0;
             is_begin = true;
             ++row;
-            segment = row / a.segment_tiles;
-            input = input_of();
+            if (row % a.segment_tiles == 0 && at + 1 < last) {
+                ++segment;
+                input = input_of();
+                ask_for_q_sums();
+            }
         }
     }
     if (has_part && col != 0) flush();

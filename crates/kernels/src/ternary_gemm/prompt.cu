@@ -375,28 +375,39 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
             d[s][4 * j + 1] = d[s][4 * j + 3] = -sum.y;
         }
     }
-    u32 codes[2][TILES][4], before = 0;
+    // Where there are registers for it, the next codes are unpacked while products are under way, not behind a wait for them.
+    constexpr bool UNPACKS_AHEAD = COUNT <= TOKENS;
+    u32 codes[UNPACKS_AHEAD ? 4 : 2][TILES][4], before = 0;
     auto step = [&](u32 slot, u32 k) {
-        wait_for(shared_address(full + place.stage), place.lap % 2);
-        u32 q = shared_address(stages + place.stage * STAGE_BYTES<Tiles>);
         uint4 l = prepared.held[slot][0], r = prepared.held[slot][1];
         // Of a gated unit half a tile has eight rows of each of a and b.
         if (IS_GATED && TILES == 1 && half) l = make_uint4(l.y, 0, l.w, 0), r = make_uint4(r.y, 0, r.w, 0);
         const u32 words[2][4] = {{l.x, IS_GATED ? r.x : l.y, l.z, IS_GATED ? r.z : l.w},
                                  {IS_GATED ? l.y : r.x, r.y, IS_GATED ? l.w : r.z, r.w}};
+        auto unpack = [&](u32 f) {
+#pragma unroll
+            for (u32 s = 0; s < TILES; ++s) {
+                u32(&to)[4] = codes[UNPACKS_AHEAD ? f : f % 2][s];
+#pragma unroll
+                for (u32 w = 0; w < 4; ++w) to[w] = words[s][w] >> 2 * f & FIELD;
+                // Here, and not where the compiler would like it.
+                asm volatile("" : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3]));
+            }
+        };
+        if (UNPACKS_AHEAD) unpack(0);
+        wait_for(shared_address(full + place.stage), place.lap % 2);
+        u32 q = shared_address(stages + place.stage * STAGE_BYTES<Tiles>);
 #pragma unroll
         for (u32 f = 0; f < 4; ++f) {
-            // The registers of this f are free when only the products of the one before it are under way.
+            // The registers of the f before the last one are free when only the products of one f are under way.
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             if (f == 1 && k > 0 && i == 0) arrive(shared_address(empty + before));
-#pragma unroll
-            for (u32 s = 0; s < TILES; ++s)
-#pragma unroll
-                for (u32 w = 0; w < 4; ++w) codes[f % 2][s][w] = words[s][w] >> 2 * f & FIELD;
+            if (!UNPACKS_AHEAD) unpack(f);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (u32 s = 0; s < TILES; ++s) multiply(d[s], codes[f % 2][s], swizzled(q + f * 32));
+            for (u32 s = 0; s < TILES; ++s) multiply(d[s], codes[UNPACKS_AHEAD ? f : f % 2][s], swizzled(q + f * 32));
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            if (UNPACKS_AHEAD && f < 3) unpack(f + 1);
         }
         if (k + AHEAD < a.col_tiles) prepared.fetch(slot, k + AHEAD);
         before = place.stage;
