@@ -2,6 +2,8 @@
 
 use mmfree_kernels::cuda::{self, Buffer, CudaError, Device};
 use mmfree_kernels::memory::WeightArena;
+use mmfree_kernels::mlgru;
+use mmfree_kernels::mlgru::cuda::{Layer, Recurrence, Sequences};
 use mmfree_kernels::pool::Pool;
 use mmfree_kernels::swiglu;
 use mmfree_kernels::ternary::{Layout, TernaryMatrix};
@@ -53,10 +55,13 @@ fn every_kernel_compiles_within_its_register_budget() {
 
 /// Registers a thread of some kernels on Hopper, at most: what their launches count on, or what lets enough blocks share a
 /// multiprocessor.
-const REGISTERS: [(&str, usize); 27] = [
+const REGISTERS: [(&str, usize); 30] = [
+    ("few_tokens", 64),
     ("prompt_product", 168),
+    ("wide_prompt_product", 168),
     ("gated_prompt_product", 168),
     ("mlgru_scan_8_384", 64),
+    ("mlgru_scan_20_480", 96),
     ("mlgru_scan_8_192", 64),
     ("mlgru_scan_16_256", 56),
     ("residual_1_many_2", 64),
@@ -147,8 +152,15 @@ fn products_are_exact() {
         (1, 700, 96, 130),
         (3, 300, 140, 260),
         (1, 520, 300, 1000),
-        // More tiles than an H200 has multiprocessors: whole ones, then halves.
-        (1, 1030, 4300, 130),
+        // More tiles than an H200 has multiprocessors: whole ones, then those of 48 tokens or halves of their rows.
+        (1, 1030, 5100, 130),
+        (1, 2048, 3072, 20),
+        // Fewer: those of 80 and of 96 tokens.
+        (1, 2048, 1280, 20),
+        (1, 1900, 1536, 20),
+        // Tiles of 160 tokens, one round and two.
+        (1, 1900, 2560, 140),
+        (1, 2048, 5120, 20),
     ] {
         for extreme in [false, true] {
             let q: Vec<i8> = (0..layers * m * k)
@@ -213,8 +225,16 @@ fn gated_products_have_the_bits_of_the_processor() {
     let gemm = Gemm::new(&device).expect("compiles");
     let (backend, pool) = (Backend::detect(), Pool::new(std::num::NonZeroUsize::MIN));
     let mut random = Random(11);
-    // Halves; whole tiles and halves; an odd number of channels; few tokens.
-    for (m, width, k) in [(300, 336, 700), (1030, 2160, 130), (300, 340, 100), (100, 336, 100)] {
+    // An odd number of channels; few tokens; whole tiles and then, on an H200, 48 tokens or half of the rows; 80 and 96 tokens.
+    for (m, width, k) in [
+        (300, 336, 700),
+        (300, 340, 100),
+        (100, 336, 100),
+        (1030, 2160, 130),
+        (2048, 1536, 20),
+        (2048, 640, 20),
+        (1900, 768, 20),
+    ] {
         // The second makes sigmoids' divisors leave the range of fast reciprocals.
         for gamma in [0.01, 7.0] {
             let q: Vec<i8> =
@@ -263,6 +283,71 @@ fn gated_products_have_the_bits_of_the_processor() {
                 );
             }
         }
+    }
+}
+
+/// Widths for which different numbers of channels share a block.
+#[test]
+fn the_recurrence_has_the_bits_of_the_processor() {
+    let Some(device) = device() else { return };
+    let (gemm, recurrence) =
+        (Gemm::new(&device).expect("compiles"), Recurrence::new(&device).expect("compiles"));
+    let (backend, pool) = (Backend::detect(), Pool::new(std::num::NonZeroUsize::MIN));
+    let mut random = Random(13);
+    let (k, gammas) = (32, [0.01f32, 0.02]);
+    for (m, width) in [(333, 40), (270, 1024), (300, 2200), (417, 2560), (300, 4000), (300, 5120)] {
+        let q: Vec<i8> =
+            (0..3 * m * k).map(|_| ((random.next() % 255) as i64 - 127) as i8).collect();
+        let place = TileMatrix::stacked(0, 3, width, k);
+        let mut tiles = Buffer::zeros(&device, place.tiles() * TILE_WORDS).expect("memory");
+        let mut staging = Buffer::zeros(&device, 1).expect("memory");
+        for layer in 0..3 {
+            let trits: Vec<i8> = (0..width * k).map(|_| (random.next() % 3) as i8 - 1).collect();
+            let arena = WeightArena::new();
+            let matrix = TernaryMatrix::from_trits(&arena, Layout::TwoBit, width, k, 1.0, &trits)
+                .expect("packs");
+            let first = layer * place.segment_tiles * place.col_tiles;
+            gemm.upload(&matrix, &mut staging, &mut tiles, first).expect("fits");
+        }
+        let mut input = Quantized::new(&device).expect("memory");
+        input.assign(3, m, k, &q).expect("fits");
+        let mut sums = Sums::new(&device).expect("memory");
+        sums.begin(m, place.columns()).expect("memory");
+        gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
+        let (all, f_offset) = (sums.read(m).expect("reads"), place.segment_tiles * 16);
+        let values = |column: usize, gamma: f32| -> Vec<f32> {
+            let rows = all.chunks_exact(place.columns());
+            rows.flat_map(|row| row[column..][..width].iter().map(|&sum| sum as f32 * gamma))
+                .collect()
+        };
+        let (mut expected, f) = (values(0, gammas[0]), values(f_offset, gammas[1]));
+        let mut numbers = |scale: f32| -> Vec<f32> {
+            (0..width).map(|_| (random.next() % 1000) as f32 * scale).collect()
+        };
+        let (beta, mut expected_state) = (numbers(0.001), numbers(0.01));
+        let vectors = Buffer::from_slice(&device, &beta).expect("memory");
+        let state = Buffer::from_slice(&device, &expected_state).expect("memory");
+        let mut sequences = Sequences::new(&device).expect("memory");
+        sequences.assign(&[(&state, m)]).expect("memory");
+        let mut h = Buffer::zeros(&device, m * width).expect("memory");
+        let layer = Layer {
+            vectors: &vectors,
+            beta: 0,
+            gamma_i: gammas[0],
+            gamma_f: gammas[1],
+            state_offset: 0,
+            f_offset,
+            width,
+        };
+        recurrence.forward(layer, &input, &mut sums, &sequences, &mut h).expect("runs");
+        mlgru::forward(backend, &pool, &mut expected, &f, &beta, &mut expected_state);
+        let (mut found, mut found_state) = (vec![0.0; m * width], vec![0.0; width]);
+        h.read(0, &mut found).expect("reads");
+        state.read(0, &mut found_state).expect("reads");
+        let differ =
+            |a: &[f32], b: &[f32]| a.iter().zip(b).position(|(a, b)| a.to_bits() != b.to_bits());
+        assert_eq!(differ(&found, &expected), None, "{m} x {width}");
+        assert_eq!(differ(&found_state, &expected_state), None, "{m} x {width}");
     }
 }
 

@@ -137,15 +137,28 @@ __device__ __forceinline__ float reciprocal_in_range(float x) {
     return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
 }
 
-// Four at a time, so that one check serves them all.
+// Several fours at a time, so that one check serves them all and their operations interleave.
+template <u32 N>
+__device__ __forceinline__ void sigmoids(const float4 (&x)[N], float4 (&s)[N]) {
+    float4 d[N];
+    bool in_range = true;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) {
+        d[i] = make_float4(1.0f + exp_f32(-x[i].x), 1.0f + exp_f32(-x[i].y), 1.0f + exp_f32(-x[i].z), 1.0f + exp_f32(-x[i].w));
+        s[i] = make_float4(reciprocal_in_range(d[i].x), reciprocal_in_range(d[i].y), reciprocal_in_range(d[i].z),
+                           reciprocal_in_range(d[i].w));
+        // A NaN fails the comparison.
+        in_range = in_range && d[i].x < 4e37f && d[i].y < 4e37f && d[i].z < 4e37f && d[i].w < 4e37f;
+    }
+    if (in_range) return;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i) s[i] = make_float4(1.0f / d[i].x, 1.0f / d[i].y, 1.0f / d[i].z, 1.0f / d[i].w);
+}
+
 __device__ __forceinline__ float4 sigmoid(float4 a) {
-    float4 d = make_float4(1.0f + exp_f32(-a.x), 1.0f + exp_f32(-a.y), 1.0f + exp_f32(-a.z), 1.0f + exp_f32(-a.w));
-    float4 s = make_float4(reciprocal_in_range(d.x), reciprocal_in_range(d.y), reciprocal_in_range(d.z),
-                           reciprocal_in_range(d.w));
-    // A NaN fails the comparison.
-    if (!(d.x < 4e37f && d.y < 4e37f && d.z < 4e37f && d.w < 4e37f))
-        s = make_float4(1.0f / d.x, 1.0f / d.y, 1.0f / d.z, 1.0f / d.w);
-    return s;
+    float4 x[] = {a}, s[1];
+    sigmoids(x, s);
+    return s[0];
 }
 
 // The forget gate's and the input's part of one step: h = forget * h + input.
@@ -265,8 +278,10 @@ __device__ __forceinline__ float4 silu(float4 a) { return a * sigmoid(a); }
 
 // The forget gate's and the input's part of one step of four channels.
 __device__ __forceinline__ void recurrence_gates(float4 i, float4 f, float4 beta, float4& forget, float4& input) {
-    forget = beta + (1.0f - beta) * sigmoid(f);
-    input = silu(i) * (1.0f - forget);
+    float4 x[] = {i, f}, s[2];
+    sigmoids(x, s);
+    forget = beta + (1.0f - beta) * s[1];
+    input = i * s[0] * (1.0f - forget);
 }
 
 // A sum of a ternary product becomes a float by one conversion and one product with gamma / s.

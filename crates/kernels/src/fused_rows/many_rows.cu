@@ -91,21 +91,31 @@ __device__ __forceinline__ void quantize_rows(const ManyRows<ROWS>& rows, const 
     for (u32 r = 0; r < ROWS; ++r) to[r] = word_of(q, 0, rows.number(r), threadIdx.x);
     u32 step = q.tile_tokens != 0 ? blockDim.x * q.tile_tokens : blockDim.x;
     size_t next_layer = (size_t)q.rows * q.stride / 4;
-    for (u32 k = threadIdx.x, at = 0; k < q.stride / 4; k += blockDim.x, at += step) {
-        bool is_inside = k < rows.fours;
+    u32 k = threadIdx.x;
+    for (; k < rows.fours; k += blockDim.x) {
         float4 w[LAYERS];
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j)
-            if (is_inside) w[j] = weights[j][k];
+        for (u32 j = 0; j < LAYERS; ++j) w[j] = weights[j][k];
 #pragma unroll
         for (u32 r = 0; r < ROWS; ++r) {
-            if (!rows.has(r)) continue;
-            float4 v = is_inside ? rows.at(r, k) * r_of[r] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            float4 v = rows.at(r, k) * r_of[r];
 #pragma unroll
-            for (u32 j = 0; j < LAYERS; ++j)
-                to[r][j * next_layer + at] = is_inside ? quantize_word(v * w[j] * scale[r][j], sum[r][j]) : 0;
+            for (u32 j = 0; j < LAYERS; ++j) {
+                u32 word = quantize_word(v * w[j] * scale[r][j], sum[r][j]);
+                if (rows.has(r)) to[r][j * next_layer] = word;
+            }
+            to[r] += step;
         }
     }
+    // Up to a whole tile of weights.
+    for (; k < q.stride / 4; k += blockDim.x)
+#pragma unroll
+        for (u32 r = 0; r < ROWS; ++r) {
+#pragma unroll
+            for (u32 j = 0; j < LAYERS; ++j)
+                if (rows.has(r)) to[r][j * next_layer] = 0;
+            to[r] += step;
+        }
 #pragma unroll
     for (u32 r = 0; r < ROWS; ++r)
 #pragma unroll

@@ -11,7 +11,6 @@
 //!
 //! where y, g, a and b are sums of the last product times γ / s. The same bits as the CPU's kernels.
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
@@ -36,10 +35,9 @@ const FOURS_OF_A_THREAD: [usize; 3] = [2, 4, 8];
 const MANY_ROWS: [usize; 2] = [1, 2];
 /// Shared memory of those rows, if there is more than one.
 const MANY_BYTES: usize = 64 << 10;
-/// Values of a row that a thread has where there are many rows, in fours, if threads are not too many.
-const FOURS_OF_MANY: usize = 4;
-/// Threads of a block of many rows.
-const MANY_THREADS: RangeInclusive<usize> = 128..=256;
+/// Threads of a block of many rows, and of rows of at least [`WIDE_ROW`] values. With numbers in between too few blocks are there at once.
+const MANY_THREADS: [usize; 2] = [128, 256];
+const WIDE_ROW: usize = 4096;
 /// Threads of a row, at most.
 const ROW_THREADS: usize = 512;
 /// The same of the widest gated units.
@@ -331,8 +329,7 @@ impl FusedRows {
     fn many_rows(&self, count: usize, width: usize) -> (&ManyRowKernels, Launch) {
         let fits = |kernels: &&ManyRowKernels| kernels.rows * 4 * width <= MANY_BYTES;
         let kernels = self.many.iter().rev().find(fits).unwrap_or(&self.many[0]);
-        let threads = (width / 4).div_ceil(FOURS_OF_MANY).next_multiple_of(32);
-        let threads = threads.clamp(*MANY_THREADS.start(), *MANY_THREADS.end());
+        let threads = MANY_THREADS[usize::from(width >= WIDE_ROW)];
         let blocks = count.div_ceil(kernels.rows);
         (kernels, Launch::new([blocks, 1, 1], threads, 4 * width * kernels.rows))
     }

@@ -113,7 +113,7 @@ pub struct Recurrence {
     device: Arc<Device>,
     step: Kernel,
     /// Channels and threads of a block, and how many of those a multiprocessor has room for.
-    scans: [(usize, usize, usize, Kernel); 3],
+    scans: [(usize, usize, usize, Kernel); 4],
 }
 
 impl Recurrence {
@@ -127,6 +127,8 @@ impl Recurrence {
             step: device.kernel(SOURCE, "mlgru_step", 0)?,
             scans: [
                 (8, 512, 2, device.kernel(SOURCE, "mlgru_scan_8_384", 0)?),
+                // Even for widths near 20 channels a multiprocessor, where there would be two or three blocks.
+                (20, 640, 1, device.kernel(SOURCE, "mlgru_scan_20_480", 0)?),
                 (8, 256, 4, device.kernel(SOURCE, "mlgru_scan_8_192", 0)?),
                 (16, 288, 4, device.kernel(SOURCE, "mlgru_scan_16_256", 0)?),
             ],
@@ -180,7 +182,7 @@ impl Recurrence {
             let runs_at_once = |&&(channels, _, blocks, _): &&(usize, usize, usize, _)| {
                 width.div_ceil(channels) * sequences.count <= blocks * self.device.multiprocessors()
             };
-            let scan = self.scans.iter().find(runs_at_once).unwrap_or(&self.scans[2]);
+            let scan = self.scans.iter().find(runs_at_once).unwrap_or(&self.scans[3]);
             (scan.0, scan.1, &scan.3)
         };
         let grid = [width.div_ceil(channels), sequences.count, 1];

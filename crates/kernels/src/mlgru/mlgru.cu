@@ -150,11 +150,10 @@ __device__ __forceinline__ void scan(const Args& a) {
                 make_float4(inputs[4 * four][step], inputs[4 * four + 1][step], inputs[4 * four + 2][step],
                             inputs[4 * four + 3][step]);
         if (has(tile)) {
-            GateSums now = next;
+            float4 i = dequantize(next.i, a.gamma_i / next.scale_i), f = dequantize(next.f, a.gamma_f / next.scale_f);
             ask(tile + 1);
             float4 forget, input;
-            recurrence_gates(dequantize(now.i, a.gamma_i / now.scale_i), dequantize(now.f, a.gamma_f / now.scale_f), beta,
-                             forget, input);
+            recurrence_gates(i, f, beta, forget, input);
             forgets[4 * four][step] = forget.x;
             forgets[4 * four + 1][step] = forget.y;
             forgets[4 * four + 2][step] = forget.z;
@@ -177,5 +176,6 @@ __device__ __forceinline__ void scan(const Args& a) {
     }
 
 SCAN(8, 384, true, 2)
+SCAN(20, 480, true, 1)
 SCAN(8, 192, true, 4)
 SCAN(16, 256, false, 4)

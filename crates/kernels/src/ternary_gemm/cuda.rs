@@ -61,10 +61,14 @@ const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 
 
 // The warpgroup products, as in their source: of prompts, and of batches.
 const PROMPT_TOKENS: usize = 128;
+const WIDE_PROMPT_TOKENS: usize = 160;
+const PROMPT_ROWS: usize = 256;
 const PROMPT_THREADS: usize = 384;
-/// Five stages of activations, then for each of eight warps the sums of 128 tokens by 32 rows, padded by four.
+/// Stages of activations, five of 128 tokens or four of 160, then for each of eight warps the sums of 128 tokens by 32 rows, padded by
+/// four.
 const PROMPT_SHARED_BYTES: usize =
     5 * PROMPT_TOKENS * TILE_COLS + 8 * PROMPT_TOKENS * (2 * TILE_ROWS + 4) * 4;
+const _: () = assert!(4 * WIDE_PROMPT_TOKENS == 5 * PROMPT_TOKENS);
 const BATCH_TOKENS: usize = 64;
 const BATCH_THREADS: usize = 256;
 const BATCH_COL_TILES: usize = 8;
@@ -331,6 +335,8 @@ struct RepackArgs {
 struct WarpgroupKernels {
     batch: Kernel,
     prompt: Kernel,
+    /// The same with tiles of 160 tokens.
+    wide_prompt: Kernel,
     /// Of a prompt's gated unit.
     gated_prompt: Kernel,
 }
@@ -378,6 +384,7 @@ impl Gemm {
                             batch_shared_bytes(BATCH_COL_TILES),
                         )?,
                         prompt: prompt("prompt_product")?,
+                        wide_prompt: prompt("wide_prompt_product")?,
                         gated_prompt: prompt("gated_prompt_product")?,
                     })
                 })
@@ -439,16 +446,20 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
         let m = q.rows;
-        if let Some(shared) = self.few_tokens_shared_bytes(matrix, q).filter(|_| sums.adds) {
+        if let Some(shared) = self.few_tokens_shared_bytes(q).filter(|_| sums.adds) {
             let grid = [self.device.multiprocessors(), 1, 1];
             let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
-            // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds a
-            // block's part.
+            // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds the activations.
             return unsafe { self.few_tokens.launch(launch, &args) };
         }
         if let Some(kernels) = self.for_prompt(q) {
+            let kernel = if has_wide_tiles(matrix, m, self.device.multiprocessors()) {
+                &kernels.wide_prompt
+            } else {
+                &kernels.prompt
+            };
             // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
-            return unsafe { kernels.prompt.launch(self.prompt_launch(), &args) };
+            return unsafe { kernel.launch(self.prompt_launch(), &args) };
         }
         let col_tiles = matrix.col_tiles;
         let row_blocks = matrix.row_tiles.div_ceil(BLOCK_ROW_TILES);
@@ -524,13 +535,21 @@ impl Gemm {
     }
 
     /// Shared memory of the product of few tokens, if it can do this one.
-    fn few_tokens_shared_bytes(&self, matrix: TileMatrix, q: &Quantized) -> Option<usize> {
-        // What one block touches, at most: its first and last row may be shared with other blocks.
-        let tiles = matrix.tiles().div_ceil(self.device.multiprocessors());
-        let rows = (tiles.div_ceil(matrix.col_tiles) + 1) * TILE_ROWS;
-        let bytes = FEW_TOKENS_RING_BYTES + q.rows * (q.layers * q.stride() + 4 * rows);
+    fn few_tokens_shared_bytes(&self, q: &Quantized) -> Option<usize> {
+        let bytes = FEW_TOKENS_RING_BYTES + q.rows * q.layers * q.stride();
         (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
+}
+
+/// Whether tiles of 160 tokens take a prompt's product less time than those of 128 on so many multiprocessors. A round of them takes 10 units of
+/// time instead of 8; but the last round of tiles of 128 tokens, whose tiles may be smaller, about 7.
+fn has_wide_tiles(matrix: TileMatrix, tokens: usize, multiprocessors: usize) -> bool {
+    let row_blocks = (matrix.segment_tiles * TILE_ROWS).div_ceil(PROMPT_ROWS)
+        * (matrix.row_tiles / matrix.segment_tiles);
+    let tiles = row_blocks * tokens.div_ceil(PROMPT_TOKENS);
+    let wide_tiles = row_blocks * tokens.div_ceil(WIDE_PROMPT_TOKENS);
+    let last_round = if tiles.is_multiple_of(multiprocessors) { 0 } else { 7 };
+    10 * wide_tiles.div_ceil(multiprocessors) < 8 * (tiles / multiprocessors) + last_round
 }
 
 /// Arguments of a product whose results have so many columns.
@@ -573,4 +592,20 @@ fn product_args(
 
 fn shared_bytes(tokens: usize) -> usize {
     STAGES * tokens * TILE_COLS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wide_tiles_are_for_shapes_that_would_leave_the_last_round_half_empty() {
+        let has_wide = |n, k, tokens| has_wide_tiles(TileMatrix::single(0, n, k), tokens, 132);
+        // Outputs of 2.7B and 13B: 160 and 320 tiles of 128 tokens, 130 and 260 of 160.
+        assert!(has_wide(2560, 6912, 2048) && has_wide(5120, 13824, 2048));
+        assert!(has_wide_tiles(TileMatrix::stacked(0, 3, 2560, 2560), 2048, 132));
+        // Of 1.3B: 128 tiles, one round. Of 370M: half a round.
+        assert!(!has_wide(2048, 5632, 2048) && !has_wide(1024, 2816, 2048));
+        assert!(!has_wide_tiles(TileMatrix::stacked(0, 3, 2048, 2048), 2048, 132));
+    }
 }
