@@ -56,11 +56,12 @@ pub(crate) type Constant = (&'static str, usize);
 type Modules = HashMap<(&'static str, Vec<Constant>), Arc<CudaModule>>;
 
 /// Every module of this crate.
-pub const SOURCES: [Source; 15] = [
+pub const SOURCES: [Source; 16] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
     crate::mlgru::cuda::SOURCE,
+    crate::sampling::SOURCE,
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::FEW_TOKENS_SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,

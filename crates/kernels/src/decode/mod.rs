@@ -8,6 +8,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, Constant, CudaError, Device, Kernel, Launch, Source};
+use crate::sampling::{Keys, Sampling};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
@@ -89,7 +90,7 @@ struct Args {
 enum Token {
     /// This one.
     Id(u32),
-    /// The most likely one after the last step.
+    /// The one that the keys tell: the most likely one after the last step, or one that was drawn.
     Best,
 }
 
@@ -264,6 +265,29 @@ impl Decoder {
         Ok(Some(tokens))
     }
 
+    /// Feeds a token and then, one after the other, those that `sampling` draws, `count` steps in all, without a look from the
+    /// host. `sampling` must have begun with as many draws from one row. Returns whether all logits were finite.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn sampled(
+        &mut self,
+        weights: &Weights,
+        state: &mut Buffer<f32>,
+        token: u32,
+        count: usize,
+        sampling: &mut Sampling,
+    ) -> Result<bool, CudaError> {
+        let mut token = Token::Id(token);
+        for step in 0..count {
+            self.submit(weights, state, token, 0, 1)?;
+            let keys = Keys { keys: &mut self.keys, round: self.fed };
+            sampling.draw(&mut self.logits, step, Some(keys))?;
+            token = Token::Best;
+        }
+        Ok(self.best()?.is_some())
+    }
+
     /// Submits `count` steps; the tokens that they feed are noted from `history` on.
     fn submit(
         &mut self,
@@ -323,8 +347,8 @@ impl Decoder {
     }
 
     /// The logits `[V]` of the last step.
-    pub fn logits(&self) -> &Buffer<f32> {
-        &self.logits
+    pub fn logits(&mut self) -> &mut Buffer<f32> {
+        &mut self.logits
     }
 
     /// The most likely token after the last step, of equals the lowest; `None` if a logit was not finite.
