@@ -77,6 +77,16 @@ impl State {
         self.device.as_mut().ok_or_else(|| bad("it is nowhere"))
     }
 
+    /// A copy that lies where the state lies.
+    pub(crate) fn copy(&self) -> Result<Self> {
+        let device = match (&self.device, self.host.get()) {
+            (Some(device), None) => device.copy()?,
+            _ => return Ok(self.clone()),
+        };
+        let (len, tokens_seen) = (self.len, self.tokens_seen);
+        Ok(Self { host: OnceLock::new(), device: Some(device), len, tokens_seen })
+    }
+
     /// How many tokens the state has seen.
     pub fn tokens_seen(&self) -> u64 {
         self.tokens_seen

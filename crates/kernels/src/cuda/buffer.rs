@@ -110,6 +110,19 @@ impl<T: Element> Buffer<T> {
             .map_err(|error| CudaError::driver("copying from the device", error))
     }
 
+    /// A copy on the same device.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn copy(&self) -> Result<Self, CudaError> {
+        let mut copy = Self::zeros(&self.device, self.len())?;
+        self.device
+            .stream()
+            .memcpy_dtod(&self.memory, &mut copy.memory)
+            .map_err(|error| CudaError::driver("copying on the device", error))?;
+        Ok(copy)
+    }
+
     /// Sets every element to zero.
     ///
     /// # Errors
