@@ -118,6 +118,42 @@ fn logits(kind: usize, vocab: usize, random: &mut ChaCha8Rng) -> Vec<f32> {
     row
 }
 
+/// Draws from rows, each with its parameters, logits and recent tokens.
+fn draw<const DRAWS: usize>(
+    device: &Arc<Device>,
+    sampling: &mut Sampling,
+    rows: &[(SamplingParams, Vec<f32>, Vec<u32>)],
+) -> Vec<[u32; DRAWS]> {
+    let all: Vec<f32> = rows.iter().flat_map(|(_, logits, _)| logits).copied().collect();
+    let requests: Vec<Request> = rows
+        .iter()
+        .enumerate()
+        .map(|(row, (p, _, recent))| Request {
+            row,
+            params: Params {
+                penalty: p.repetition_penalty,
+                window: p.repetition_window,
+                ..Params::new(p.temperature, p.top_k, p.top_p, p.min_p)
+            },
+            recent,
+            only_finite: false,
+        })
+        .collect();
+    let mut words = vec![0; DRAWS * rows.len()];
+    for (row, (params, ..)) in rows.iter().enumerate() {
+        let mut random = random_words(params.seed);
+        (0..DRAWS).for_each(|draw| words[draw * rows.len() + row] = random.next_u64());
+    }
+    let mut buffer = Buffer::from_slice(device, &all).expect("memory");
+    sampling.begin(&requests, all.len() / rows.len(), DRAWS, &words).expect("fits");
+    for draw in 0..DRAWS {
+        buffer.write(0, &all).expect("fits");
+        sampling.draw(&mut buffer, draw, None).expect("runs");
+    }
+    let found = sampling.drawn().expect("runs").expect("valid logits");
+    (0..rows.len()).map(|row| std::array::from_fn(|draw| found[draw * rows.len() + row])).collect()
+}
+
 #[test]
 fn the_device_draws_the_tokens_of_the_host() {
     let Some(device) = device() else { return };
@@ -134,42 +170,26 @@ fn the_device_draws_the_tokens_of_the_host() {
                 (params, logits(row % 8, vocab, &mut random), recent)
             })
             .collect();
-        let all: Vec<f32> = rows.iter().flat_map(|(_, logits, _)| logits).copied().collect();
-        let requests: Vec<Request> = rows
+        let expected: Vec<[u32; DRAWS]> = rows
             .iter()
-            .enumerate()
-            .map(|(row, (p, _, recent))| Request {
-                row,
-                params: Params {
-                    penalty: p.repetition_penalty,
-                    window: p.repetition_window,
-                    ..Params::new(p.temperature, p.top_k, p.top_p, p.min_p)
-                },
-                recent,
-                only_finite: false,
+            .map(|(params, logits, recent)| {
+                let mut sampler = Sampler::new(params.clone()).expect("valid");
+                let mut recent = recent.clone();
+                std::array::from_fn(|_| {
+                    let token = sampler.sample(&mut logits.clone(), &recent).expect("valid");
+                    recent.push(token);
+                    token
+                })
             })
             .collect();
-        let mut words = vec![0; DRAWS * rows.len()];
-        for (row, (params, ..)) in rows.iter().enumerate() {
-            let mut random = random_words(params.seed);
-            (0..DRAWS).for_each(|draw| words[draw * rows.len() + row] = random.next_u64());
-        }
-        let mut buffer = Buffer::from_slice(&device, &all).expect("memory");
-        sampling.begin(&requests, vocab, DRAWS, &words).expect("fits");
-        for draw in 0..DRAWS {
-            buffer.write(0, &all).expect("fits");
-            sampling.draw(&mut buffer, draw, None).expect("runs");
-        }
-        let found = sampling.drawn().expect("runs").expect("valid logits");
-        for (row, (params, logits, recent)) in rows.iter().enumerate() {
-            let mut sampler = Sampler::new(params.clone()).expect("valid");
-            let mut recent = recent.clone();
-            for draw in 0..DRAWS {
-                let expected = sampler.sample(&mut logits.clone(), &recent).expect("valid");
-                let drawn = found[draw * rows.len() + row];
-                assert_eq!(drawn, expected, "{vocab}, row {row}, draw {draw}: {params:?}");
-                recent.push(expected);
-                compared += 1;
+        // As many rows at a time as have clusters of eight, four and two blocks and a block each.
+        for count in [3, 30, 60, rows.len()] {
+            for (rows, expected) in rows.chunks(count).zip(expected.chunks(count)) {
+                compared += DRAWS * rows.len();
+                let found = draw::<DRAWS>(&device, &mut sampling, rows);
+                for ((row, expected), found) in rows.iter().zip(expected).zip(&found) {
+                    assert_eq!(found, expected, "{count} rows of {vocab}: {:?}", row.0);
+                }
             }
         }
     }

@@ -181,6 +181,11 @@ impl Device {
         self.multiprocessors
     }
 
+    /// Blocks of a cluster, at most.
+    pub(crate) fn max_cluster(&self) -> usize {
+        if self.overlaps { 8 } else { 1 }
+    }
+
     /// Shared memory that one block can have.
     pub fn shared_bytes(&self) -> usize {
         self.shared_bytes
@@ -382,11 +387,14 @@ pub(crate) struct Launch {
     /// May begin before the kernel before it has ended; the kernel itself waits before it touches anything
     /// that earlier ones touch (`wait_for_previous` in `common.cuh`). Without effect before compute capability 9.0.
     pub overlapping: bool,
+    /// Blocks of a cluster: neighbours, which reach each other's shared memory. More than one only if
+    /// [`Device::max_cluster`] is more.
+    pub cluster: usize,
 }
 
 impl Launch {
     pub fn new(grid: [usize; 3], threads: usize, shared_bytes: usize) -> Self {
-        Self { grid, threads, shared_bytes, cooperative: false, overlapping: false }
+        Self { grid, threads, shared_bytes, cooperative: false, overlapping: false, cluster: 1 }
     }
 
     /// The same launch, beginning early.
@@ -435,13 +443,23 @@ impl Kernel {
         let mut arguments = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         let stream = stream.cu_stream();
         self.device.context.bind_to_thread().map_err(failed)?;
-        if launch.overlapping && self.device.overlaps {
-            use sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            let mut attribute = sys::CUlaunchAttribute {
-                id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let x = limit(launch.cluster);
+        let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue { clusterDim: size },
+            ),
+        ];
+        let begins_early = launch.overlapping && self.device.overlaps;
+        let end = 1 + usize::from(launch.cluster > 1);
+        let attributes = &mut attributes[usize::from(!begins_early)..end];
+        if !attributes.is_empty() {
             let config = sys::CUlaunchConfig {
                 gridDimX: grid.0,
                 gridDimY: grid.1,
@@ -451,8 +469,8 @@ impl Kernel {
                 blockDimZ: block.2,
                 sharedMemBytes: shared,
                 hStream: stream,
-                attrs: &raw mut attribute,
-                numAttrs: 1,
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: attributes.len() as u32,
             };
             let function = self.function.cu_function();
             // SAFETY: the caller's promise; configuration and arguments are copied before the call returns.

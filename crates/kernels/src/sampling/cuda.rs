@@ -14,6 +14,8 @@ pub(crate) const SOURCE: Source = Source {
 
 // As in the source.
 const THREADS: usize = 1024;
+/// In place of a token: there is no valid distribution.
+const INVALID: u32 = u32::MAX;
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -46,7 +48,6 @@ struct Args {
     tokens: u64,
     keys: u64,
     passes: u64,
-    invalid: u64,
     pass: u32,
     vocab: u32,
     key_count: u32,
@@ -76,13 +77,13 @@ pub struct Keys<'a> {
 /// The kernel, what it draws from and what it has drawn.
 #[derive(Debug)]
 pub struct Sampling {
+    device: Arc<Device>,
     kernel: Kernel,
     likelihoods: Buffer<f32>,
     rows: Buffer<u64>,
     recent: Buffer<u32>,
     words: Buffer<u64>,
     drawn: Buffer<u32>,
-    invalid: Buffer<u32>,
     /// Rows that are drawn from, and how often.
     row_count: usize,
     draws: usize,
@@ -101,13 +102,13 @@ impl Sampling {
     /// No compiler, or its or the driver's complaints.
     pub fn new(device: &Arc<Device>) -> Result<Self, CudaError> {
         Ok(Self {
+            device: Arc::clone(device),
             kernel: device.kernel(SOURCE, "draw_rows", 0)?,
             likelihoods: Buffer::zeros(device, 1)?,
             rows: Buffer::zeros(device, 1)?,
             recent: Buffer::zeros(device, 1)?,
             words: Buffer::zeros(device, 1)?,
             drawn: Buffer::zeros(device, 1)?,
-            invalid: Buffer::zeros(device, 1)?,
             row_count: 0,
             draws: 0,
             logit_rows: 0,
@@ -229,11 +230,12 @@ impl Sampling {
             recent: self.recent.address(0),
             words: self.words.address(0),
             drawn: self.drawn.address(0),
-            invalid: self.invalid.address(0),
             vocab: self.vocab as u32,
             ..args
         };
-        let launch = Launch::new([self.row_count, 1, 1], THREADS, 0).overlapping();
+        let cluster = cluster_for(self.row_count, self.vocab, &self.device);
+        let launch = Launch::new([self.row_count * cluster, 1, 1], THREADS, 0).overlapping();
+        let launch = Launch { cluster, ..launch };
         // SAFETY: logits were checked; `begin` made room for as many draws of as many rows.
         unsafe { self.kernel.launch(launch, &args) }
     }
@@ -244,15 +246,19 @@ impl Sampling {
     /// # Errors
     /// The driver's, also those of earlier work.
     pub fn drawn(&mut self) -> Result<Option<Vec<u32>>, CudaError> {
-        let (mut tokens, mut invalid) = (vec![0; self.draws * self.row_count], [0]);
+        let mut tokens = vec![0; self.draws * self.row_count];
         self.drawn.read(0, &mut tokens)?;
-        self.invalid.read(0, &mut invalid)?;
-        if invalid[0] != 0 {
-            self.invalid.clear()?;
-            return Ok(None);
-        }
-        Ok(Some(tokens))
+        Ok((!tokens.contains(&INVALID)).then_some(tokens))
     }
+}
+
+/// Blocks that draw from a row: as many as multiprocessors are there for, and have work.
+fn cluster_for(rows: usize, vocab: usize, device: &Device) -> usize {
+    let is_worth = |&blocks: &usize| {
+        blocks * rows <= device.multiprocessors() && (blocks - 1) * THREADS < vocab
+    };
+    let sizes = (0..).map(|bits| 1 << bits).take_while(|&blocks| blocks <= device.max_cluster());
+    sizes.take_while(is_worth).last().unwrap_or(1)
 }
 
 const NOTHING: Args = Args {
@@ -265,7 +271,6 @@ const NOTHING: Args = Args {
     tokens: 0,
     keys: 0,
     passes: 0,
-    invalid: 0,
     pass: 0,
     vocab: 0,
     key_count: 0,

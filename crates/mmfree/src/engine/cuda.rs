@@ -170,13 +170,9 @@ impl CudaEngine {
         self.begin_drawing(std::slice::from_mut(draw), count)?;
         let Some(decoder) = &mut self.decoder else { return Ok(None) };
         let on_device = state.on_device(&self.device)?;
-        let is_finite =
-            decoder.sampled(&self.weights, on_device, token, count, &mut self.sampling)?;
+        decoder.sampled(&self.weights, on_device, token, count, &mut self.sampling)?;
         state.count_tokens(count);
-        match self.sampling.drawn()?.filter(|_| is_finite) {
-            None => Err(super::not_finite()),
-            tokens => Ok(tokens),
-        }
+        self.sampling.drawn()?.ok_or_else(super::not_finite).map(Some)
     }
 
     pub fn device(&self) -> &Arc<Device> {
