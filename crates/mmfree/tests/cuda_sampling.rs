@@ -111,7 +111,8 @@ fn logits(kind: usize, vocab: usize, random: &mut ChaCha8Rng) -> Vec<f32> {
                 }
             }
             6 => 1e-3 * id as f32 / vocab as f32,
-            _ => 3e38 * (2.0 * uniform() - 1.0),
+            // The repetition penalty must not make them infinite.
+            _ => 1e38 * (2.0 * uniform() - 1.0),
         })
         .collect();
     row[vocab / 2] = row[vocab / 2].max(-7.0);

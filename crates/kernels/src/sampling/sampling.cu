@@ -6,6 +6,8 @@
 
 constexpr u32 THREADS = 1024, WARPS = THREADS / 32;
 constexpr u32 MAX_BLOCKS = 8;
+// Rounds until a barrier and a place are used again.
+constexpr u32 ROUNDS = 4;
 constexpr u32 NONE = 0xffffffffu;
 constexpr u64 INVALID = ~0ull;
 
@@ -45,101 +47,98 @@ struct Cut {
     u32 ties;
 };
 
-// A digit's value at the cut, and the sums of values above it and at it.
-struct Digit {
-    u64 bin;
-    u64 above;
-    u64 value;
+// Sixteen bytes, as they are sent.
+struct __align__(16) Words {
+    u64 first;
+    u64 second;
 };
 
 struct Shared {
-    uint2 bins[THREADS];  // low and high words of sums
-    u64 parts[WARPS];
-    u64 shares[2][MAX_BLOCKS];
-    Digit digit;
-    u64 found;
+    uint2 bins[THREADS];       // of this block: low and high words of sums
+    Words received[THREADS / 2];  // bins that this block adds up, of each block
+    Words shares[ROUNDS][MAX_BLOCKS];
+    Words digit[2];  // the sums above the cut's bin and in it; the bin
+    Words found;
+    u64 parts[WARPS], least[WARPS];
+    u64 round_over[ROUNDS];
 };
 
-// ---- The blocks of a row ----
-
-// A value to the same place in another block of the cluster, and from there.
-__device__ __forceinline__ void store_in(u64* place, u32 block, u64 value) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.u64 [there], %2; }" ::"r"(
-                     shared_address(place)),
-                 "r"(block), "l"(value)
-                 : "memory");
-#else
-    *place = value;
-#endif
-}
-
-__device__ __forceinline__ u64 load_from(const void* place, u32 block) {
-#if __CUDA_ARCH__ >= 900
-    u64 value;
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %1, %2; ld.shared::cluster.u64 %0, [there]; }"
-                 : "=l"(value)
-                 : "r"(shared_address(place)), "r"(block)
-                 : "memory");
-    return value;
-#else
-    return *(const u64*)place;
-#endif
-}
-
-// What a thread knows of the blocks of its row.
+// What a thread knows of the blocks of its row. They work in rounds: in each a block sends others what it has to, and then
+// waits for what it gets. Of two rounds that follow each other, in one at least every block waits for all others; and before
+// a block sends in such a round its threads meet. So no block is so far ahead that it sends to places that are still read, or
+// counts at a barrier that still waits.
 struct Team {
     Shared& s;
     u32 vocab, blocks, block;
     u32 ids;  // of a warp
-    u32 turn;
+    u32 round;
 
-    __device__ __forceinline__ Team(Shared& s, u32 vocab) : s(s), vocab(vocab), blocks(1), block(0), turn(0) {
+    // Behind it `begin` is due before the first round.
+    __device__ __forceinline__ Team(Shared& s, u32 vocab) : s(s), vocab(vocab), blocks(1), block(0), round(0) {
 #if __CUDA_ARCH__ >= 900
         asm("mov.u32 %0, %cluster_nctarank;" : "=r"(blocks));
         asm("mov.u32 %0, %cluster_ctarank;" : "=r"(block));
+        if (threadIdx.x == 0) {
+            for (u32 k = 0; k < ROUNDS; ++k) make_barrier(shared_address(s.round_over + k), 1);
+            fence_barriers();
+        }
+        __syncwarp();
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
         ids = (vocab + blocks * THREADS - 1) / (blocks * THREADS) * 32;
     }
 
-    // A barrier of all blocks, in two halves.
-    __device__ __forceinline__ void arrive() const {
+    // All blocks have begun.
+    __device__ __forceinline__ void begin() const {
 #if __CUDA_ARCH__ >= 900
-        if (blocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
     }
-    __device__ __forceinline__ void wait() const {
+
+    // To the same place in another block.
+    __device__ __forceinline__ void send(Words& place, u32 to, u64 first, u64 second = 0) const {
 #if __CUDA_ARCH__ >= 900
-        if (blocks > 1) {
-            asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-            return;
-        }
+        asm volatile(
+            "{ .reg .b32 there, over; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 over, %1, %2; "
+            "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b64 [there], {%3, %4}, [over]; }" ::"r"(
+                shared_address(&place)),
+            "r"(shared_address(s.round_over + round % ROUNDS)), "r"(to), "l"(first), "l"(second)
+            : "memory");
+#else
+        place = {first, second};
 #endif
+    }
+
+    // Waits for so many times sixteen bytes.
+    __device__ __forceinline__ void receive(u32 count) {
+#if __CUDA_ARCH__ >= 900
+        u32 barrier = shared_address(s.round_over + round % ROUNDS);
+        if (threadIdx.x == 0) expect_bytes(barrier, 16 * count);
+        wait_for(barrier, round / ROUNDS % 2);
+#else
         __syncthreads();
-    }
-    __device__ __forceinline__ void sync() const {
-        arrive();
-        wait();
+#endif
+        ++round;
     }
 
     // First id of this warp, and the one behind its last.
-    __device__ __forceinline__ u32 begin() const { return min((block * WARPS + threadIdx.x / 32) * ids, vocab); }
-    __device__ __forceinline__ u32 end() const { return min(begin() + ids, vocab); }
+    __device__ __forceinline__ u32 first_id() const { return min((block * WARPS + threadIdx.x / 32) * ids, vocab); }
+    __device__ __forceinline__ u32 end_id() const { return min(first_id() + ids, vocab); }
 
     template <class F>
     __device__ __forceinline__ void for_own_ids(F f) const {
-        u32 last = end();
+        u32 end = end_id();
 #pragma unroll 4
-        for (u32 id = begin() + threadIdx.x % 32; id < last; id += 32) f(id);
+        for (u32 id = first_id() + threadIdx.x % 32; id < end; id += 32) f(id);
     }
 
-    // Gives lane k what block k's first warp shares, lanes without a block 0. Synchronises.
-    __device__ __forceinline__ u64 share(u64 value) {
-        turn ^= 1;
-        if (threadIdx.x < blocks) store_in(&s.shares[turn][block], threadIdx.x, value);
-        sync();
+    // Gives lane k what block k's first warp shares, lanes without a block zeros.
+    __device__ __forceinline__ Words share(u64 first, u64 second = 0) {
+        Words(&shares)[MAX_BLOCKS] = s.shares[round % ROUNDS];
+        if (threadIdx.x < blocks) send(shares[block], threadIdx.x, first, second);
+        receive(blocks);
         u32 lane = threadIdx.x % 32;
-        return lane < blocks ? s.shares[turn][lane] : 0;
+        return lane < blocks ? shares[lane] : Words{0, 0};
     }
 };
 
@@ -177,17 +176,13 @@ __device__ __forceinline__ Place place_in(u64 scan, u32 which) {
     return {which == 0 ? 0 : before, __shfl_sync(ALL_LANES, scan, 31)};
 }
 
-// Among the warps of this block. Synchronises before it is read.
-__device__ __forceinline__ Place place_in_block(u64 value_of_warp, Shared& s) {
-    if (threadIdx.x % 32 == 0) s.parts[threadIdx.x / 32] = value_of_warp;
-    __syncthreads();
-    return place_in(warp_scan(s.parts[threadIdx.x % 32]), threadIdx.x / 32);
-}
-
 // Among the warps of all blocks.
-__device__ __forceinline__ Place place_in_team(u64 value_of_warp, Team& team) {
-    Place in_block = place_in_block(value_of_warp, team.s);
-    Place of_block = place_in(warp_scan(team.share(in_block.total)), team.block);
+__device__ __forceinline__ Place place_of(u64 value_of_warp, Team& team) {
+    u64* parts = team.s.parts;
+    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value_of_warp;
+    __syncthreads();
+    Place in_block = place_in(warp_scan(parts[threadIdx.x % 32]), threadIdx.x / 32);
+    Place of_block = place_in(warp_scan(team.share(in_block.total).first), team.block);
     return {of_block.before + in_block.before, of_block.total};
 }
 
@@ -195,104 +190,107 @@ __device__ __forceinline__ Place place_in_team(u64 value_of_warp, Team& team) {
 
 __device__ __forceinline__ u64 weight_of(float likelihood) { return __float2ull_rn(likelihood * 1099511627776.0f); }
 
+// Of a key.
+__device__ __forceinline__ float logit_of(u64 key) {
+    u32 bits = (u32)(key >> 32);
+    return __uint_as_float(bits ^ (bits >> 31 ? 0x80000000u : NONE));
+}
+
 // floor(a b / 2^53) for b up to 2^63 and a up to 2^53.
 __device__ __forceinline__ u64 fraction_of(u64 a, u64 b) { return __umul64hi(a, b) << 11 | a * b >> 53; }
 
-// The first id at which the sum of values up to it exceeds a threshold, which comes from their total. There is one.
+// The first id at which the sum of values up to it exceeds a threshold, which comes from their total. There is one. The warp
+// that has it gets it, others NONE.
 template <class Value, class Threshold>
 __device__ u32 first_exceeding(Team& team, Value value, Threshold threshold_of) {
-    Shared& s = team.s;
     u32 lane = threadIdx.x % 32;
     u64 sum = 0;
     team.for_own_ids([&](u32 id) { sum += value(id); });
     sum = warp_sum(sum);
-    Place place = place_in_team(sum, team);
+    Place place = place_of(sum, team);
     u64 threshold = threshold_of(place.total);
-    if (place.before <= threshold && threshold < place.before + sum) {
-        // A lane has neighbours of the warp's ids ...
-        u32 own = team.ids / 32, first = team.begin() + lane * own;
-        u64 of_lane = 0;
-        for (u32 id = first; id < min(first + own, team.end()); ++id) of_lane += value(id);
-        u64 scan = place.before + warp_scan(of_lane);
-        u32 which = __ffs(__ballot_sync(ALL_LANES, scan > threshold)) - 1;
-        u64 before = __shfl_sync(ALL_LANES, scan - of_lane, which);
-        first = __shfl_sync(ALL_LANES, first, which);
-        // ... and those of one lane are among all.
-        for (u32 end = min(first + own, team.end());; first += 32) {
-            scan = before + warp_scan(first + lane < end ? value(first + lane) : 0);
-            u32 exceeding = __ballot_sync(ALL_LANES, scan > threshold);
-            if (exceeding) {
-                if (lane < team.blocks) store_in(&s.found, lane, first + __ffs(exceeding) - 1);
-                break;
-            }
-            before = __shfl_sync(ALL_LANES, scan, 31);
-        }
+    if (threshold < place.before || threshold >= place.before + sum) return NONE;
+    // A lane has neighbours of the warp's ids ...
+    u32 own = team.ids / 32, first = team.first_id() + lane * own;
+    u64 of_lane = 0;
+    for (u32 id = first; id < min(first + own, team.end_id()); ++id) of_lane += value(id);
+    u64 scan = place.before + warp_scan(of_lane);
+    u32 which = __ffs(__ballot_sync(ALL_LANES, scan > threshold)) - 1;
+    u64 before = __shfl_sync(ALL_LANES, scan - of_lane, which);
+    first = __shfl_sync(ALL_LANES, first, which);
+    // ... and those of one lane are among all.
+    for (u32 end = min(first + own, team.end_id());; first += 32) {
+        scan = before + warp_scan(first + lane < end ? value(first + lane) : 0);
+        u32 exceeding = __ballot_sync(ALL_LANES, scan > threshold);
+        if (exceeding) return first + __ffs(exceeding) - 1;
+        before = __shfl_sync(ALL_LANES, scan, 31);
     }
-    team.sync();
-    return (u32)s.found;
 }
 
 // Goes down the likelihoods that `within` keeps until the sum of their values reaches a target, which comes from the total.
-// Digit by digit of their bits: a likelihood's are in the order of the likelihoods. `excess` is in the total for ties that
-// `within` does not keep. Keeps everything if the total is less than the target.
+// Their bits are in their order, and so are the bits' distances from the least one that counts: it goes digit by digit, as
+// many as these distances have. `excess` is in the total for ties that `within` does not keep. Keeps everything if the total
+// is less than the target.
 template <class Value, class Target>
 __device__ Cut cut_at(Team& team, const float* likelihoods, Cut within, u64 excess, Value value_of, Target target_of) {
-    // Below it weights are 0. From here to 1 there are 42 * 16 first digits.
-    constexpr u32 BASE = (127 - 42) << 23;
+    constexpr u32 DIGIT = 10;
+    static_assert(THREADS == 1 << DIGIT, "a bin a thread");
     Shared& s = team.s;
-    u32 prefix = 0, bins = THREADS / team.blocks;
+    u32 base = within.key, bits = 32 - __clz(__float_as_uint(1.0f) - base);
+    u32 bins = THREADS / team.blocks;
     u64 target = 0;
-#pragma unroll 1
-    for (u32 digit = 0; digit < 3; ++digit) {
-        u32 shift = digit == 0 ? 19 : digit == 1 ? 9 : 0, upper = digit == 1 ? 19 : 9, mask = digit == 2 ? 511 : 1023;
-        s.bins[threadIdx.x] = make_uint2(0, 0);
-        if (threadIdx.x == 0) s.digit.bin = NONE;
-        __syncthreads();
+    for (bool is_first = true;; is_first = false) {
+        u32 shift = bits > DIGIT ? bits - DIGIT : 0;
         team.for_own_ids([&](u32 id) {
             float likelihood = likelihoods[id];
-            u32 key = __float_as_uint(likelihood);
-            if (key < BASE || key < within.key || (digit > 0 && (key - BASE) >> upper != prefix)) return;
+            u32 distance = __float_as_uint(likelihood) - base;
+            if (distance >> bits) return;
             u64 value = value_of(likelihood);
-            uint2* sum = s.bins + ((key - BASE) >> shift & mask);
+            uint2* sum = s.bins + (distance >> shift);
             u32 low = (u32)value, old = atomicAdd(&sum->x, low), high = (u32)(value >> 32) + (old + low < old);
             if (high) atomicAdd(&sum->y, high);
         });
-        team.sync();
-        // Each block has a part of the bins, from the highest one down.
-        u32 bin = THREADS - 1 - (team.block * bins + threadIdx.x);
+        __syncthreads();
+        // Each block adds up a part of the bins, the first one the highest.
+        if (threadIdx.x < THREADS / 2) {
+            uint4* two = (uint4*)s.bins + threadIdx.x;
+            uint4 sums = *two;
+            *two = make_uint4(0, 0, 0, 0);
+            u32 bin = 2 * threadIdx.x;
+            team.send(s.received[(team.block * bins + bin % bins) / 2], team.blocks - 1 - bin / bins,
+                      (u64)sums.y << 32 | sums.x, (u64)sums.w << 32 | sums.z);
+        }
+        team.receive(THREADS / 2);
+        u32 bin = bins - 1 - threadIdx.x;
         u64 value = 0;
         if (threadIdx.x < bins)
-            for (u32 block = 0; block < team.blocks; ++block) value += load_from(s.bins + bin, block);
+            for (u32 block = 0; block < team.blocks; ++block) value += ((const u64*)s.received)[block * bins + bin];
         u64 sum = warp_scan(value);
-        Place place = place_in_team(__shfl_sync(ALL_LANES, sum, 31), team);
+        Place place = place_of(__shfl_sync(ALL_LANES, sum, 31), team);
         sum += place.before;
-        if (digit == 0) target = target_of(place.total - excess);
+        if (is_first) target = target_of(place.total - excess);
+        if (place.total < target) return within;
         if (sum >= target && sum - value < target)
             for (u32 block = 0; block < team.blocks; ++block) {
-                store_in(&s.digit.bin, block, bin);
-                store_in(&s.digit.above, block, sum - value);
-                store_in(&s.digit.value, block, value);
+                team.send(s.digit[0], block, sum - value, value);
+                team.send(s.digit[1], block, (team.blocks - 1 - team.block) * bins + bin);
             }
-        team.sync();
-        Digit found = s.digit;
-        target -= found.above;
-        __syncthreads();
-        if (found.bin == NONE) return within;
-        prefix = prefix << (digit == 2 ? 9 : 10) | (u32)found.bin;
-        if (digit == 2) {
-            u64 each = value_of(__uint_as_float(BASE + prefix));
-            return {BASE + prefix, (u32)((target + each - 1) / each), (u32)(found.value / each)};
+        team.receive(2);
+        target -= s.digit[0].first;
+        base += (u32)s.digit[1].first << shift;
+        if (shift == 0) {
+            u64 each = value_of(__uint_as_float(base));
+            return {base, (u32)((target + each - 1) / each), (u32)(s.digit[0].second / each)};
         }
+        bits = shift;
     }
-    return within;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) draw_rows(const __grid_constant__ Args a) {
     let_next_begin();
     __shared__ Shared s;
     Team team(s, a.vocab);
-    // A block may write to others when all have begun.
-    team.arrive();
+    s.bins[threadIdx.x] = make_uint2(0, 0);
     wait_for_previous();
     u32 number = blockIdx.x / team.blocks, count = gridDim.x / team.blocks, vocab = a.vocab;
     const Row row = a.rows[number];
@@ -316,24 +314,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw_rows(const __grid_
     }
 
     u64 best = 0;
+    float lowest = __uint_as_float(0x7f800000u);
     team.for_own_ids([&](u32 id) {
         float logit = logits[id];
         bool is_in_range = logit >= row.lowest && logit < __uint_as_float(0x7f800000u);
         best = max(best, is_in_range ? logit_key(logit, id) : INVALID);
+        lowest = min(lowest, logit);
     });
-    best = warp_max(best);
-    if (threadIdx.x % 32 == 0) s.parts[threadIdx.x / 32] = best;
+    // The least logit becomes the largest of keys, too.
+    u64 least = logit_key(-lowest, 0);
+    best = warp_max(best), least = warp_max(least);
+    if (threadIdx.x % 32 == 0) s.parts[threadIdx.x / 32] = best, s.least[threadIdx.x / 32] = least;
     __syncthreads();
-    best = warp_max(s.parts[threadIdx.x % 32]);
-    team.wait();
-    best = warp_max(team.share(best));
-    u32 token = ~(u32)best, bits = (u32)(best >> 32);
-    float highest = __uint_as_float(bits ^ (bits >> 31 ? 0x80000000u : NONE));
+    team.begin();
+    Words extremes = team.share(warp_max(s.parts[threadIdx.x % 32]), warp_max(s.least[threadIdx.x % 32]));
+    best = warp_max(extremes.first), least = warp_max(extremes.second);
+    u32 token = ~(u32)best;
+    float highest = logit_of(best);
+    lowest = -logit_of(least);
 
     bool is_valid = best != INVALID && is_finite(highest);
     if (is_valid && row.scale != 0.0f) {
         team.for_own_ids([&](u32 id) { likelihoods[id] = exp_f32((logits[id] - highest) * row.scale); });
-        Cut cut = {0, 0, 0};
+        // Below the least key weights are 0. Of two neighbours the exponential may round the larger one down.
+        constexpr u32 LEAST_KEY = (127 - 42) << 23, ROUNDINGS = 64;
+        Cut cut = {max(LEAST_KEY, __float_as_uint(exp_f32((lowest - highest) * row.scale)) - ROUNDINGS), 0, 0};
         u64 excess = 0;
         if (row.top_k > 0 && row.top_k < vocab) {
             cut = cut_at(team, likelihoods, cut, 0, [](float) { return 1ull; }, [&](u64) { return (u64)row.top_k; });
@@ -347,9 +352,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw_rows(const __grid_
                              return max(enough, 1ull);
                          });
         u32 last_tie = NONE;
-        if (cut.kept < cut.ties)
-            last_tie = first_exceeding(team, [&](u32 id) { return (u64)(__float_as_uint(likelihoods[id]) == cut.key); },
+        if (cut.kept < cut.ties) {
+            u32 last = first_exceeding(team, [&](u32 id) { return (u64)(__float_as_uint(likelihoods[id]) == cut.key); },
                                        [&](u64) { return (u64)cut.kept - 1; });
+            if (last != NONE && threadIdx.x % 32 < team.blocks) team.send(s.found, threadIdx.x % 32, last);
+            team.receive(1);
+            last_tie = (u32)s.found.first;
+        }
         token = first_exceeding(team, [&](u32 id) {
                                     float likelihood = likelihoods[id];
                                     u32 key = __float_as_uint(likelihood);
@@ -358,18 +367,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw_rows(const __grid_
                                     return is_kept && weight >= row.min_weight ? weight : 0ull;
                                 },
                                 [&](u64 total) { return fraction_of(uniform, total); });
+        if (token == NONE) return;
+    } else if (team.block > 0 || threadIdx.x >= 32) {
+        return;
     }
 
-    if (team.block > 0) return;
-    // What comes next needs a token in any case.
+    // By one warp. What comes next needs a token in any case.
     if (!is_valid) token = 0;
-    if (threadIdx.x == 0) {
+    u32 lane = threadIdx.x % 32;
+    if (lane == 0) {
         a.drawn[(size_t)pass * count + number] = is_valid ? token : NONE;
         if (a.tokens) a.tokens[number] = token;
         if (row.penalty != 1.0f) recent[known] = token;
     }
     // The decoding kernel takes the largest key; blocks without a part in the head have none.
     u64 key = (u64)NONE << 32 | ((~token & 0x7fffffffu) | a.round << 31);
-    for (u32 k = threadIdx.x; k < a.key_count; k += THREADS)
+    for (u32 k = lane; k < a.key_count; k += 32)
         if (a.keys[k]) a.keys[k] = key;
 }
