@@ -184,7 +184,7 @@ fn the_device_draws_the_tokens_of_the_host() {
             })
             .collect();
         // As many rows at a time as have clusters of eight, four and two blocks and a block each.
-        for count in [3, 30, 60, rows.len()] {
+        for count in [3, 20, 60, rows.len()] {
             for (rows, expected) in rows.chunks(count).zip(expected.chunks(count)) {
                 compared += DRAWS * rows.len();
                 let found = draw::<DRAWS>(&device, &mut sampling, rows);

@@ -252,10 +252,13 @@ impl Sampling {
     }
 }
 
-/// Blocks that draw from a row: as many as multiprocessors are there for, and have work.
+/// Blocks that draw from a row: as many as have work, and as run at once. Of clusters of more than two blocks fewer do, for
+/// each lies in one of the groups of multiprocessors.
 fn cluster_for(rows: usize, vocab: usize, device: &Device) -> usize {
     let is_worth = |&blocks: &usize| {
-        blocks * rows <= device.multiprocessors() && (blocks - 1) * THREADS < vocab
+        let all = device.multiprocessors();
+        let room = if blocks > 2 { all * 3 / 4 } else { all };
+        blocks * rows <= room && (blocks - 1) * THREADS < vocab
     };
     let sizes = (0..).map(|bits| 1 << bits).take_while(|&blocks| blocks <= device.max_cluster());
     sizes.take_while(is_worth).last().unwrap_or(1)

@@ -59,7 +59,7 @@ struct Shared {
     Words shares[ROUNDS][MAX_BLOCKS];
     Words digit[2];  // the sums above the cut's bin and in it; the bin
     Words found;
-    u64 parts[WARPS], least[WARPS];
+    Words parts[ROUNDS][WARPS];
     u64 round_over[ROUNDS];
 };
 
@@ -83,7 +83,7 @@ struct Team {
             fence_barriers();
         }
         __syncwarp();
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        if (blocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
         ids = (vocab + blocks * THREADS - 1) / (blocks * THREADS) * 32;
     }
@@ -91,12 +91,17 @@ struct Team {
     // All blocks have begun.
     __device__ __forceinline__ void begin() const {
 #if __CUDA_ARCH__ >= 900
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        if (blocks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
     }
 
     // To the same place in another block.
     __device__ __forceinline__ void send(Words& place, u32 to, u64 first, u64 second = 0) const {
+        // Launched without a cluster, a block cannot send to itself.
+        if (blocks == 1) {
+            place = {first, second};
+            return;
+        }
 #if __CUDA_ARCH__ >= 900
         asm volatile(
             "{ .reg .b32 there, over; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 over, %1, %2; "
@@ -104,19 +109,18 @@ struct Team {
                 shared_address(&place)),
             "r"(shared_address(s.round_over + round % ROUNDS)), "r"(to), "l"(first), "l"(second)
             : "memory");
-#else
-        place = {first, second};
 #endif
     }
 
     // Waits for so many times sixteen bytes.
     __device__ __forceinline__ void receive(u32 count) {
+        if (blocks == 1) __syncthreads();
 #if __CUDA_ARCH__ >= 900
-        u32 barrier = shared_address(s.round_over + round % ROUNDS);
-        if (threadIdx.x == 0) expect_bytes(barrier, 16 * count);
-        wait_for(barrier, round / ROUNDS % 2);
-#else
-        __syncthreads();
+        if (blocks > 1) {
+            u32 barrier = shared_address(s.round_over + round % ROUNDS);
+            if (threadIdx.x == 0) expect_bytes(barrier, 16 * count);
+            wait_for(barrier, round / ROUNDS % 2);
+        }
 #endif
         ++round;
     }
@@ -132,7 +136,15 @@ struct Team {
         for (u32 id = first_id() + threadIdx.x % 32; id < end; id += 32) f(id);
     }
 
-    // Gives lane k what block k's first warp shares, lanes without a block zeros.
+    // Gives lane k what warp k of this block has, for what comes before the next round. Synchronises.
+    __device__ __forceinline__ Words share_in_block(u64 first, u64 second = 0) {
+        Words(&parts)[WARPS] = s.parts[round % ROUNDS];
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = {first, second};
+        __syncthreads();
+        return parts[threadIdx.x % 32];
+    }
+
+    // Gives lane k what block k's first warp has, lanes without a block zeros: a round.
     __device__ __forceinline__ Words share(u64 first, u64 second = 0) {
         Words(&shares)[MAX_BLOCKS] = s.shares[round % ROUNDS];
         if (threadIdx.x < blocks) send(shares[block], threadIdx.x, first, second);
@@ -178,10 +190,7 @@ __device__ __forceinline__ Place place_in(u64 scan, u32 which) {
 
 // Among the warps of all blocks.
 __device__ __forceinline__ Place place_of(u64 value_of_warp, Team& team) {
-    u64* parts = team.s.parts;
-    if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = value_of_warp;
-    __syncthreads();
-    Place in_block = place_in(warp_scan(parts[threadIdx.x % 32]), threadIdx.x / 32);
+    Place in_block = place_in(warp_scan(team.share_in_block(value_of_warp).first), threadIdx.x / 32);
     Place of_block = place_in(warp_scan(team.share(in_block.total).first), team.block);
     return {of_block.before + in_block.before, of_block.total};
 }
@@ -322,16 +331,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) draw_rows(const __grid_
         lowest = min(lowest, logit);
     });
     // The least logit becomes the largest of keys, too.
-    u64 least = logit_key(-lowest, 0);
-    best = warp_max(best), least = warp_max(least);
-    if (threadIdx.x % 32 == 0) s.parts[threadIdx.x / 32] = best, s.least[threadIdx.x / 32] = least;
-    __syncthreads();
+    Words largest = {warp_max(best), warp_max(logit_key(-lowest, 0))};
+    largest = team.share_in_block(largest.first, largest.second);
     team.begin();
-    Words extremes = team.share(warp_max(s.parts[threadIdx.x % 32]), warp_max(s.least[threadIdx.x % 32]));
-    best = warp_max(extremes.first), least = warp_max(extremes.second);
+    largest = team.share(warp_max(largest.first), warp_max(largest.second));
+    best = warp_max(largest.first);
     u32 token = ~(u32)best;
     float highest = logit_of(best);
-    lowest = -logit_of(least);
+    lowest = -logit_of(warp_max(largest.second));
 
     bool is_valid = best != INVALID && is_finite(highest);
     if (is_valid && row.scale != 0.0f) {
