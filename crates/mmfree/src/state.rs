@@ -77,14 +77,23 @@ impl State {
         self.device.as_mut().ok_or_else(|| bad("it is nowhere"))
     }
 
-    /// A copy that lies where the state lies.
-    pub(crate) fn copy(&self) -> Result<Self> {
-        let device = match (&self.device, self.host.get()) {
-            (Some(device), None) => device.copy()?,
-            _ => return Ok(self.clone()),
+    /// Becomes what another state is, where that lies. Memory that it has there is used again.
+    pub(crate) fn copy_from(&mut self, other: &Self) -> Result<()> {
+        let (Some(from), None) = (&other.device, other.host.get()) else {
+            *self = other.clone();
+            return Ok(());
         };
-        let (len, tokens_seen) = (self.len, self.tokens_seen);
-        Ok(Self { host: OnceLock::new(), device: Some(device), len, tokens_seen })
+        let device = self.device.take().filter(|to| Arc::ptr_eq(to.device(), from.device()));
+        let mut device = match device.filter(|to| to.len() == from.len()) {
+            Some(device) => device,
+            None => Buffer::zeros(from.device(), from.len())?,
+        };
+        device.copy_from(from)?;
+        self.device = Some(device);
+        self.host = OnceLock::new();
+        self.len = other.len;
+        self.tokens_seen = other.tokens_seen;
+        Ok(())
     }
 
     /// How many tokens the state has seen.

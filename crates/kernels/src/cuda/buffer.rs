@@ -110,17 +110,19 @@ impl<T: Element> Buffer<T> {
             .map_err(|error| CudaError::driver("copying from the device", error))
     }
 
-    /// A copy on the same device.
+    /// Copies the elements of another buffer of the same device and length.
     ///
     /// # Errors
-    /// No memory.
-    pub fn copy(&self) -> Result<Self, CudaError> {
-        let mut copy = Self::zeros(&self.device, self.len())?;
+    /// Another length; the driver's.
+    pub fn copy_from(&mut self, other: &Self) -> Result<(), CudaError> {
+        if self.len() != other.len() {
+            let (to, from) = (self.len(), other.len());
+            return Err(CudaError::Shape(format!("{from} elements copied to {to}")));
+        }
         self.device
             .stream()
-            .memcpy_dtod(&self.memory, &mut copy.memory)
-            .map_err(|error| CudaError::driver("copying on the device", error))?;
-        Ok(copy)
+            .memcpy_dtod(&other.memory, &mut self.memory)
+            .map_err(|error| CudaError::driver("copying on the device", error))
     }
 
     /// Sets every element to zero.

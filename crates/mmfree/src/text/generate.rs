@@ -163,8 +163,8 @@ struct Tokens<'a> {
     logits: Vec<f32>,
     /// Drawn and not asked for.
     ahead: VecDeque<u32>,
-    /// The state before the engine's last call, if that drew ahead, and how many tokens it read.
-    before: Option<State>,
+    /// The state before the engine's last call that drew ahead, and how many tokens the last one read.
+    before: State,
     fed: usize,
     /// Tokens that count as read since then, of which the engine may have to be told the last.
     read: Vec<u32>,
@@ -179,7 +179,8 @@ impl<'a> Tokens<'a> {
     ) -> Self {
         let (ahead, read) = (VecDeque::new(), Vec::new());
         let most = engine.tokens_ahead(&sampler);
-        Self { engine, state, sampler, most, logits, ahead, before: None, fed: 0, read }
+        let before = State::new(engine.model());
+        Self { engine, state, sampler, most, logits, ahead, before, fed: 0, read }
     }
 
     /// The next token, where at most `left` more are wanted. `recent` are the tokens so far.
@@ -191,7 +192,9 @@ impl<'a> Tokens<'a> {
             return self.sampler.sample(&mut self.logits, recent);
         };
         let count = usize::try_from(left).map_or(self.most, |left| self.most.min(left));
-        self.before = if count > 1 { Some(self.state.copy()?) } else { None };
+        if count > 1 {
+            self.before.copy_from(self.state)?;
+        }
         let draw = Draw { sampler: &mut self.sampler, recent };
         self.ahead = self.engine.sample(self.state, last, count, draw)?.into();
         self.fed = count;
@@ -207,10 +210,8 @@ impl<'a> Tokens<'a> {
 
     /// Brings the state behind the tokens that were read.
     fn finish(&mut self) -> Result<()> {
-        if self.read.len() < self.fed
-            && let Some(before) = self.before.take()
-        {
-            *self.state = before;
+        if self.read.len() < self.fed {
+            std::mem::swap(self.state, &mut self.before);
             self.fed = 0;
         }
         for &token in self.read.get(self.fed..).unwrap_or_default() {
