@@ -55,6 +55,9 @@ pub(crate) type Constant = (&'static str, usize);
 /// Modules by their source's name and the sizes that they were compiled for.
 type Modules = HashMap<(&'static str, Vec<Constant>), Arc<CudaModule>>;
 
+/// Blocks of a cluster that every device with clusters can have.
+const PORTABLE_CLUSTER: usize = 8;
+
 /// Every module of this crate.
 pub const SOURCES: [Source; 16] = [
     crate::bandwidth::cuda::SOURCE,
@@ -83,6 +86,8 @@ pub struct Device {
     capability: (i32, i32),
     /// Kernels can begin early, and are compiled to wait: not if they are compiled for an older architecture.
     overlaps: bool,
+    /// Blocks of a cluster, at most.
+    max_cluster: usize,
     multiprocessors: usize,
     shared_bytes: usize,
     driver_version: i32,
@@ -132,10 +137,14 @@ impl Device {
                 .map_err(failed("cuDeviceGetAttribute"))
         };
         use CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH as CLUSTERS,
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
             CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
         };
         let (multiprocessors, shared_bytes) = (attribute(MULTIPROCESSORS)?, attribute(SHARED)?);
+        let overlaps =
+            capability.0 >= 9 && std::env::var_os(compile::ARCHITECTURE_VARIABLE).is_none();
+        let has_clusters = overlaps && attribute(CLUSTERS)? != 0;
         let mut driver_version = 0;
         // SAFETY: the pointer is to a live integer.
         unsafe { sys::cuDriverGetVersion(&mut driver_version) }
@@ -149,8 +158,8 @@ impl Device {
             stream,
             name,
             capability,
-            overlaps: capability.0 >= 9
-                && std::env::var_os(compile::ARCHITECTURE_VARIABLE).is_none(),
+            overlaps,
+            max_cluster: if has_clusters { PORTABLE_CLUSTER } else { 1 },
             multiprocessors,
             shared_bytes,
             driver_version,
@@ -183,7 +192,7 @@ impl Device {
 
     /// Blocks of a cluster, at most.
     pub(crate) fn max_cluster(&self) -> usize {
-        if self.overlaps { 8 } else { 1 }
+        self.max_cluster
     }
 
     /// Shared memory that one block can have.

@@ -14,6 +14,7 @@ pub(crate) const SOURCE: Source = Source {
 
 // As in the source.
 const THREADS: usize = 1024;
+const MAX_BLOCKS: usize = 8;
 /// In place of a token: there is no valid distribution.
 const INVALID: u32 = u32::MAX;
 
@@ -245,7 +246,7 @@ impl Sampling {
     ///
     /// # Errors
     /// The driver's, also those of earlier work.
-    pub fn drawn(&mut self) -> Result<Option<Vec<u32>>, CudaError> {
+    pub fn drawn(&self) -> Result<Option<Vec<u32>>, CudaError> {
         let mut tokens = vec![0; self.draws * self.row_count];
         self.drawn.read(0, &mut tokens)?;
         Ok((!tokens.contains(&INVALID)).then_some(tokens))
@@ -260,7 +261,8 @@ fn cluster_for(rows: usize, vocab: usize, device: &Device) -> usize {
         let room = if blocks > 2 { all * 3 / 4 } else { all };
         blocks * rows <= room && (blocks - 1) * THREADS < vocab
     };
-    let sizes = (0..).map(|bits| 1 << bits).take_while(|&blocks| blocks <= device.max_cluster());
+    let most = MAX_BLOCKS.min(device.max_cluster());
+    let sizes = (0..).map(|bits| 1 << bits).take_while(|&blocks| blocks <= most);
     sizes.take_while(is_worth).last().unwrap_or(1)
 }
 

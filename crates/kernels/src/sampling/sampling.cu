@@ -47,15 +47,15 @@ struct __align__(16) Words {
 };
 
 struct Shared {
-    Row row;
-    u64 word;  // the random one
-    uint2 bins[THREADS];       // of this block: low and high words of sums
-    Words received[THREADS / 2];  // bins that this block adds up, of each block
+    __align__(16) uint2 bins[THREADS];  // of this block: low and high words of sums
+    Words received[THREADS / 2];        // bins that this block adds up, of each block
     Words shares[ROUNDS][MAX_BLOCKS];
     Words digit[2];  // the sums above the cut's bin and in it; the bin
     Words found;
     Words parts[WARPS];
     u64 round_over[ROUNDS];
+    Row row;
+    u64 word;  // the random one
 };
 
 // What a thread knows of the blocks of its row. They work in rounds: in each a block sends others what it has to, and then
