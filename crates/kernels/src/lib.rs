@@ -10,7 +10,7 @@
 //! | [`bit_linear`], [`cross_entropy`], [`adamw`] | what training adds: gradients of ternary layers, loss, optimiser |
 //! | [`attention`], [`rope`] | the Transformer++ baseline |
 //! | [`gemm`] | dense products in f32 |
-//! | [`sampling`] | weights of logits, by which tokens are drawn |
+//! | [`sampling`] | weights of logits, and tokens drawn from them on a GPU |
 //! | [`decode`], [`batch`] | one token of one or of many sequences through all layers, in one launch |
 //! | [`training`] | the operations of a training step on a GPU |
 //! | [`column_sum`] | sums over the tokens of a batch that no number of threads changes |

@@ -63,7 +63,8 @@ impl SamplingParams {
 
 /// Draws tokens.
 ///
-/// The same parameters, logits and recent tokens give the same token on every platform. In order:
+/// The same parameters, logits and recent tokens give the same token on every platform, drawn on the host or on a GPU. In
+/// order:
 ///
 /// 1. Repetition penalty r, once for each distinct token among the last `repetition_window`: logit / r
 ///    if positive, logit · r if not (f32).
@@ -135,6 +136,22 @@ impl Sampler {
     /// The parameters.
     pub fn params(&self) -> &SamplingParams {
         &self.params
+    }
+
+    /// The parameters as the drawing computes with them; `None` if a GPU cannot.
+    pub(crate) fn on_device(&self) -> Option<sampling::Params> {
+        let has_window = self.numbers.window <= sampling::Sampling::MAX_WINDOW;
+        (has_window || self.numbers.penalty == 1.0).then_some(self.numbers)
+    }
+
+    /// Whether the most likely token is taken whatever came before it.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.numbers.scale == 0.0 && self.numbers.penalty == 1.0
+    }
+
+    /// The random word for a token that is drawn elsewhere.
+    pub(crate) fn next_word(&mut self) -> u64 {
+        if self.numbers.scale == 0.0 { 0 } else { self.random.next_u64() }
     }
 
     /// Draws a token from `logits`, one for each of V tokens; the repetition penalty changes them in

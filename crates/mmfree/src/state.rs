@@ -77,6 +77,25 @@ impl State {
         self.device.as_mut().ok_or_else(|| bad("it is nowhere"))
     }
 
+    /// Becomes what another state is, where that lies. Memory that it has there is used again.
+    pub(crate) fn copy_from(&mut self, other: &Self) -> Result<()> {
+        let (Some(from), None) = (&other.device, other.host.get()) else {
+            *self = other.clone();
+            return Ok(());
+        };
+        let device = self.device.take().filter(|to| Arc::ptr_eq(to.device(), from.device()));
+        let mut device = match device.filter(|to| to.len() == from.len()) {
+            Some(device) => device,
+            None => Buffer::zeros(from.device(), from.len())?,
+        };
+        device.copy_from(from)?;
+        self.device = Some(device);
+        self.host = OnceLock::new();
+        self.len = other.len;
+        self.tokens_seen = other.tokens_seen;
+        Ok(())
+    }
+
     /// How many tokens the state has seen.
     pub fn tokens_seen(&self) -> u64 {
         self.tokens_seen

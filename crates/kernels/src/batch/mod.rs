@@ -232,8 +232,8 @@ impl BatchDecoder {
     }
 
     /// The logits [M, V] of the last step.
-    pub fn logits(&self) -> &Buffer<f32> {
-        &self.logits
+    pub fn logits(&mut self) -> &mut Buffer<f32> {
+        &mut self.logits
     }
 
     /// Feeds a token to each sequence and then, `count` steps in all, the most likely next ones, of equals the lowest, without

@@ -110,6 +110,21 @@ impl<T: Element> Buffer<T> {
             .map_err(|error| CudaError::driver("copying from the device", error))
     }
 
+    /// Copies the elements of another buffer of the same device and length.
+    ///
+    /// # Errors
+    /// Another length; the driver's.
+    pub fn copy_from(&mut self, other: &Self) -> Result<(), CudaError> {
+        if self.len() != other.len() {
+            let (to, from) = (self.len(), other.len());
+            return Err(CudaError::Shape(format!("{from} elements copied to {to}")));
+        }
+        self.device
+            .stream()
+            .memcpy_dtod(&other.memory, &mut self.memory)
+            .map_err(|error| CudaError::driver("copying on the device", error))
+    }
+
     /// Sets every element to zero.
     ///
     /// # Errors

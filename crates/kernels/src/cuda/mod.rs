@@ -55,12 +55,16 @@ pub(crate) type Constant = (&'static str, usize);
 /// Modules by their source's name and the sizes that they were compiled for.
 type Modules = HashMap<(&'static str, Vec<Constant>), Arc<CudaModule>>;
 
+/// Blocks of a cluster that every device with clusters can have.
+const PORTABLE_CLUSTER: usize = 8;
+
 /// Every module of this crate.
-pub const SOURCES: [Source; 15] = [
+pub const SOURCES: [Source; 16] = [
     crate::bandwidth::cuda::SOURCE,
     crate::decode::SOURCE,
     crate::fused_rows::SOURCE,
     crate::mlgru::cuda::SOURCE,
+    crate::sampling::SOURCE,
     crate::ternary_gemm::cuda::SOURCE,
     crate::ternary_gemm::cuda::FEW_TOKENS_SOURCE,
     crate::ternary_gemm::cuda::WARPGROUP_SOURCE,
@@ -82,6 +86,8 @@ pub struct Device {
     capability: (i32, i32),
     /// Kernels can begin early, and are compiled to wait: not if they are compiled for an older architecture.
     overlaps: bool,
+    /// Blocks of a cluster, at most.
+    max_cluster: usize,
     multiprocessors: usize,
     shared_bytes: usize,
     driver_version: i32,
@@ -131,10 +137,14 @@ impl Device {
                 .map_err(failed("cuDeviceGetAttribute"))
         };
         use CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH as CLUSTERS,
             CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN as SHARED,
             CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as MULTIPROCESSORS,
         };
         let (multiprocessors, shared_bytes) = (attribute(MULTIPROCESSORS)?, attribute(SHARED)?);
+        let overlaps =
+            capability.0 >= 9 && std::env::var_os(compile::ARCHITECTURE_VARIABLE).is_none();
+        let has_clusters = overlaps && attribute(CLUSTERS)? != 0;
         let mut driver_version = 0;
         // SAFETY: the pointer is to a live integer.
         unsafe { sys::cuDriverGetVersion(&mut driver_version) }
@@ -148,8 +158,8 @@ impl Device {
             stream,
             name,
             capability,
-            overlaps: capability.0 >= 9
-                && std::env::var_os(compile::ARCHITECTURE_VARIABLE).is_none(),
+            overlaps,
+            max_cluster: if has_clusters { PORTABLE_CLUSTER } else { 1 },
             multiprocessors,
             shared_bytes,
             driver_version,
@@ -178,6 +188,11 @@ impl Device {
     /// Streaming multiprocessors.
     pub fn multiprocessors(&self) -> usize {
         self.multiprocessors
+    }
+
+    /// Blocks of a cluster, at most.
+    pub(crate) fn max_cluster(&self) -> usize {
+        self.max_cluster
     }
 
     /// Shared memory that one block can have.
@@ -381,11 +396,14 @@ pub(crate) struct Launch {
     /// May begin before the kernel before it has ended; the kernel itself waits before it touches anything
     /// that earlier ones touch (`wait_for_previous` in `common.cuh`). Without effect before compute capability 9.0.
     pub overlapping: bool,
+    /// Blocks of a cluster: neighbours, which reach each other's shared memory. More than one only if
+    /// [`Device::max_cluster`] is more.
+    pub cluster: usize,
 }
 
 impl Launch {
     pub fn new(grid: [usize; 3], threads: usize, shared_bytes: usize) -> Self {
-        Self { grid, threads, shared_bytes, cooperative: false, overlapping: false }
+        Self { grid, threads, shared_bytes, cooperative: false, overlapping: false, cluster: 1 }
     }
 
     /// The same launch, beginning early.
@@ -434,13 +452,23 @@ impl Kernel {
         let mut arguments = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         let stream = stream.cu_stream();
         self.device.context.bind_to_thread().map_err(failed)?;
-        if launch.overlapping && self.device.overlaps {
-            use sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-            let mut attribute = sys::CUlaunchAttribute {
-                id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            };
+        let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
+        let x = limit(launch.cluster);
+        let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y: 1, z: 1 };
+        let mut attributes = [
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            ),
+            attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue { clusterDim: size },
+            ),
+        ];
+        let begins_early = launch.overlapping && self.device.overlaps;
+        let end = 1 + usize::from(launch.cluster > 1);
+        let attributes = &mut attributes[usize::from(!begins_early)..end];
+        if !attributes.is_empty() {
             let config = sys::CUlaunchConfig {
                 gridDimX: grid.0,
                 gridDimY: grid.1,
@@ -450,8 +478,8 @@ impl Kernel {
                 blockDimZ: block.2,
                 sharedMemBytes: shared,
                 hStream: stream,
-                attrs: &raw mut attribute,
-                numAttrs: 1,
+                attrs: attributes.as_mut_ptr(),
+                numAttrs: attributes.len() as u32,
             };
             let function = self.function.cu_function();
             // SAFETY: the caller's promise; configuration and arguments are copied before the call returns.

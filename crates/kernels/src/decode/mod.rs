@@ -8,6 +8,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, Constant, CudaError, Device, Kernel, Launch, Source};
+use crate::sampling::{Keys, Sampling};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
@@ -89,7 +90,7 @@ struct Args {
 enum Token {
     /// This one.
     Id(u32),
-    /// The most likely one after the last step.
+    /// The one that the keys tell: the most likely one after the last step, or one that was drawn.
     Best,
 }
 
@@ -251,6 +252,8 @@ impl Decoder {
         count: usize,
     ) -> Result<Option<Vec<u32>>, CudaError> {
         self.history.reserve(count)?;
+        // Other steps' logits are looked at elsewhere.
+        self.not_finite.clear()?;
         let mut token = Token::Id(token);
         for first in (0..count).step_by(MAX_STEPS) {
             self.submit(weights, state, token, first, MAX_STEPS.min(count - first))?;
@@ -262,6 +265,29 @@ impl Decoder {
         tokens[count] = last;
         tokens.remove(0);
         Ok(Some(tokens))
+    }
+
+    /// Feeds a token and then, one after the other, those that `sampling` draws, `count` steps in all, without a look from the
+    /// host. `sampling` must have begun with as many draws from one row.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn sampled(
+        &mut self,
+        weights: &Weights,
+        state: &mut Buffer<f32>,
+        token: u32,
+        count: usize,
+        sampling: &mut Sampling,
+    ) -> Result<(), CudaError> {
+        let mut token = Token::Id(token);
+        for step in 0..count {
+            self.submit(weights, state, token, 0, 1)?;
+            let keys = Keys { keys: &mut self.keys, round: self.fed };
+            sampling.draw(&mut self.logits, step, Some(keys))?;
+            token = Token::Best;
+        }
+        Ok(())
     }
 
     /// Submits `count` steps; the tokens that they feed are noted from `history` on.
@@ -309,13 +335,9 @@ impl Decoder {
             },
             eps: self.eps,
         };
-        let launch = Launch {
-            overlapping: false,
-            grid: [self.division.blocks, 1, 1],
-            threads: 32 * (self.division.warps + OTHER_WARPS),
-            shared_bytes: self.division.shared_bytes,
-            cooperative: true,
-        };
+        let Division { blocks, warps, shared_bytes, .. } = self.division;
+        let launch = Launch::new([blocks, 1, 1], 32 * (warps + OTHER_WARPS), shared_bytes);
+        let launch = Launch { cooperative: true, ..launch };
         // SAFETY: the buffers were made for, or checked against, the model's shape.
         unsafe { self.kernel.launch(launch, &args)? };
         self.fed += count as u64;
@@ -323,19 +345,15 @@ impl Decoder {
     }
 
     /// The logits `[V]` of the last step.
-    pub fn logits(&self) -> &Buffer<f32> {
-        &self.logits
+    pub fn logits(&mut self) -> &mut Buffer<f32> {
+        &mut self.logits
     }
 
     /// The most likely token after the last step, of equals the lowest; `None` if a logit was not finite.
-    ///
-    /// # Errors
-    /// The driver's, also those of the step.
-    pub fn best(&mut self) -> Result<Option<u32>, CudaError> {
+    fn best(&self) -> Result<Option<u32>, CudaError> {
         let (mut not_finite, mut keys) = ([0], vec![0; self.division.blocks]);
         self.not_finite.read(0, &mut not_finite)?;
         if not_finite[0] != 0 {
-            self.not_finite.clear()?;
             return Ok(None);
         }
         self.keys.read(0, &mut keys)?;

@@ -1,8 +1,13 @@
-//! The numbers by which tokens are drawn from logits.
+//! Draws tokens from logits: what the host and the GPU do alike.
 //!
 //! With the highest logit h and scale s = 1 / temperature, a token's likelihood relative to the most likely one is
 //! e = exp((logit − h) · s), in f32 by the exponential of all kernels, and its weight the integer w = e · 2⁴⁰, rounded half to
-//! even. From there on everything is a sum of integers, which has no order.
+//! even. From there on everything is a sum of integers, which has no order: a GPU draws the token that the host draws.
+
+mod cuda;
+
+pub(crate) use cuda::SOURCE;
+pub use cuda::{Keys, Request, Sampling};
 
 use crate::lanes::exp;
 

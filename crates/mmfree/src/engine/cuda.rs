@@ -12,11 +12,12 @@ use mmfree_kernels::cuda::{Buffer, CudaError, Device};
 use mmfree_kernels::decode::{Decoder, Projection, Shape, Vector, Weights};
 use mmfree_kernels::fused_rows::{EmbeddingType, FusedRows, Norms, Output};
 use mmfree_kernels::mlgru::cuda::{Layer, Recurrence, Sequences};
+use mmfree_kernels::sampling::{Request, Sampling};
 use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums};
 
-use super::{Activation, Observer, Sequence, check_finite};
+use super::{Activation, Draw, Observer, Sequence, Want, check_finite};
 use crate::checkpoint::FloatType;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::state::State;
 
@@ -36,6 +37,7 @@ pub(super) struct CudaEngine {
     recurrence: Recurrence,
     decoder: Option<Decoder>,
     batches: Option<BatchDecoder>,
+    sampling: Sampling,
     work: Work,
     /// Logits of the last call, [rows, V].
     pub logits: Vec<f32>,
@@ -63,6 +65,14 @@ struct Work {
     head_sums: Sums,
     logits: Buffer<f32>,
     not_finite: Buffer<u32>,
+}
+
+/// Where the logits of a pass are.
+#[derive(Clone, Copy, Debug)]
+enum LogitsPlace {
+    Decoder,
+    Batches,
+    Work,
 }
 
 impl CudaEngine {
@@ -108,6 +118,7 @@ impl CudaEngine {
             not_finite: Buffer::zeros(&device, 1)?,
         };
         Ok(Self {
+            sampling: Sampling::new(&device)?,
             model,
             device,
             weights,
@@ -135,6 +146,30 @@ impl CudaEngine {
             None => Err(super::not_finite()),
             tokens => Ok(tokens),
         }
+    }
+
+    /// Whether tokens of one sequence take one launch each.
+    pub fn has_decoder(&self) -> bool {
+        self.decoder.is_some()
+    }
+
+    /// See [`Engine::sample`](super::Engine::sample).
+    pub fn sample(
+        &mut self,
+        state: &mut State,
+        token: u32,
+        count: usize,
+        draw: &mut Draw<'_>,
+    ) -> Result<Option<Vec<u32>>> {
+        if self.decoder.is_none() || draw.sampler.on_device().is_none() {
+            return Ok(None);
+        }
+        self.begin_drawing(std::slice::from_mut(draw), count)?;
+        let Some(decoder) = &mut self.decoder else { return Ok(None) };
+        let on_device = state.on_device(&self.device)?;
+        decoder.sampled(&self.weights, on_device, token, count, &mut self.sampling)?;
+        state.count_tokens(count);
+        self.sampling.drawn()?.ok_or_else(super::not_finite).map(Some)
     }
 
     pub fn device(&self) -> &Arc<Device> {
@@ -168,18 +203,72 @@ impl CudaEngine {
 
     /// One pass over the batch; the logits after each sequence's last token.
     pub fn forward(&mut self, batch: &mut [Sequence<'_>]) -> Result<()> {
+        let (count, vocab) = (batch.len(), self.weights.shape().vocab);
+        let place = self.submit(batch, (0..count).collect())?;
+        let logits = logits_in(place, &mut self.decoder, &mut self.batches, &mut self.work);
+        self.logits.resize(count * vocab, 0.0);
+        logits.read(0, &mut self.logits)?;
+        check_finite(&self.logits)
+    }
+
+    /// See [`Engine::forward_and_draw`](super::Engine::forward_and_draw).
+    pub fn forward_and_draw(
+        &mut self,
+        batch: &mut [Sequence<'_>],
+        wants: &mut [Want<'_>],
+    ) -> Result<Vec<Option<u32>>> {
+        let (count, vocab) = (batch.len(), self.weights.shape().vocab);
+        let is_wanted = |&number: &usize| !matches!(wants[number], Want::Nothing);
+        let wanted: Vec<usize> = (0..count).filter(is_wanted).collect();
+        let place = self.submit(batch, wanted.clone())?;
+        let logits = logits_in(place, &mut self.decoder, &mut self.batches, &mut self.work);
+        let (mut requests, mut words, mut of_requests) = (Vec::new(), Vec::new(), Vec::new());
+        let mut is_drawn = vec![false; wanted.len()];
+        for (row, &number) in wanted.iter().enumerate() {
+            if let Want::Token(Draw { sampler, recent }) = &mut wants[number]
+                && let Some(params) = sampler.on_device()
+            {
+                words.push(sampler.next_word());
+                requests.push(Request { row, params, recent, only_finite: true });
+                of_requests.push(number);
+                is_drawn[row] = true;
+            }
+        }
+        let mut drawn = vec![None; count];
+        if !requests.is_empty() {
+            self.sampling.begin(&requests, vocab, 1, &words)?;
+            self.sampling.draw(logits, 0, None)?;
+            let tokens = self.sampling.drawn()?.ok_or_else(super::not_finite)?;
+            of_requests.iter().zip(tokens).for_each(|(&number, token)| drawn[number] = Some(token));
+        }
+        self.logits.resize(count * vocab, 0.0);
+        // Neighbours come together.
+        let rows: Vec<(usize, usize)> =
+            wanted.into_iter().enumerate().filter(|&(row, _)| !is_drawn[row]).collect();
+        for run in rows.chunk_by(|a, b| b.0 == a.0 + 1 && b.1 == a.1 + 1) {
+            let (row, number) = run[0];
+            let to = &mut self.logits[number * vocab..][..run.len() * vocab];
+            logits.read(row * vocab, to)?;
+            check_finite(to)?;
+        }
+        Ok(drawn)
+    }
+
+    /// Submits one pass over the batch, and the head behind the last tokens of some sequences. Tells where their logits
+    /// will be, a row for each of these sequences.
+    fn submit(&mut self, batch: &mut [Sequence<'_>], wanted: Vec<usize>) -> Result<LogitsPlace> {
         if let ([Sequence { state, tokens: [token] }], Some(decoder)) =
             (&mut *batch, &mut self.decoder)
         {
             decoder.step(&self.weights, state.on_device(&self.device)?, *token)?;
             state.count_tokens(1);
-            self.logits.resize(self.model.config().vocab_size, 0.0);
-            decoder.logits().read(0, &mut self.logits)?;
-            return check_finite(&self.logits);
+            return Ok(LogitsPlace::Decoder);
         }
         let count = batch.len();
         let batches = self.batches.as_mut().filter(|batches| batches.takes(count));
-        if let Some(batches) = batches.filter(|_| batch.iter().all(|s| s.tokens.len() == 1)) {
+        // It has logits of all sequences.
+        let is_step = wanted.len() == count && batch.iter().all(|s| s.tokens.len() == 1);
+        if let Some(batches) = batches.filter(|_| is_step) {
             let tokens: Vec<u32> = batch.iter().flat_map(|s| s.tokens).copied().collect();
             let mut states: Vec<_> = batch.iter_mut().map(|s| &mut *s.state).collect();
             assign_steps(&mut self.work.sequences, &mut states, &self.device)?;
@@ -187,17 +276,20 @@ impl CudaEngine {
             for state in states {
                 state.count_tokens(1);
             }
-            self.logits.resize(count * self.model.config().vocab_size, 0.0);
-            batches.logits().read(0, &mut self.logits)?;
-            return check_finite(&self.logits);
+            return Ok(LogitsPlace::Batches);
         }
         self.run_blocks(batch, None)?;
         let ends = batch.iter().scan(0, |end, sequence| {
             *end += sequence.tokens.len() as u32;
             Some(*end - 1)
         });
-        let last: Vec<u32> = ends.collect();
-        self.pick_head(&last)
+        let ends: Vec<u32> = ends.collect();
+        let picked: Vec<u32> = wanted.iter().map(|&number| ends[number]).collect();
+        if !picked.is_empty() {
+            self.prepare_head(&picked)?;
+            self.submit_head(picked.len())?;
+        }
+        Ok(LogitsPlace::Work)
     }
 
     /// Runs all tokens through all blocks and leaves the residual stream, without the last block's output,
@@ -240,15 +332,19 @@ impl CudaEngine {
         Ok(())
     }
 
-    /// See [`Engine::greedy_batch`](super::Engine::greedy_batch). All tokens stay on the device until the end.
-    pub fn greedy_batch(
+    /// See [`Engine::sample_batch`](super::Engine::sample_batch), and, without `draws`,
+    /// [`Engine::greedy_batch`](super::Engine::greedy_batch). All tokens stay on the device until the end.
+    pub fn decode_batch(
         &mut self,
         states: &mut [&mut State],
         tokens: &[u32],
         count: usize,
+        draws: Option<&mut [Draw<'_>]>,
     ) -> Result<Vec<u32>> {
         let rows = states.len();
-        if let Some(batches) = self.batches.as_mut().filter(|batches| batches.takes(rows)) {
+        let is_greedy = draws.is_none();
+        let batches = self.batches.as_mut().filter(|batches| is_greedy && batches.takes(rows));
+        if let Some(batches) = batches {
             assign_steps(&mut self.work.sequences, states, &self.device)?;
             let chosen = batches.greedy(&self.weights, &self.work.sequences, tokens, count)?;
             for state in states {
@@ -257,6 +353,9 @@ impl CudaEngine {
             return chosen.ok_or_else(super::not_finite);
         }
         let vocab = self.model.config().vocab_size;
+        if let Some(draws) = draws {
+            self.begin_drawing(draws, count)?;
+        }
         let mut sequences: Vec<_> = states.iter_mut().map(|state| (&mut **state, 1)).collect();
         self.prepare(&mut sequences, rows)?;
         self.work.tokens.reserve(rows)?;
@@ -269,28 +368,43 @@ impl CudaEngine {
         device.repeat(count, || {
             self.pass(rows, true, None)?;
             self.submit_head(rows)?;
-            let work = &mut self.work;
-            self.rows.best(
-                &work.logits,
-                rows,
-                vocab,
-                &mut work.tokens,
-                (&mut work.chosen, &work.passes),
-                &mut work.not_finite,
-            )?;
+            let Work { logits, tokens, chosen, passes, not_finite, .. } = &mut self.work;
+            if is_greedy {
+                self.rows.best(logits, rows, vocab, tokens, (chosen, passes), not_finite)?;
+            } else {
+                self.sampling.draw_counted(logits, tokens, passes)?;
+            }
             Result::Ok(())
         })?;
-        let (mut found, mut not_finite) = (vec![0; count * rows], [0]);
-        self.work.chosen.read(0, &mut found)?;
-        self.work.not_finite.read(0, &mut not_finite)?;
         for state in states {
             state.count_tokens(count);
         }
+        if !is_greedy {
+            return self.sampling.drawn()?.ok_or_else(super::not_finite);
+        }
+        let (mut found, mut not_finite) = (vec![0; count * rows], [0]);
+        self.work.chosen.read(0, &mut found)?;
+        self.work.not_finite.read(0, &mut not_finite)?;
         if not_finite[0] != 0 {
             self.work.not_finite.clear()?;
             return Err(super::not_finite());
         }
         Ok(found)
+    }
+
+    /// Prepares `count` draws from each row of logits by its sampler.
+    fn begin_drawing(&mut self, draws: &mut [Draw<'_>], count: usize) -> Result<()> {
+        let mut words = vec![0; count * draws.len()];
+        let mut requests = Vec::with_capacity(draws.len());
+        let rows = draws.len();
+        for (row, Draw { sampler, recent }) in draws.iter_mut().enumerate() {
+            let params = sampler.on_device().ok_or_else(|| {
+                Error::Invalid("a window of the repetition penalty is too long for the GPU".into())
+            })?;
+            words.iter_mut().skip(row).step_by(rows).for_each(|word| *word = sampler.next_word());
+            requests.push(Request { row, params, recent, only_finite: true });
+        }
+        Ok(self.sampling.begin(&requests, self.weights.shape().vocab, count, &words)?)
     }
 
     /// All blocks for the first `count` tokens of `work.tokens`; a counted pass is one more of `work.passes`.
@@ -440,6 +554,20 @@ impl CudaEngine {
         let gamma = weights.head_gamma();
         let output = Output { sums: &mut work.head_sums, input: &work.head, layer: 0, gamma };
         Ok(self.rows.logits(&output, count, vocab, &mut work.logits)?)
+    }
+}
+
+/// The logits of a pass.
+fn logits_in<'a>(
+    place: LogitsPlace,
+    decoder: &'a mut Option<Decoder>,
+    batches: &'a mut Option<BatchDecoder>,
+    work: &'a mut Work,
+) -> &'a mut Buffer<f32> {
+    match (place, decoder, batches) {
+        (LogitsPlace::Decoder, Some(decoder), _) => decoder.logits(),
+        (LogitsPlace::Batches, _, Some(batches)) => batches.logits(),
+        _ => &mut work.logits,
     }
 }
 

@@ -18,6 +18,7 @@
 mod cpu;
 mod cuda;
 mod likelihood;
+mod sampling;
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -38,6 +39,7 @@ use crate::state::State;
 use cpu::CpuEngine;
 use cuda::CudaEngine;
 pub use likelihood::{TokenScore, WantedRow};
+pub use sampling::{Draw, Want};
 
 /// Environment variable that names the kernel tier where the options do not.
 pub const BACKEND_VARIABLE: &str = "MMFREE_BACKEND";
@@ -266,7 +268,7 @@ impl Engine {
             )));
         }
         if let Executor::Cuda(engine) = &mut self.executor {
-            return engine.greedy_batch(states, tokens, count);
+            return engine.decode_batch(states, tokens, count, None);
         }
         let mut found: Vec<u32> = Vec::with_capacity(count * tokens.len());
         for _ in 0..count {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use mmfree::engine::{Engine, Sequence};
+use mmfree::engine::{Engine, Sequence, Want};
 use mmfree::state::State;
 use mmfree::tokenizer::Tokenizer;
 
@@ -306,39 +306,41 @@ impl<'a> Worker<'a> {
         let begin = Instant::now();
         let rows = chosen.len() + shares.iter().sum::<usize>();
         let vocab_size = self.engine.model().config().vocab_size;
-        let mut batch: Vec<Sequence> = Vec::with_capacity(rows);
-        for writer in at_places(&mut self.writers, &chosen) {
-            let tokens = std::slice::from_ref(&writer.next);
-            batch.push(Sequence { state: &mut writer.state, tokens });
-        }
+        let (mut batch, mut wants): (Vec<Sequence>, Vec<Want>) =
+            at_places(&mut self.writers, &chosen).map(Writer::part).unzip();
         for (reader, &share) in self.readers.iter_mut().zip(&shares) {
             if share > 0 {
-                let tokens = &reader.job.prompt[reader.fed..reader.fed + share];
+                let end = reader.fed + share;
+                let tokens = &reader.job.prompt[reader.fed..end];
+                let is_read = end == reader.job.prompt.len();
                 batch.push(Sequence { state: &mut reader.state, tokens });
+                wants.push(if is_read { Want::Logits } else { Want::Nothing });
             }
         }
-        let outcome = self.engine.forward(&mut batch);
-        drop(batch);
-        if let Err(error) = outcome {
-            self.fail_all(&Failure::Engine(error.to_string()));
-            return true;
-        }
+        let drawn = match self.engine.forward_and_draw(&mut batch, &mut wants) {
+            Ok(drawn) => drawn,
+            Err(error) => {
+                drop((batch, wants));
+                self.fail_all(&Failure::Engine(error.to_string()));
+                return true;
+            }
+        };
         let mut served: HashMap<Client, u64> = HashMap::new();
         let mut advancing = Vec::with_capacity(chosen.len());
-        for writer in at_places(&mut self.writers, &chosen) {
+        for (writer, drawn) in at_places(&mut self.writers, &chosen).zip(drawn) {
             writer.last_step = self.steps;
             *served.entry(writer.client.clone()).or_default() += 1;
             if let Some(history) = &mut writer.history {
                 history.push(writer.next);
             }
-            advancing.push((writer, Outcome::Continues));
+            advancing.push((writer, drawn, Outcome::Continues));
         }
         let eos = &self.eos;
-        let logits = self.engine.for_each_row(&mut advancing, &|(writer, outcome), row| {
-            *outcome = writer.advance(row, eos);
+        let logits = self.engine.for_each_row(&mut advancing, &|(writer, drawn, outcome), row| {
+            *outcome = writer.advance(*drawn, row, eos);
         });
         let ended = advancing.iter().zip(&chosen);
-        let ended = ended.filter(|((_, outcome), _)| matches!(outcome, Outcome::Ended));
+        let ended = ended.filter(|((.., outcome), _)| matches!(outcome, Outcome::Ended));
         let ended: Vec<usize> = ended.map(|(_, &at)| at).collect();
         let mut rows_of_logits = logits.chunks_exact_mut(vocab_size);
         let mut read = Vec::new();
@@ -449,9 +451,9 @@ impl<'a> Worker<'a> {
                 writer.history.clone_from(&history);
             }
             let outcome = if at + 1 == count {
-                writer.advance(logits, &self.eos)
+                writer.advance(None, logits, &self.eos)
             } else {
-                writer.advance(&mut logits.to_vec(), &self.eos)
+                writer.advance(None, &mut logits.to_vec(), &self.eos)
             };
             self.writers.push(writer);
             if let Outcome::Ended = outcome {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use llguidance::Matcher;
+use mmfree::engine::{Draw, Sequence, Want};
 use mmfree::error::{Error, Result};
 use mmfree::sampler::{Sampler, SamplingParams};
 use mmfree::state::State;
@@ -14,7 +15,7 @@ use tokio::sync::mpsc::Sender;
 use tokio::sync::mpsc::error::TrySendError;
 
 use super::job::{Choice, Client, Event, EventKind, Failure, FinishReason, Finished, TextOptions};
-use super::logprobs::token_logprob;
+use super::logprobs::{TokenLogprob, token_logprob};
 
 /// Events to one choice. What the reader has no room for waits here, and so does the text.
 pub(super) struct Outbox {
@@ -125,15 +126,39 @@ impl<'a> Writer<'a> {
         self.drawn
     }
 
-    /// Draws the next token from the logits `[V]` after what was read so far.
-    pub(super) fn advance(&mut self, logits: &mut [f32], eos: &[u32]) -> Outcome {
-        match self.try_advance(logits, eos) {
-            Ok(outcome) => outcome,
-            Err(error) => self.fail(Failure::Engine(error.to_string())),
-        }
+    /// Its part in a step: the token to read, and what is wanted of what comes next. Only the host has logits with masks, biases
+    /// and log-probabilities.
+    pub(super) fn part(&mut self) -> (Sequence<'_>, Want<'_>) {
+        let options = &*self.options;
+        let needs_logits = self.constraint.is_some()
+            || options.logprobs.is_some()
+            || !options.logit_bias.is_empty()
+            || options.presence_penalty != 0.0
+            || options.frequency_penalty != 0.0;
+        let tokens = std::slice::from_ref(&self.next);
+        let want = if needs_logits {
+            Want::Logits
+        } else {
+            Want::Token(Draw { sampler: &mut self.sampler, recent: &self.recent })
+        };
+        (Sequence { state: &mut self.state, tokens }, want)
     }
 
-    fn try_advance(&mut self, logits: &mut [f32], eos: &[u32]) -> Result<Outcome> {
+    /// Takes the next token, if the engine has drawn it, or draws it from the logits `[V]` after what was read so far.
+    pub(super) fn advance(
+        &mut self,
+        drawn: Option<u32>,
+        logits: &mut [f32],
+        eos: &[u32],
+    ) -> Outcome {
+        let outcome = match drawn {
+            Some(token) => self.accept(token, None, eos),
+            None => self.draw(logits, eos),
+        };
+        outcome.unwrap_or_else(|error| self.fail(Failure::Engine(error.to_string())))
+    }
+
+    fn draw(&mut self, logits: &mut [f32], eos: &[u32]) -> Result<Outcome> {
         if self.options.max_tokens == 0 {
             return self.finish(FinishReason::Length, None);
         }
@@ -151,9 +176,19 @@ impl<'a> Writer<'a> {
             }
         }
         let token = self.sampler.sample(logits, &self.recent)?;
+        let logprob = logprobs.map(|(count, logits)| token_logprob(&logits, token, count));
+        self.accept(token, logprob, eos)
+    }
+
+    /// A token was drawn: its text, and whether it ends the text.
+    fn accept(
+        &mut self,
+        token: u32,
+        logprob: Option<TokenLogprob>,
+        eos: &[u32],
+    ) -> Result<Outcome> {
         self.drawn += 1;
         self.next = token;
-        let logprob = logprobs.map(|(count, logits)| token_logprob(&logits, token, count));
         let is_end = !self.options.ignore_eos && eos.contains(&token);
         let mut is_complete = false;
         if let Some(constraint) = &mut self.constraint {
