@@ -358,19 +358,29 @@ fn a_step_computes_what_is_wanted_of_each_sequence() {
         let Some(mut engine) = gpu(&model) else { return };
         let vocab = model.config().vocab_size;
         let texts: [&[u32]; 6] = [&[1], &[2, 3, 4], &[5], &[6], &[7, 8], &[9]];
-        let new_states = || texts.map(|_| State::new(&model));
+        // So many steps take one launch, if something is wanted of each.
+        let steps: [&[u32]; 12] = [&[10]; 12];
         let params = SamplingParams { temperature: 0.9, top_p: 0.9, seed: 8, ..Default::default() };
-        for (count, wanted) in
-            [(6, "TLNTTL"), (6, "LLLNNT"), (6, "NNNNNN"), (1, "T"), (1, "L"), (1, "N")]
-        {
+        for (texts, wanted) in [
+            (&texts[..], "TLNTTL"),
+            (&texts, "LLLNNT"),
+            (&texts, "NNNNNN"),
+            (&texts[..1], "T"),
+            (&texts[..1], "L"),
+            (&texts[..1], "N"),
+            (&steps, "TLTTTTLLTTTT"),
+            (&steps, "TLTTTTLNTTTT"),
+        ] {
+            let new_states = || texts.iter().map(|_| State::new(&model)).collect::<Vec<_>>();
             let (mut states, mut plain) = (new_states(), new_states());
             fn batch<'a>(states: &'a mut [State], texts: &'a [&[u32]]) -> Vec<Sequence<'a>> {
                 let pairs = states.iter_mut().zip(texts);
                 pairs.map(|(state, tokens)| Sequence { state, tokens }).collect()
             }
-            let mut forward = batch(&mut plain[..count], &texts);
+            let mut forward = batch(&mut plain, texts);
             let expected = engine.forward(&mut forward).expect("runs").to_vec();
-            let mut samplers = texts.map(|_| Sampler::new(params.clone()).expect("valid"));
+            let new_sampler = || Sampler::new(params.clone()).expect("valid");
+            let mut samplers: Vec<_> = texts.iter().map(|_| new_sampler()).collect();
             let mut wants: Vec<Want> = wanted
                 .chars()
                 .zip(&mut samplers)
@@ -380,14 +390,13 @@ fn a_step_computes_what_is_wanted_of_each_sequence() {
                     _ => Want::Nothing,
                 })
                 .collect();
-            let mut drawing = batch(&mut states[..count], &texts);
+            let mut drawing = batch(&mut states, texts);
             let drawn = engine.forward_and_draw(&mut drawing, &mut wants).expect("runs");
-            let mut rows: Vec<Vec<f32>> = vec![Vec::new(); count];
+            let mut rows: Vec<Vec<f32>> = vec![Vec::new(); texts.len()];
             engine.for_each_row(&mut rows, &|row, logits| row.extend_from_slice(logits));
             for (at, want) in wanted.chars().enumerate() {
                 let logits = &expected[at * vocab..][..vocab];
-                let mut sampler = Sampler::new(params.clone()).expect("valid");
-                let token = sampler.sample(&mut logits.to_vec(), &[]).expect("valid");
+                let token = new_sampler().sample(&mut logits.to_vec(), &[]).expect("valid");
                 assert_eq!(drawn[at], (want == 'T').then_some(token), "{name} {wanted} {at}");
                 assert!(want != 'L' || rows[at] == logits, "{name} {wanted} {at}");
             }
