@@ -274,12 +274,7 @@ impl Engine {
         for _ in 0..count {
             let from = found.len().saturating_sub(tokens.len());
             let next = if found.is_empty() { tokens } else { &found[from..] }.to_vec();
-            let mut batch: Vec<_> = states
-                .iter_mut()
-                .zip(&next)
-                .map(|(state, token)| Sequence { state, tokens: std::slice::from_ref(token) })
-                .collect();
-            self.forward(&mut batch)?;
+            self.forward(&mut steps_of(states, &next))?;
             let mut best = vec![None; states.len()];
             self.for_each_row(&mut best, &|best, logits| *best = most_likely(logits));
             for best in best {
@@ -467,6 +462,12 @@ fn check_finite(logits: &[f32]) -> Result<()> {
         return Ok(());
     }
     Err(not_finite())
+}
+
+/// A token for each state.
+fn steps_of<'a>(states: &'a mut [&mut State], tokens: &'a [u32]) -> Vec<Sequence<'a>> {
+    let pairs = states.iter_mut().zip(tokens);
+    pairs.map(|(state, token)| Sequence { state, tokens: std::slice::from_ref(token) }).collect()
 }
 
 fn not_finite() -> Error {

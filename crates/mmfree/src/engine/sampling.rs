@@ -1,6 +1,6 @@
 //! Tokens that are drawn where the logits are: on a GPU without a look from the host.
 
-use super::{Engine, Executor, Sequence};
+use super::{Engine, Executor, Sequence, steps_of};
 use crate::error::{Error, Result};
 use crate::sampler::Sampler;
 use crate::state::State;
@@ -103,12 +103,7 @@ impl Engine {
         let mut found = Vec::with_capacity(count * rows);
         let mut next = tokens.to_vec();
         for _ in 0..count {
-            let mut batch: Vec<_> = states
-                .iter_mut()
-                .zip(&next)
-                .map(|(state, token)| Sequence { state, tokens: std::slice::from_ref(token) })
-                .collect();
-            self.forward(&mut batch)?;
+            self.forward(&mut steps_of(states, &next))?;
             let mut drawn: Vec<_> = draws
                 .iter_mut()
                 .zip(&recent)
