@@ -5,53 +5,22 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use mmfree::benchmark::DISTINCT_TOKENS;
-use mmfree::builtin;
 use mmfree::checkpoint::Checkpoint;
-use mmfree::config::ModelConfig;
 use mmfree::engine::{Activation, Engine, EngineOptions, Sequence};
 use mmfree::error::Error;
 use mmfree::model::Model;
 use mmfree::state::State;
-use mmfree_kernels::ternary::Layout;
 
-/// An engine on the first GPU; `None` where there is none.
-fn gpu(model: &Arc<Model>) -> Option<Engine> {
-    match mmfree_kernels::cuda::Device::open(0) {
-        Ok(_) => Some(engine(model, "cuda")),
-        Err(reason) => {
-            assert!(std::env::var_os("MMFREE_REQUIRE_CUDA").is_none(), "{reason}");
-            eprintln!("!!! SKIPPED, no GPU: {reason}");
-            None
-        }
-    }
-}
+#[path = "support/gpu.rs"]
+mod support;
 
-fn engine(model: &Arc<Model>, backend: &str) -> Engine {
-    let options = EngineOptions { threads: Some(2), backend: Some(backend.to_owned()) };
-    Engine::new(Arc::clone(model), &options).expect("engine")
-}
-
-fn random(
-    hidden_size: usize,
-    intermediate_size: usize,
-    num_hidden_layers: usize,
-    vocab_size: usize,
-) -> Arc<Model> {
-    let config = ModelConfig {
-        hidden_size,
-        intermediate_size,
-        num_hidden_layers,
-        vocab_size,
-        ..ModelConfig::preset("370m").expect("preset")
-    };
-    Arc::new(Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5).expect("random model"))
-}
+use support::{built_in, engine, gpu, random};
 
 fn models() -> Vec<(&'static str, Arc<Model>)> {
     let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/fixtures/tiny");
     vec![
         ("tiny", Arc::new(Model::load(&Checkpoint::open(fixture).expect("opens")).expect("loads"))),
-        ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),
+        ("built-in", built_in()),
         ("odd sizes", random(132, 340, 2, 1003)),
         ("wide", random(1024, 2816, 2, 5000)),
         // Whole tiles of the width and none of the others.

@@ -4,47 +4,24 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use mmfree::benchmark::DISTINCT_TOKENS;
-use mmfree::builtin;
-use mmfree::config::ModelConfig;
-use mmfree::engine::{Draw, Engine, EngineOptions, Sequence, Want};
+use mmfree::engine::{Draw, Engine, Sequence, Want};
 use mmfree::model::Model;
 use mmfree::sampler::{Sampler, SamplingParams};
 use mmfree::state::State;
 use mmfree::text::generate::{Event, FinishReason, GenerateOptions, generate};
 use mmfree_kernels::cuda::{Buffer, Device};
 use mmfree_kernels::sampling::{Params, Request, Sampling};
-use mmfree_kernels::ternary::Layout;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
-/// The first GPU; `None` where there is none.
-fn device() -> Option<Arc<Device>> {
-    match Device::open(0) {
-        Ok(device) => Some(device),
-        Err(reason) => {
-            assert!(std::env::var_os("MMFREE_REQUIRE_CUDA").is_none(), "{reason}");
-            eprintln!("!!! SKIPPED, no GPU: {reason}");
-            None
-        }
-    }
-}
+#[path = "support/gpu.rs"]
+mod support;
 
-fn gpu(model: &Arc<Model>) -> Option<Engine> {
-    device()?;
-    let options = EngineOptions { threads: Some(2), backend: Some("cuda".to_owned()) };
-    Some(Engine::new(Arc::clone(model), &options).expect("engine"))
-}
+use support::{built_in, device, engine, gpu, random};
 
 fn models() -> Vec<(&'static str, Arc<Model>)> {
-    let random = |hidden_size, intermediate_size, num_hidden_layers, vocab_size| {
-        let preset = ModelConfig::preset("370m").expect("preset");
-        let config =
-            ModelConfig { hidden_size, intermediate_size, num_hidden_layers, vocab_size, ..preset };
-        let model = Model::random(&config, Layout::Base3, DISTINCT_TOKENS, 5);
-        Arc::new(model.expect("random model"))
-    };
     vec![
-        ("built-in", Arc::new(Model::load(&builtin::checkpoint().expect("opens")).expect("loads"))),
+        ("built-in", built_in()),
         ("odd sizes", random(132, 340, 2, 1003)),
         ("wide", random(1024, 2816, 2, 32000)),
     ]
@@ -327,8 +304,7 @@ fn generation_ends_where_it_should_and_leaves_that_state() {
 fn batches_draw_what_each_sequence_draws() {
     for (name, model) in models() {
         let Some(mut gpu) = gpu(&model) else { return };
-        let options = EngineOptions { threads: Some(2), backend: Some("cpu".to_owned()) };
-        let mut cpu = Engine::new(Arc::clone(&model), &options).expect("engine");
+        let mut cpu = engine(&model, "cpu");
         let kinds = kinds();
         let tokens: Vec<u32> = (0..kinds.len() as u32).map(|i| 3 * i % 60).collect();
         let recent: Vec<Vec<u32>> = tokens.iter().map(|&token| vec![1, 4, token]).collect();

@@ -32,11 +32,7 @@ pub(crate) const WARPGROUP_SOURCE: Source = Source {
 
 pub(crate) const PROMPT_SOURCE: Source = Source {
     name: "ternary_prompt",
-    text: concat!(
-        include_str!("product.cuh"),
-        include_str!("warpgroup.cuh"),
-        include_str!("prompt.cu")
-    ),
+    text: concat!(include_str!("product.cuh"), include_str!("prompt.cu")),
     hopper_only: true,
     contracts: false,
 };
