@@ -232,7 +232,7 @@ __device__ __forceinline__ void store_sums(const Args& a, const Tiles& tiles, co
         if (4 * four >= rows.columns) continue;
         const u32* from = sums_of<Tiles>(warp) + 4 * four;
         int* to = a.out + (size_t)m * pitch + rows.column + 4 * four;
-#pragma unroll 4
+#pragma unroll 2
         for (u32 token = share.index * AT_ONCE + first; token < tokens; token += share.step * AT_ONCE) {
             int4 sums = *(const int4*)(from + token * PITCH);
             *(int4*)(to + (size_t)token * pitch) = sums;
@@ -293,8 +293,7 @@ __device__ __forceinline__ void store_all(const Args& a, Gate gate, const Tiles&
             store_gated<2, TOKENS>(a, tiles, tile, share, [](u32 token) { return token_factors[token]; });
         else
             store_sums<2, TOKENS>(a, tiles, tile, 0, share);
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(shared_address(&sums_empty));
+        arrive(shared_address(&sums_empty));
         if constexpr (Tiles::IS_GATED) sync_storers();
     }
 }
@@ -361,6 +360,8 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
     constexpr bool IS_GATED = Tiles::IS_GATED;
     u32 group = threadIdx.x / WARPGROUP, i = threadIdx.x % WARPGROUP, t = threadIdx.x % 4;
     u32 half = TILES == 1 ? tiles.at(index).half : 0;
+    // All have read those of the tile before.
+    sync_warpgroup();
 #pragma unroll
     for (u32 part = 0; part < Prepared<Tiles>::SUMS; ++part)
         if (part * WARPGROUP + i < Tiles::STAGE_TOKENS) ((int*)token_sums[group])[part * WARPGROUP + i] = prepared.q_sums[part];
@@ -433,7 +434,7 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
     }
     leave_sums<Tiles, 0, FIRST>(d);
     if (index + gridDim.x < tiles.tiles) {
-        if (threadIdx.x % 32 == 0) arrive(shared_address(&sums_full));
+        arrive(shared_address(&sums_full));
     } else if constexpr (IS_GATED) {
         store_gated<TILES, FIRST>(a, tiles, tile, own, [&](u32 token) { return gate.factor(min(tile.token + token, a.m - 1)); });
     } else {
@@ -476,8 +477,8 @@ __device__ __forceinline__ void product(const Args& a, Gate gate) {
             make_barrier(shared_address(full + s), 1);
             make_barrier(shared_address(empty + s), 2);
         }
-        make_barrier(shared_address(&sums_full), PAIRS);
-        make_barrier(shared_address(&sums_empty), STORERS);
+        make_barrier(shared_address(&sums_full), PAIRS * 32);
+        make_barrier(shared_address(&sums_empty), STORERS * 32);
         fence_barriers();
     }
     __syncthreads();
