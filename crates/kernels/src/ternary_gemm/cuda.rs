@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::plan::{PromptPlan, has_wide_tiles};
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 
@@ -56,9 +57,8 @@ const FEW_TOKENS_THREADS: usize = 512;
 const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 4;
 
 // The warpgroup products, as in their source: of prompts, and of batches.
-const PROMPT_TOKENS: usize = 128;
-const WIDE_PROMPT_TOKENS: usize = 160;
-const PROMPT_ROWS: usize = 256;
+pub(super) const PROMPT_TOKENS: usize = 128;
+pub(super) const WIDE_PROMPT_TOKENS: usize = 160;
 const PROMPT_THREADS: usize = 384;
 /// Stages of activations, five of 128 tokens or four of 160, then for each of eight warps the sums of 128 tokens by 32 rows, padded by
 /// four.
@@ -311,8 +311,14 @@ struct Args {
 }
 
 #[repr(C)]
-struct GatedArgs {
+struct PromptArgs {
     product: Args,
+    plan: PromptPlan,
+}
+
+#[repr(C)]
+struct GatedArgs {
+    product: PromptArgs,
     scales: u64,
     gamma: f32,
 }
@@ -442,18 +448,20 @@ impl Gemm {
     ) -> Result<(), CudaError> {
         let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
         let m = q.rows;
+        let multiprocessors = self.device.multiprocessors();
         if let Some(shared) = self.few_tokens_shared_bytes(q).filter(|_| sums.adds) {
-            let grid = [self.device.multiprocessors(), 1, 1];
+            let grid = [multiprocessors, 1, 1];
             let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
             // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds the activations.
             return unsafe { self.few_tokens.launch(launch, &args) };
         }
         if let Some(kernels) = self.for_prompt(q) {
-            let kernel = if has_wide_tiles(matrix, m, self.device.multiprocessors()) {
-                &kernels.wide_prompt
+            let (kernel, plan) = if has_wide_tiles(matrix, m, multiprocessors) {
+                (&kernels.wide_prompt, PromptPlan::wide(matrix, m))
             } else {
-                &kernels.prompt
+                (&kernels.prompt, PromptPlan::regular(matrix, m, false, multiprocessors))
             };
+            let args = PromptArgs { product: args, plan };
             // SAFETY: every buffer was checked to hold what the shapes say; the kernel clamps rows and tokens.
             return unsafe { kernel.launch(self.prompt_launch(), &args) };
         }
@@ -509,6 +517,8 @@ impl Gemm {
         }
         let product = product_args(tiles, matrix, q, sums, width)?;
         sums.are_gated = true;
+        let plan = PromptPlan::regular(matrix, q.rows, true, self.device.multiprocessors());
+        let product = PromptArgs { product, plan };
         let args = GatedArgs { product, scales: q.scales.address(0), gamma };
         // SAFETY: every buffer was checked to hold what the shapes say, the sums a float for each channel; the kernel
         // clamps rows and tokens.
@@ -535,17 +545,6 @@ impl Gemm {
         let bytes = FEW_TOKENS_RING_BYTES + q.rows * q.layers * q.stride();
         (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
-}
-
-/// Whether tiles of 160 tokens take a prompt's product less time than those of 128 on so many multiprocessors. A round of them takes 10 units of
-/// time instead of 8; but the last round of tiles of 128 tokens, whose tiles may be smaller, about 7.
-fn has_wide_tiles(matrix: TileMatrix, tokens: usize, multiprocessors: usize) -> bool {
-    let row_blocks = (matrix.segment_tiles * TILE_ROWS).div_ceil(PROMPT_ROWS)
-        * (matrix.row_tiles / matrix.segment_tiles);
-    let tiles = row_blocks * tokens.div_ceil(PROMPT_TOKENS);
-    let wide_tiles = row_blocks * tokens.div_ceil(WIDE_PROMPT_TOKENS);
-    let last_round = if tiles.is_multiple_of(multiprocessors) { 0 } else { 7 };
-    10 * wide_tiles.div_ceil(multiprocessors) < 8 * (tiles / multiprocessors) + last_round
 }
 
 /// Arguments of a product whose results have so many columns.
@@ -588,20 +587,4 @@ fn product_args(
 
 fn shared_bytes(tokens: usize) -> usize {
     STAGES * tokens * TILE_COLS
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn wide_tiles_are_for_shapes_that_would_leave_the_last_round_half_empty() {
-        let has_wide = |n, k, tokens| has_wide_tiles(TileMatrix::single(0, n, k), tokens, 132);
-        // Outputs of 2.7B and 13B: 160 and 320 tiles of 128 tokens, 130 and 260 of 160.
-        assert!(has_wide(2560, 6912, 2048) && has_wide(5120, 13824, 2048));
-        assert!(has_wide_tiles(TileMatrix::stacked(0, 3, 2560, 2560), 2048, 132));
-        // Of 1.3B: 128 tiles, one round. Of 370M: half a round.
-        assert!(!has_wide(2048, 5632, 2048) && !has_wide(1024, 2816, 2048));
-        assert!(!has_wide_tiles(TileMatrix::stacked(0, 3, 2048, 2048), 2048, 132));
-    }
 }

@@ -24,6 +24,7 @@ pub mod cuda;
 mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod plan;
 mod scalar;
 
 use crate::activations::QuantizedRows;

@@ -8,6 +8,16 @@
 // while the next tile is multiplied; those of a block's last tile are stored by the warps that have multiplied it. Blocks stay for as many
 // tiles as there are.
 
+// How a product is cut into tiles: `PromptPlan` in plan.rs, so that no block divides before its first copies.
+struct Plan {
+    u64 by_pair_blocks, by_token_blocks, by_last_each;  // for `quotient`
+    u32 pairs, pair_blocks;                     // pairs of row tiles of a segment, and blocks of them
+    u32 token_blocks;                           // tiles of a block of pairs, but for the last round
+    u32 whole, tiles;                           // whole tiles, and all
+    u32 last_tokens, last_halves;               // of a tile of the last round; parts of its rows that are tiles
+    u32 last_token, last_first, last_each;      // of the last round: first token, then its tiles of the first block of pairs and of others
+};
+
 #if __CUDA_ARCH__ >= 900
 constexpr u32 TOKENS = 128;              // whose activations lie together, and whose sums have room in shared memory
 constexpr u32 Q_BYTES = TOKENS * TILE_COLS;
@@ -66,74 +76,51 @@ struct Tile {
     u32 token, half;          // first token; which half of the rows
 };
 
-// What the tiles of all kernels have in common.
-template <bool IS_GATED>
-struct Rows {
-    u32 pairs, pair_blocks;  // pairs of a segment, and blocks of them
+// n / d for a `by` of (2^64 - 1) / d.
+__device__ __forceinline__ u32 quotient(u32 n, u64 by) { return (u32)__umul64hi((u64)n + 1, by); }
 
-    __device__ __forceinline__ explicit Rows(const Args& a) {
-        pairs = IS_GATED ? a.row_tiles / 2 : (a.segment_tiles + 1) / 2;
-        pair_blocks = (pairs + PAIRS - 1) / PAIRS;
-    }
-    __device__ __forceinline__ u32 all_blocks(const Args& a) const { return pair_blocks * (a.row_tiles / a.segment_tiles); }
+// What the tiles of all kernels have in common.
+struct AnyTiles {
+    const Plan& plan;
+
     __device__ __forceinline__ Tile tile(u32 pair_block, u32 token, u32 half) const {
-        return {pair_block / pair_blocks, pair_block % pair_blocks * PAIRS, token, half};
+        u32 segment = quotient(pair_block, plan.by_pair_blocks);
+        return {segment, (pair_block - segment * plan.pair_blocks) * PAIRS, token, half};
+    }
+    // Whole tiles of some tokens.
+    __device__ __forceinline__ Tile whole(u32 index, u32 tokens) const {
+        u32 pair_block = quotient(index, plan.by_token_blocks);
+        return tile(pair_block, (index - pair_block * plan.token_blocks) * tokens, 0);
     }
 };
 
 // Tiles of 128 tokens. In the last round, which has not enough of them for all blocks, they are smaller where that gives none of the
 // blocks a second one: 48 tokens, half of the rows, 80 or 96 tokens.
 template <bool IS_GATED_UNIT>
-struct Regular : Rows<IS_GATED_UNIT> {
+struct Regular : AnyTiles {
     static constexpr bool IS_GATED = IS_GATED_UNIT;
     static constexpr u32 STAGES = 5, STAGE_TOKENS = TOKENS;
-    u32 token_blocks, whole, tiles;         // whole tiles, and all
-    u32 last_tokens, last_halves;           // of a tile of the last round; parts of its rows that are tiles
-    u32 last_token, last_first, last_each;  // of the last round: first token, then its tiles of the first block of pairs and of others
 
-    __device__ __forceinline__ explicit Regular(const Args& a) : Rows<IS_GATED>(a) {
-        token_blocks = (a.m + TOKENS - 1) / TOKENS;
-        u32 blocks = this->all_blocks(a), rest = token_blocks * blocks % gridDim.x;
-        whole = token_blocks * blocks - rest;
-        last_token = whole % token_blocks * TOKENS;
-        u32 others = blocks - 1 - whole / token_blocks, left = a.m - last_token;
-        auto tiles_of = [=](u32 tokens) { return (left + tokens - 1) / tokens + others * ((a.m + tokens - 1) / tokens); };
-        bool has_halves = 2 * rest <= gridDim.x;
-        u32 most = gridDim.x, tokens = TOKENS;
-        if (tiles_of(48) <= most)
-            tokens = 48;
-        else if (!has_halves)
-            tokens = tiles_of(80) <= most ? 80 : tiles_of(96) <= most ? 96 : TOKENS;
-        last_tokens = tokens;
-        last_halves = has_halves && tokens == TOKENS ? 2 : 1;
-        last_first = (left + tokens - 1) / tokens;
-        last_each = (a.m + tokens - 1) / tokens;
-        tiles = whole + (rest > 0 ? last_halves * (last_first + others * last_each) : 0);
-    }
-    __device__ __forceinline__ u32 tokens(u32 index) const { return index < whole ? TOKENS : last_tokens; }
-    __device__ __forceinline__ bool has_all_rows(u32 index) const { return index < whole || last_halves == 1; }
+    __device__ __forceinline__ u32 tokens(u32 index) const { return index < plan.whole ? TOKENS : plan.last_tokens; }
+    __device__ __forceinline__ bool has_all_rows(u32 index) const { return index < plan.whole || plan.last_halves == 1; }
     __device__ __forceinline__ Tile at(u32 index) const {
-        if (index < whole) return this->tile(index / token_blocks, index % token_blocks * TOKENS, 0);
-        u32 half = (index - whole) % last_halves, last = (index - whole) / last_halves, pair_block = whole / token_blocks;
-        if (last < last_first) return this->tile(pair_block, last_token + last * last_tokens, half);
-        last -= last_first;
-        return this->tile(pair_block + 1 + last / last_each, last % last_each * last_tokens, half);
+        if (index < plan.whole) return whole(index, TOKENS);
+        u32 halved = plan.last_halves - 1, half = (index - plan.whole) & halved, last = (index - plan.whole) >> halved;
+        u32 pair_block = quotient(plan.whole, plan.by_token_blocks);
+        if (last < plan.last_first) return tile(pair_block, plan.last_token + last * plan.last_tokens, half);
+        last -= plan.last_first;
+        u32 further = quotient(last, plan.by_last_each);
+        return tile(pair_block + 1 + further, (last - further * plan.last_each) * plan.last_tokens, half);
     }
 };
 
 // Tiles of 160 tokens: fewer rounds for some shapes, and fewer bytes of weights.
-struct Wide : Rows<false> {
+struct Wide : AnyTiles {
     static constexpr bool IS_GATED = false;
     static constexpr u32 STAGES = 4, STAGE_TOKENS = MOST_TOKENS;
-    u32 token_blocks, wide_blocks, tiles;
 
-    __device__ __forceinline__ explicit Wide(const Args& a) : Rows<false>(a) {
-        token_blocks = (a.m + TOKENS - 1) / TOKENS;
-        wide_blocks = (a.m + STAGE_TOKENS - 1) / STAGE_TOKENS;
-        tiles = wide_blocks * all_blocks(a);
-    }
     __device__ __forceinline__ u32 tokens(u32) const { return STAGE_TOKENS; }
-    __device__ __forceinline__ Tile at(u32 index) const { return tile(index / wide_blocks, index % wide_blocks * STAGE_TOKENS, 0); }
+    __device__ __forceinline__ Tile at(u32 index) const { return whole(index, STAGE_TOKENS); }
 };
 
 template <class Tiles>
@@ -149,11 +136,11 @@ __device__ __forceinline__ u32* sums_of(u32 warp) {
 template <class Tiles>
 __device__ __forceinline__ void fetch_all(const Args& a, const Tiles& tiles) {
     u32 stage = 0, lap = 0;
-    for (u32 index = blockIdx.x; index < tiles.tiles; index += gridDim.x) {
+    for (u32 index = blockIdx.x; index < tiles.plan.tiles; index += gridDim.x) {
         Tile tile = tiles.at(index);
         // A tile's tokens lie in one or two blocks of them; none beyond the last one is needed.
         u32 block = tile.token / TOKENS, skipped = tile.token % TOKENS, tokens = tiles.tokens(index);
-        u32 here = min(tokens, TOKENS - skipped), beyond = block + 1 < tiles.token_blocks ? tokens - here : 0;
+        u32 here = min(tokens, TOKENS - skipped), beyond = (block + 1) * TOKENS < a.m ? tokens - here : 0;
         const i8* q = a.q + (size_t)tile.segment * a.rows * a.col_tiles * TILE_COLS + (size_t)block * a.col_tiles * Q_BYTES;
         for (u32 k = 0; k < a.col_tiles; ++k) {
             u8* to = stages + stage * STAGE_BYTES<Tiles>;
@@ -180,14 +167,14 @@ struct WarpRows {
     u32 column;       // of the first result
     u32 columns;      // of results inside the matrix
 
-    __device__ __forceinline__ WarpRows(const Args& a, const Rows<IS_GATED>& all, const Tile& tile, u32 warp, bool is_whole) {
+    __device__ __forceinline__ WarpRows(const Args& a, const Plan& plan, const Tile& tile, u32 warp, bool is_whole) {
         // Pairs beyond the last one repeat it; their results are dropped.
         if (IS_GATED) {
             u32 pair = tile.first_pair + warp;
-            left = min(pair, all.pairs - 1);
-            right = left + all.pairs;
+            left = min(pair, plan.pairs - 1);
+            right = left + plan.pairs;
             column = pair * TILE_ROWS + tile.half * (TILE_ROWS / 2);
-            columns = pair < all.pairs ? (is_whole ? TILE_ROWS : TILE_ROWS / 2) : 0;
+            columns = pair < plan.pairs ? (is_whole ? TILE_ROWS : TILE_ROWS / 2) : 0;
         } else {
             u32 within = 2 * tile.first_pair + (is_whole ? 2 * warp : tile.half * PAIRS + warp);
             u32 last = a.segment_tiles - 1, first = tile.segment * a.segment_tiles;
@@ -228,7 +215,7 @@ __device__ __forceinline__ void store_sums(const Args& a, const Tiles& tiles, co
     u32 four = threadIdx.x % 32 % FOURS, first = threadIdx.x % 32 / FOURS, m = tile.token + first_token;
     u32 pitch = a.row_tiles * TILE_ROWS, tokens = min(COUNT, a.m - min(m, a.m));
     for (u32 warp = share.first_warp; warp < share.first_warp + share.warps; ++warp) {
-        WarpRows<false> rows(a, tiles, tile, warp, TILES == 2);
+        WarpRows<false> rows(a, tiles.plan, tile, warp, TILES == 2);
         if (4 * four >= rows.columns) continue;
         const u32* from = sums_of<Tiles>(warp) + 4 * four;
         int* to = a.out + (size_t)m * pitch + rows.column + 4 * four;
@@ -256,7 +243,7 @@ __device__ __forceinline__ void store_gated(const Args& a, const Tiles& tiles, c
         for (u32 i = 0; i < TOGETHER; ++i) {
             u32 at = item + i * share.step, warp = share.first_warp + min(at / GROUPS, share.warps - 1);
             u32 token = at % GROUPS * AT_ONCE + first;
-            WarpRows<true> rows(a, tiles, tile, warp, TILES == 2);
+            WarpRows<true> rows(a, tiles.plan, tile, warp, TILES == 2);
             to[i] = at < items && token < tokens && 4 * four < rows.columns ? out + (size_t)token * pitch + rows.column : nullptr;
             const u32* from = sums_of<Tiles>(warp) + token * PITCH + place;
             int4 sums = *(const int4*)from;
@@ -280,7 +267,7 @@ __device__ __forceinline__ void sync_storers() { asm volatile("bar.sync 3, 96;" 
 template <class Tiles>
 __device__ __forceinline__ void store_all(const Args& a, Gate gate, const Tiles& tiles, u32 storer) {
     u32 parity = 0;
-    for (u32 index = blockIdx.x; index + gridDim.x < tiles.tiles; index += gridDim.x, parity ^= 1) {
+    for (u32 index = blockIdx.x; index + gridDim.x < tiles.plan.tiles; index += gridDim.x, parity ^= 1) {
         Tile tile = tiles.at(index);
         Share share{0, PAIRS, storer, STORERS};
         if constexpr (Tiles::IS_GATED) {
@@ -321,11 +308,11 @@ struct Prepared {
         held[slot][1] = __ldg(right + k * 32);
     }
     __device__ __forceinline__ void begin(const Args& a, const Tiles& tiles, u32 index) {
-        if (index >= tiles.tiles) return;
+        if (index >= tiles.plan.tiles) return;
         Tile tile = tiles.at(index);
         bool has_all_rows = true;
         if constexpr (Tiles::STAGE_TOKENS == TOKENS) has_all_rows = tiles.has_all_rows(index);
-        WarpRows<Tiles::IS_GATED> rows(a, tiles, tile, threadIdx.x / 32, has_all_rows);
+        WarpRows<Tiles::IS_GATED> rows(a, tiles.plan, tile, threadIdx.x / 32, has_all_rows);
         left = a.weights + (size_t)rows.left * a.col_tiles * 32 + threadIdx.x % 32;
         right = a.weights + (size_t)rows.right * a.col_tiles * 32 + threadIdx.x % 32;
 #pragma unroll
@@ -433,7 +420,7 @@ __device__ __forceinline__ void multiply_tile(const Args& a, Gate gate, const Ti
         __syncwarp();
     }
     leave_sums<Tiles, 0, FIRST>(d);
-    if (index + gridDim.x < tiles.tiles) {
+    if (index + gridDim.x < tiles.plan.tiles) {
         arrive(shared_address(&sums_full));
     } else if constexpr (IS_GATED) {
         store_gated<TILES, FIRST>(a, tiles, tile, own, [&](u32 token) { return gate.factor(min(tile.token + token, a.m - 1)); });
@@ -448,15 +435,15 @@ __device__ __forceinline__ void multiply_all(const Args& a, Gate gate, const Reg
     u32 turn = 0, index = blockIdx.x;
     Prepared<Regular<IS_GATED>> prepared;
     prepared.begin(a, tiles, index);
-    for (; index < tiles.whole; index += gridDim.x, ++turn) multiply_tile<TOKENS, 2>(a, gate, tiles, index, prepared, place, turn);
-    if (index >= tiles.tiles) return;
-    if (tiles.last_halves == 2)
+    for (; index < tiles.plan.whole; index += gridDim.x, ++turn) multiply_tile<TOKENS, 2>(a, gate, tiles, index, prepared, place, turn);
+    if (index >= tiles.plan.tiles) return;
+    if (tiles.plan.last_halves == 2)
         multiply_tile<TOKENS, 1>(a, gate, tiles, index, prepared, place, turn);
-    else if (tiles.last_tokens == 48)
+    else if (tiles.plan.last_tokens == 48)
         multiply_tile<48, 2>(a, gate, tiles, index, prepared, place, turn);
-    else if (tiles.last_tokens == 80)
+    else if (tiles.plan.last_tokens == 80)
         multiply_tile<80, 2>(a, gate, tiles, index, prepared, place, turn);
-    else if (tiles.last_tokens == 96)
+    else if (tiles.plan.last_tokens == 96)
         multiply_tile<96, 2>(a, gate, tiles, index, prepared, place, turn);
     else
         multiply_tile<TOKENS, 2>(a, gate, tiles, index, prepared, place, turn);
@@ -467,11 +454,11 @@ __device__ __forceinline__ void multiply_all(const Args& a, Gate gate, const Wid
     u32 turn = 0, index = blockIdx.x;
     Prepared<Wide> prepared;
     prepared.begin(a, tiles, index);
-    for (; index < tiles.tiles; index += gridDim.x, ++turn) multiply_tile<Wide::STAGE_TOKENS, 2>(a, gate, tiles, index, prepared, place, turn);
+    for (; index < tiles.plan.tiles; index += gridDim.x, ++turn) multiply_tile<Wide::STAGE_TOKENS, 2>(a, gate, tiles, index, prepared, place, turn);
 }
 
 template <class Tiles>
-__device__ __forceinline__ void product(const Args& a, Gate gate) {
+__device__ __forceinline__ void product(const Args& a, const Plan& plan, Gate gate) {
     if (threadIdx.x == 0) {
         for (u32 s = 0; s < Tiles::STAGES; ++s) {
             make_barrier(shared_address(full + s), 1);
@@ -482,7 +469,7 @@ __device__ __forceinline__ void product(const Args& a, Gate gate) {
         fence_barriers();
     }
     __syncthreads();
-    Tiles tiles(a);
+    Tiles tiles{plan};
     if (threadIdx.x >= MULTIPLIERS) {
         // Wide tiles take more registers, and storing their sums fewer.
         if constexpr (Tiles::STAGE_TOKENS > TOKENS)
@@ -504,27 +491,32 @@ __device__ __forceinline__ void product(const Args& a, Gate gate) {
 }
 #endif
 
+struct PromptArgs {
+    Args product;
+    Plan plan;
+};
+
 struct GatedArgs {
-    Args product;         // of rows of a and as many of b; its results are floats, [M][row tiles * 8]
+    PromptArgs product;   // of rows of a and as many of b; its results are floats, [M][row tiles * 8]
     const float* scales;  // s, [M]
     float gamma;
 };
 
-extern "C" __global__ void __launch_bounds__(384, 1) prompt_product(const __grid_constant__ Args a) {
+extern "C" __global__ void __launch_bounds__(384, 1) prompt_product(const __grid_constant__ PromptArgs a) {
 #if __CUDA_ARCH__ >= 900
-    product<Regular<false>>(a, Gate{});
+    product<Regular<false>>(a.product, a.plan, Gate{});
 #endif
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) gated_prompt_product(const __grid_constant__ GatedArgs a) {
 #if __CUDA_ARCH__ >= 900
-    product<Regular<true>>(a.product, Gate{a.scales, a.gamma});
+    product<Regular<true>>(a.product.product, a.product.plan, Gate{a.scales, a.gamma});
 #endif
 }
 
-// For shapes whose tiles of 128 tokens would keep few blocks busy in the last round (see cuda.rs).
-extern "C" __global__ void __launch_bounds__(384, 1) wide_prompt_product(const __grid_constant__ Args a) {
+// For shapes whose tiles of 128 tokens would keep few blocks busy in the last round (see plan.rs).
+extern "C" __global__ void __launch_bounds__(384, 1) wide_prompt_product(const __grid_constant__ PromptArgs a) {
 #if __CUDA_ARCH__ >= 900
-    product<Wide>(a, Gate{});
+    product<Wide>(a.product, a.plan, Gate{});
 #endif
 }
