@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::plan::{PromptPlan, has_wide_tiles};
+use super::plan::{FewTokensPlan, PromptPlan, has_wide_tiles};
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
 use crate::ternary::{Layout, PANEL_ROWS, TernaryMatrix, WORD_TRITS};
 
@@ -53,8 +53,7 @@ pub const SPLIT_MAX_TOKENS: usize = 256;
 
 // The product of few tokens, as in its source.
 const FEW_TOKENS: usize = 8;
-const FEW_TOKENS_THREADS: usize = 512;
-const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_THREADS / 32 * 8 * TILE_WORDS * 4;
+pub(super) const FEW_TOKENS_THREADS: usize = 512;
 
 // The warpgroup products, as in their source: of prompts, and of batches.
 pub(super) const PROMPT_TOKENS: usize = 128;
@@ -311,6 +310,12 @@ struct Args {
 }
 
 #[repr(C)]
+struct FewTokensArgs {
+    product: Args,
+    plan: FewTokensPlan,
+}
+
+#[repr(C)]
 struct PromptArgs {
     product: Args,
     plan: PromptPlan,
@@ -449,11 +454,13 @@ impl Gemm {
         let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
         let m = q.rows;
         let multiprocessors = self.device.multiprocessors();
-        if let Some(shared) = self.few_tokens_shared_bytes(q).filter(|_| sums.adds) {
-            let grid = [multiprocessors, 1, 1];
-            let launch = Launch::new(grid, FEW_TOKENS_THREADS, shared).overlapping();
+        let plan = FewTokensPlan::new(matrix, multiprocessors);
+        let shared = plan.shared_bytes(m * q.layers);
+        if sums.adds && m <= FEW_TOKENS && shared <= self.device.shared_bytes() {
+            let launch = Launch::new([multiprocessors, 1, 1], FEW_TOKENS_THREADS, shared);
+            let args = FewTokensArgs { product: args, plan };
             // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds the activations.
-            return unsafe { self.few_tokens.launch(launch, &args) };
+            return unsafe { self.few_tokens.launch(launch.overlapping(), &args) };
         }
         if let Some(kernels) = self.for_prompt(q) {
             let (kernel, plan) = if has_wide_tiles(matrix, m, multiprocessors) {
@@ -538,12 +545,6 @@ impl Gemm {
     fn prompt_launch(&self) -> Launch {
         let grid = [self.device.multiprocessors(), 1, 1];
         Launch::new(grid, PROMPT_THREADS, PROMPT_SHARED_BYTES)
-    }
-
-    /// Shared memory of the product of few tokens, if it can do this one.
-    fn few_tokens_shared_bytes(&self, q: &Quantized) -> Option<usize> {
-        let bytes = FEW_TOKENS_RING_BYTES + q.rows * q.layers * q.stride();
-        (q.rows <= FEW_TOKENS && bytes <= self.device.shared_bytes()).then_some(bytes)
     }
 }
 

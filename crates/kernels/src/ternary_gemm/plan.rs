@@ -1,9 +1,47 @@
 //! How products on a GPU are cut into parts: what every block would compute alike.
 
-use super::cuda::{PROMPT_TOKENS, TILE_ROWS, TileMatrix, WIDE_PROMPT_TOKENS};
+use super::cuda::{
+    FEW_TOKENS_THREADS, PROMPT_TOKENS, TILE_COLS, TILE_ROWS, TILE_WORDS, TileMatrix,
+    WIDE_PROMPT_TOKENS,
+};
 
+const FEW_TOKENS_WARPS: usize = FEW_TOKENS_THREADS / 32;
+/// Rings of six tiles, as in the source.
+const FEW_TOKENS_RING_BYTES: usize = FEW_TOKENS_WARPS * 6 * TILE_WORDS * 4;
 /// Rows of a prompt's tile.
 const PROMPT_ROWS: usize = 256;
+
+/// How a product of few tokens is cut into parts, as its source says.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FewTokensPlan {
+    log_sharers: u32,
+    each: u32,
+    rest: u32,
+    window: u32,
+}
+
+impl FewTokensPlan {
+    /// Parts for so many blocks.
+    pub fn new(matrix: TileMatrix, blocks: usize) -> Self {
+        let log_warps = FEW_TOKENS_WARPS.ilog2();
+        let log_regions = matrix.row_tiles.trailing_zeros().min(log_warps);
+        let log_sharers = log_warps - log_regions;
+        let (tiles, parts) = (matrix.tiles() >> log_regions, blocks << log_sharers);
+        let window = (tiles.div_ceil(parts) << log_sharers).min(matrix.col_tiles);
+        Self {
+            log_sharers,
+            each: (tiles / parts) as u32,
+            rest: (tiles % parts) as u32,
+            window: window as u32,
+        }
+    }
+
+    /// Shared memory of a block for so many rows of activations: the rings, then those rows, each padded by 16 bytes.
+    pub fn shared_bytes(&self, rows: usize) -> usize {
+        FEW_TOKENS_RING_BYTES + rows * (self.window as usize * TILE_COLS + 16)
+    }
+}
 
 /// How a prompt's product is cut into tiles, as its source says.
 #[repr(C)]
@@ -112,6 +150,19 @@ pub fn has_wide_tiles(matrix: TileMatrix, tokens: usize, multiprocessors: usize)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_block_of_few_tokens_needs_few_columns_of_activations() {
+        let plan = |n, k| FewTokensPlan::new(TileMatrix::single(0, n, k), 132);
+        // Sixteen regions of 20 rows of 216 tiles, 32 or 33 tiles for each of 132 blocks.
+        let wide = FewTokensPlan { log_sharers: 0, each: 32, rest: 96, window: 33 };
+        assert_eq!(plan(5120, 27_648), wide);
+        // More tiles than columns: all of them.
+        assert_eq!(plan(55_296, 5120).window, 40);
+        // An odd number of row tiles is one region, which sixteen warps share.
+        let odd = FewTokensPlan { log_sharers: 4, each: 0, rest: 63 * 25, window: 16 };
+        assert_eq!(plan(1008, 3200), odd);
+    }
 
     #[test]
     fn the_last_round_of_a_prompt_has_smaller_tiles_where_they_suffice() {
