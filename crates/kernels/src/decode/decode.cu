@@ -96,10 +96,11 @@ struct Activations {
 };
 
 // Waits for the activations of this warp's columns and quantises them, four a lane of each column: a warp needs no others.
-// `norms` are the second norms' weights of i, f and g, [3][D]. Synchronises the workers.
-template <u32 PHASE>
+// `norms` are the second norms' weights of i, f and g, [3][D]; `meanwhile` is done while the first look is on its way.
+// Synchronises the workers.
+template <u32 PHASE, class Meanwhile>
 __device__ __forceinline__ void receive(const Looks& looks, u32 base, u32 round, u32 turn, Patience& patience,
-                                        const float* norms, Activations<PHASE>& to) {
+                                        const float* norms, Activations<PHASE>& to, Meanwhile meanwhile) {
     constexpr u32 N = inputs_of(PHASE), LAYERS = layers_of(PHASE), COLUMNS = columns_of(PHASE);
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, largest_at = base + SHARED_AT(largest) + 12 * WARPS * turn;
     auto channel = [&](u32 k) { return (warp + k * WARPS) * TILE_COLS + 4 * lane; };
@@ -115,6 +116,7 @@ __device__ __forceinline__ void receive(const Looks& looks, u32 base, u32 round,
     patience.wait();
 #pragma unroll
     for (u32 k = 0; k < COLUMNS; ++k) v[k][0] = is_inside(k) ? look4(place(k)) : make_float4(0, 0, 0, 0);
+    meanwhile();
     u32 mask = mask_of(round), early_looks = 0;
     for (;; ++early_looks) {
         u32 one[COLUMNS], any = 0;
@@ -261,8 +263,7 @@ __device__ __forceinline__ void product(const Activations<PHASE>& activations, c
         };
         if constexpr (S::EARLY) {
 #pragma unroll
-            for (u32 r = 0; r < S::MOST_ROWS; ++r)
-                parts[j][r] = part(early.tile[j][r]);
+            for (u32 r = 0; r < S::MOST_ROWS; ++r) parts[j][r] = part(early.tile[j][r]);
         } else {
             u32 first = 0;
 #pragma unroll 1
@@ -350,8 +351,8 @@ struct Walker {
         Activations<PHASE> activations = {words};
         EarlyTiles<PHASE> early;
         way.begin<PHASE>(a, layer);
-        take_first<PHASE>(way, rows, early);
-        receive<PHASE>(looks, way.base, round, turn, patience[PHASE], norms, activations);
+        receive<PHASE>(looks, way.base, round, turn, patience[PHASE], norms, activations,
+                       [&] { take_first<PHASE>(way, rows, early); });
         activations.squares.post(looks, round, way.base + SHARED_AT(squares) + 4 * (turn * THREADS + threadIdx.x));
         product<PHASE>(activations, early, sums, rows, way);
         if (reads_sums) {
