@@ -31,6 +31,18 @@ __device__ __forceinline__ u32 round4(float4 y) {
     return __byte_perm(__byte_perm(one(y.x), one(y.y), 0x0040), __byte_perm(one(y.z), one(y.w), 0x0040), 0x5410);
 }
 
+// Where a lane looks in `exchange`: for four floats of the first of its warp's columns of a row at the beginning, and for the
+// sum of squares of a group at the beginning.
+struct Looks {
+    const float *row, *squares;
+
+    __device__ __forceinline__ explicit Looks(const float* exchange) {
+        u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        row = kept(exchange + warp * TILE_COLS + 4 * lane);
+        squares = kept(exchange + (warp + lane / 8 * WARPS) * (TILE_COLS / TILE_ROWS) + lane % 8);
+    }
+};
+
 // The sums of squares that belong to a warp's columns: eight groups a column, each group's sum in a lane.
 template <u32 PHASE>
 struct Squares {
@@ -45,26 +57,31 @@ struct Squares {
     }
 
     // They were sent behind the floats, so that they may not be there yet.
-    __device__ __forceinline__ void look_for(const Args& a) {
+    __device__ __forceinline__ void look_for(const Looks& looks) {
 #pragma unroll
-        for (u32 i = 0; i < LOADS; ++i) value[i] = has(i) ? look(a.exchange + sums_of(PHASE) + group(i)) : 0.0f;
+        for (u32 i = 0; i < LOADS; ++i) value[i] = has(i) ? look(from(looks, i)) : 0.0f;
+    }
+
+    __device__ __forceinline__ static const float* from(const Looks& looks, u32 i) {
+        return looks.squares + sums_of(PHASE) + 4 * i * WARPS * (TILE_COLS / TILE_ROWS);
     }
 
     // Waits for them, and leaves this lane's part of their sum.
-    __device__ __forceinline__ void post(const Args& a, u32 round, float& part) {
+    __device__ __forceinline__ void post(const Looks& looks, u32 round, u32 to) {
         u32 any, mask = mask_of(round);
         do {
             any = 0;
 #pragma unroll
             for (u32 i = 0; i < LOADS; ++i) {
                 u32 one = has(i) ? missing(value[i], mask) & 1 : 0;
-                look_again(value[i], a.exchange + sums_of(PHASE) + group(i), one);
+                look_again(value[i], from(looks, i), one);
                 any |= one;
             }
         } while (__any_sync(ALL_LANES, any));
-        part = 0.0f;
+        float part = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < LOADS; ++i) part += without_round(value[i]);
+        store_shared(to, 0, __float_as_uint(part));
         squares_are_posted();
     }
 };
@@ -72,22 +89,23 @@ struct Squares {
 // A warp's activations of a phase.
 template <u32 PHASE>
 struct Activations {
-    u32* words;                   // quantised, in shared memory: [layer][column][32]
+    u32 words;                    // quantised, where they are in shared memory: [layer][column][32]
     float step[layers_of(PHASE)]; // max|u| / 127
     int total[layers_of(PHASE)];  // this lane's part of the sum of the integers
     Squares<PHASE> squares;
 };
 
 // Waits for the activations of this warp's columns and quantises them, four a lane of each column: a warp needs no others.
-// `norms` are the second norms' weights of i, f and g, [3][D]. Synchronises the workers.
-template <u32 PHASE>
-__device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round, u32 turn, Patience& patience,
-                                        const float* norms, Activations<PHASE>& to) {
+// `norms` are the second norms' weights of i, f and g, [3][D]; `meanwhile` is done while the first look is on its way.
+// Synchronises the workers.
+template <u32 PHASE, class Meanwhile>
+__device__ __forceinline__ void receive(const Looks& looks, u32 base, u32 round, u32 turn, Patience& patience,
+                                        const float* norms, Activations<PHASE>& to, Meanwhile meanwhile) {
     constexpr u32 N = inputs_of(PHASE), LAYERS = layers_of(PHASE), COLUMNS = columns_of(PHASE);
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, largest_at = base + SHARED_AT(largest) + 12 * WARPS * turn;
     auto channel = [&](u32 k) { return (warp + k * WARPS) * TILE_COLS + 4 * lane; };
     auto is_inside = [&](u32 k) { return (k + 1) * WARPS * TILE_COLS <= N || channel(k) < N; };
-    const float* row = a.exchange + place_of(PHASE);
+    auto place = [&](u32 k) { return looks.row + place_of(PHASE) + k * WARPS * TILE_COLS; };
     float4 v[COLUMNS][LAYERS], norm[COLUMNS][LAYERS];
     if (PHASE == MIX)
 #pragma unroll
@@ -97,22 +115,19 @@ __device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round
                 norm[k][j] = is_inside(k) ? *(const float4*)(norms + j * N + channel(k)) : make_float4(0, 0, 0, 0);
     patience.wait();
 #pragma unroll
-    for (u32 k = 0; k < COLUMNS; ++k) v[k][0] = is_inside(k) ? look4(row + channel(k)) : make_float4(0, 0, 0, 0);
-    u32 mask = mask_of(round);
-    for (u32 early_looks = 0;; ++early_looks) {
-        u32 any = 0;
+    for (u32 k = 0; k < COLUMNS; ++k) v[k][0] = is_inside(k) ? look4(place(k)) : make_float4(0, 0, 0, 0);
+    meanwhile();
+    u32 mask = mask_of(round), early_looks = 0;
+    for (;; ++early_looks) {
+        u32 one[COLUMNS], any = 0;
 #pragma unroll
-        for (u32 k = 0; k < COLUMNS; ++k) {
-            u32 one = is_inside(k) ? missing(v[k][0], mask) & 1 : 0;
-            look_again(v[k][0], row + channel(k), one);
-            any |= one;
-        }
-        if (!__any_sync(ALL_LANES, any)) {
-            to.squares.look_for(a);
-            patience.learn(early_looks);
-            break;
-        }
+        for (u32 k = 0; k < COLUMNS; ++k) any |= one[k] = is_inside(k) ? missing(v[k][0], mask) & 1 : 0;
+        if (!__any_sync(ALL_LANES, any)) break;
+#pragma unroll
+        for (u32 k = 0; k < COLUMNS; ++k) look_again(v[k][0], place(k), one[k]);
     }
+    to.squares.look_for(looks);
+    patience.learn(early_looks);
 #pragma unroll
     for (u32 k = 0; k < COLUMNS; ++k) {
         float4 y = without_round(v[k][0]);
@@ -129,12 +144,12 @@ __device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round
         }
         // The bits of floats that are not negative are in their order.
         u32 of_warp = __reduce_max_sync(ALL_LANES, __float_as_uint(largest));
-        if (lane == 0) shared.largest[turn][j][warp] = of_warp;
+        if (lane == 0) store_shared(largest_at + 4 * warp, 4 * j * WARPS, of_warp);
     }
     sync_workers();
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
-        u32 of_warp = lane < WARPS ? shared.largest[turn][j][lane] : 0;
+        u32 of_warp = lane < WARPS ? load_shared(largest_at + 4 * lane, 4 * j * WARPS) : 0;
         float largest = fmaxf(__uint_as_float(__reduce_max_sync(ALL_LANES, of_warp)), 1e-35f);
         to.step[j] = largest * (1.0f / 127.0f);
         float factor = 127.0f * reciprocal(largest);
@@ -142,7 +157,7 @@ __device__ __forceinline__ void receive(const Args& a, Shared& shared, u32 round
 #pragma unroll
         for (u32 k = 0; k < COLUMNS; ++k) {
             u32 word = round4(v[k][j] * factor);
-            to.words[(j * COLUMNS + k) * 32 + lane] = word;
+            store_shared(to.words + 4 * lane, (j * COLUMNS + k) * 128, word);
             to.total[j] = __dp4a((int)word, 0x01010101, to.total[j]);
         }
     }
@@ -156,9 +171,9 @@ template <u32 PHASE>
 struct Steps {
     static constexpr u32 LAYERS = layers_of(PHASE), COLUMNS = columns_of(PHASE), ROWS = stage_rows_of(PHASE);
     static constexpr bool ONE_STAGE = is_one_stage(PHASE);
-    // All tiles are in registers before the activations are there.
-    static constexpr u32 TILES = LAYERS * ROWS * COLUMNS;
-    static constexpr bool EARLY = ONE_STAGE && TILES <= 6;
+    // Of a layer.
+    static constexpr u32 MOST_ROWS = most_rows_of(PHASE);
+    static constexpr bool EARLY = is_early(PHASE);
     // The activations of all columns stay in registers through the rows.
     static constexpr bool KEEPS = Column::IS_SMALL || COLUMNS <= 4;
 
@@ -166,109 +181,129 @@ struct Steps {
     __device__ __forceinline__ static u32 rows_from(u32 first, u32 layer_rows) {
         return ROWS == 1 ? 1 : min(ROWS, layer_rows - first);
     }
-    // Row r of so many, or the last one once more.
-    __device__ __forceinline__ static u32 row(u32 r, u32 count) { return ROWS == 1 ? 0 : min(r, count - 1); }
 };
 
 // The tiles of a warp that are in registers early.
 template <u32 PHASE>
 struct EarlyTiles {
     using S = Steps<PHASE>;
-    uint4 tile[S::EARLY ? S::TILES : 1];
-
-    __device__ __forceinline__ static constexpr u32 at(u32 j, u32 r, u32 k) {
-        return S::EARLY ? (j * S::ROWS + r) * S::COLUMNS + k : 0;
-    }
+    uint4 tile[S::EARLY ? S::LAYERS : 1][S::EARLY ? S::MOST_ROWS : 1][S::COLUMNS];
 };
 
-// This warp's tile of a column; behind the last one that again, to be multiplied by zeros.
-template <u32 PHASE>
-__device__ __forceinline__ uint4 take_tile(const Rows& way, u32 row, u32 k) {
-    constexpr u32 LAST = col_tiles_of(PHASE) - 1;
-    u32 column = threadIdx.x / 32 + k * WARPS;
-    if (k * WARPS + WARPS - 1 > LAST) column = min(column, LAST);
-    return way.tile<PHASE>(row, column);
-}
-
-// Waits for a phase's first stage, and takes its tiles to registers if they are few.
+// Waits for a phase's first stage, or takes all of its tiles to registers if they are few.
 template <u32 PHASE>
 __device__ __forceinline__ void take_first(Rows& way, u32 rows, EarlyTiles<PHASE>& early) {
     using S = Steps<PHASE>;
     u32 layer_rows = rows / S::LAYERS;
-    way.take<PHASE>(0, S::ONE_STAGE ? rows : S::rows_from(0, layer_rows));
-    if (S::EARLY)
+    if constexpr (S::EARLY) {
+        way.take_all<PHASE>(rows);
+        // Rows that a block does not have are others, whose sums nobody reads.
 #pragma unroll
         for (u32 j = 0; j < S::LAYERS; ++j)
 #pragma unroll
-            for (u32 r = 0; r < S::ROWS; ++r)
+            for (u32 r = 0; r < S::MOST_ROWS; ++r)
 #pragma unroll
-                for (u32 k = 0; k < S::COLUMNS; ++k)
-                    early.tile[early.at(j, r, k)] = take_tile<PHASE>(way, j * layer_rows + S::row(r, layer_rows), k);
+                for (u32 k = 0; k < S::COLUMNS; ++k) early.tile[j][r][k] = way.tile<PHASE>(j * layer_rows + r, k);
+        way.release_all<PHASE>(rows);
+    } else {
+        way.take<PHASE>(0);
+    }
 }
 
-// Leaves this warp's part of a phase's product in `sums`: [row][quad of warps][channel of the row][warp of the quad].
+// Words of the sums of a row of tiles.
+constexpr u32 ROW_SUMS = QUADS * TILE_ROWS * 4;
+
+// Adds up over the four lanes of a row the parts of N rows of tiles, two rows at a time, and leaves the first `count` sums
+// from a place on, without `total`.
+template <u32 N>
+__device__ __forceinline__ void leave_sums(const int2 (&parts)[N], int total, u32 to, u32 count) {
+    u32 odd = threadIdx.x % 2, upper = threadIdx.x / 2 % 2;
+    int sums[(N + 1) / 2];
+#pragma unroll
+    for (u32 i = 0; i < N; i += 2) {
+        // Odd lanes get the second row; the upper two lanes then channels g + 8.
+        int2 a = parts[i], b = parts[i + 1 < N ? i + 1 : i];
+        int low = (odd ? b.x : a.x) + __shfl_xor_sync(ALL_LANES, odd ? a.x : b.x, 1);
+        int high = (odd ? b.y : a.y) + __shfl_xor_sync(ALL_LANES, odd ? a.y : b.y, 1);
+        sums[i / 2] = (upper ? high : low) + __shfl_xor_sync(ALL_LANES, upper ? low : high, 2) - total;
+    }
+#pragma unroll
+    for (u32 i = 0; i < N; i += 2)
+        if (i + odd < count) store_shared(to, 4 * i * ROW_SUMS, sums[i / 2]);
+}
+
+// Leaves this warp's part of a phase's product: [layer][row][quad of warps][channel of the row][warp of the quad]. A lane's
+// first place is `to`. Rows that a block does not have are multiplied with what lies there, and nobody reads their sums.
 template <u32 PHASE>
-__device__ __forceinline__ void product(const Activations<PHASE>& activations, const EarlyTiles<PHASE>& early, int* sums,
+__device__ __forceinline__ void product(const Activations<PHASE>& activations, const EarlyTiles<PHASE>& early, u32 to,
                                         u32 rows, Rows& way) {
     using S = Steps<PHASE>;
     constexpr u32 COLUMNS = S::COLUMNS;
-    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, layer_rows = rows / S::LAYERS;
-    bool is_odd = t & 1;
-    int* mine = sums + (warp / 4 * TILE_ROWS + g + 8 * is_odd) * 4 + warp % 4;
-    auto read = [&](u32 j, u32 k, Column& column) { column.read(activations.words + (j * COLUMNS + k) * 32); };
+    u32 layer_rows = rows / S::LAYERS;
+    auto read = [&](u32 j, u32 k, Column& column) { column.read(activations.words + (j * COLUMNS + k) * 128); };
+    // Makes up for codes t + 1.
+    int total[S::LAYERS];
+    int2 parts[S::LAYERS][S::EARLY ? S::MOST_ROWS : 1];
 #pragma unroll
     for (u32 j = 0; j < S::LAYERS; ++j) {
         Column columns[S::KEEPS ? COLUMNS : 1];
-        u32 first = 0;
         if (S::KEEPS)
 #pragma unroll
             for (u32 k = 0; k < COLUMNS; ++k) read(j, k, columns[S::KEEPS ? k : 0]);
-        // Makes up for codes t + 1.
-        int total = S::ONE_STAGE ? 0 : __reduce_add_sync(ALL_LANES, activations.total[j]);
-#pragma unroll 1
-        do {
-            u32 count = S::rows_from(first, layer_rows);
-            if (!S::ONE_STAGE && (j > 0 || first > 0)) way.take<PHASE>(j * layer_rows + first, count);
+        total[j] = __reduce_add_sync(ALL_LANES, activations.total[j]);
+        auto part = [&](const uint4* tiles) {
+            Dots dots;
 #pragma unroll
-            for (u32 r = 0; r < S::ROWS; ++r) {
-                u32 row = S::row(r, count);
-                Dots dots;
-#pragma unroll
-                for (u32 k = 0; k < COLUMNS; ++k) {
-                    uint4 tile = S::EARLY ? early.tile[early.at(j, r, k)]
-                                          : take_tile<PHASE>(way, (S::ONE_STAGE ? j * layer_rows : 0) + row, k);
-                    Column& column = columns[S::KEEPS ? k : 0];
-                    if (!S::KEEPS) read(j, k, column);
-                    dots.add(tile, column);
-                }
-                // Here, for the sum to be on its way beside the dot products.
-                if (S::ONE_STAGE && r == 0) total = __reduce_add_sync(ALL_LANES, activations.total[j]);
-                int2 rows_sums = dots.sums();
-                // Over the four lanes of a row: odd ones get row g + 8.
-                int sum = (is_odd ? rows_sums.y : rows_sums.x) +
-                          __shfl_xor_sync(ALL_LANES, is_odd ? rows_sums.x : rows_sums.y, 1);
-                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-                if (t < 2) mine[(j * layer_rows + first + row) * QUADS * TILE_ROWS * 4] = sum - total;
+            for (u32 k = 0; k < COLUMNS; ++k) {
+                Column& column = columns[S::KEEPS ? k : 0];
+                if (!S::KEEPS) read(j, k, column);
+                dots.add(tiles[k], column);
             }
-            if (!S::ONE_STAGE) way.release<PHASE>(count);
-            first += S::ROWS;
-        } while (!S::ONE_STAGE && first < layer_rows);
+            return dots.sums();
+        };
+        if constexpr (S::EARLY) {
+#pragma unroll
+            for (u32 r = 0; r < S::MOST_ROWS; ++r) parts[j][r] = part(early.tile[j][r]);
+        } else {
+            u32 first = 0;
+#pragma unroll 1
+            do {
+                u32 count = S::rows_from(first, layer_rows);
+                if (!S::ONE_STAGE && (j > 0 || first > 0)) way.take<PHASE>(j * layer_rows + first);
+                int2 of_stage[S::ROWS];
+                uint4 tiles[S::ROWS][COLUMNS];
+#pragma unroll
+                for (u32 r = 0; r < S::ROWS; ++r)
+#pragma unroll
+                    for (u32 k = 0; k < COLUMNS; ++k) tiles[r][k] = way.tile<PHASE>((S::ONE_STAGE ? j * layer_rows : 0) + r, k);
+#pragma unroll
+                for (u32 r = 0; r < S::ROWS; ++r) of_stage[r] = part(tiles[r]);
+                if (!S::ONE_STAGE) way.release<PHASE>(count);
+                leave_sums(of_stage, total[j], to + 4 * (j * S::MOST_ROWS + first) * ROW_SUMS, S::MOST_ROWS - first);
+                first += S::ROWS;
+            } while (!S::ONE_STAGE && first < layer_rows);
+        }
     }
-    if (S::ONE_STAGE) way.release<PHASE>(rows);
+    if constexpr (S::EARLY)
+#pragma unroll
+        for (u32 j = 0; j < S::LAYERS; ++j) leave_sums(parts[j], total[j], to + 4 * j * S::MOST_ROWS * ROW_SUMS, S::MOST_ROWS);
+    else if (S::ONE_STAGE) way.release<PHASE>(rows);
 }
 
 // Of the phase that has most: words of a warp's activations, and a block's partial sums.
 template <u32 PHASE>
 constexpr u32 WORDS_OF = layers_of(PHASE) * columns_of(PHASE) * 32;
 constexpr u32 WARP_WORDS = larger_of(WORDS_OF<MIX>, WORDS_OF<DOWN>);
-constexpr u32 SUMS =
-    larger_of(larger_of(3 * most_rows_of(MIX), most_rows_of(GLU)), most_rows_of(HEAD)) * QUADS * TILE_ROWS * 4;
+constexpr u32 SUMS = larger_of(larger_of(3 * most_rows_of(MIX), most_rows_of(GLU)), most_rows_of(HEAD)) * ROW_SUMS;
 
 // The host allocates both.
 #ifdef NUM_SHARED_BYTES
-constexpr u32 OWN_FLOATS = larger_of(NUM_GROUPS, NUM_INNER_GROUPS) * TILE_ROWS;
 static_assert(SHARED_BYTES + RING_TILES * TILE_BYTES + 4 * (SUMS + WARPS * WARP_WORDS + 2 * 4 * OWN_FLOATS) == NUM_SHARED_BYTES,
               "the host computes this number");
+// Behind the last row of the ring a warp may read as many tiles as its columns are more than there are.
+constexpr u32 TILES_BEHIND =
+    larger_of(columns_of(MIX) * WARPS - col_tiles_of(MIX), columns_of(DOWN) * WARPS - col_tiles_of(DOWN));
+static_assert(TILES_BEHIND * TILE_BYTES <= 4 * (SUMS + WARPS * WARP_WORDS), "it would read behind shared memory");
 static_assert(place_of(PHASES) == NUM_EXCHANGE_FLOATS, "the host computes this number");
 #endif
 
@@ -282,13 +317,27 @@ __device__ __forceinline__ float embedding(const Args& a, u32 token, u32 k) {
     return a.embedding_type == 1 ? f16_to_f32(bits) : __uint_as_float((u32)bits << 16);
 }
 
+// Where a lane leaves its sum of the first row of tiles, or, an odd lane, of the second one.
+__device__ __forceinline__ u32 first_place(const int* sums) {
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 channel = lane / 4 + TILE_ROWS / 2 * (lane / 2 % 2);
+    return shared_address(sums + lane % 2 * ROW_SUMS + (warp / 4 * TILE_ROWS + channel) * 4 + warp % 4);
+}
+
+// Where the sums of a block's channel are.
+__device__ __forceinline__ u32 place_of_sum(const int* sums, u32 k) {
+    return shared_address(sums + k / TILE_ROWS * ROW_SUMS + k % TILE_ROWS * 4);
+}
+
 // What a thread knows of its block.
 struct Walker {
     const Args& a;
-    Shared& shared;
-    u32* words;                // of this warp's activations
-    int* sums;                 // of the product
-    const float* own_vectors;  // of this phase and the next
+    // Addresses in shared memory.
+    u32 words;        // of this warp's activations
+    u32 sums;         // where this lane leaves the first sum
+    u32 own_sums;     // of this thread's channel in the first layer of a phase
+    u32 own_vectors;  // this thread's, of this phase and the next
+    Looks looks;
     Rows& way;
     u32 turn;
     Patience patience[PHASES];
@@ -296,20 +345,19 @@ struct Walker {
     // Waits for a phase's row and multiplies. Then the sums are there for those who read them, with their factors:
     // R max|u| / 127.
     template <u32 PHASE>
-    __device__ __forceinline__ void run(u32 layer, u32 round, bool reads_sums, float (&factor)[layers_of(PHASE)],
+    __device__ __forceinline__ void run(u32 layer, u32 round, u32 rows, bool reads_sums, float (&factor)[layers_of(PHASE)],
                                         const float* norms = nullptr) {
         turn ^= 1;
-        u32 rows = shared.plan.part[PHASE].rows;
         Activations<PHASE> activations = {words};
         EarlyTiles<PHASE> early;
         way.begin<PHASE>(a, layer);
-        take_first<PHASE>(way, rows, early);
-        receive<PHASE>(a, shared, round, turn, patience[PHASE], norms, activations);
-        activations.squares.post(a, round, shared.squares[turn][threadIdx.x]);
+        receive<PHASE>(looks, way.base, round, turn, patience[PHASE], norms, activations,
+                       [&] { take_first<PHASE>(way, rows, early); });
+        activations.squares.post(looks, round, way.base + SHARED_AT(squares) + 4 * (turn * THREADS + threadIdx.x));
         product<PHASE>(activations, early, sums, rows, way);
         if (reads_sums) {
             wait_for_sums();
-            float r = shared.row_factor[turn];
+            float r = __uint_as_float(load_shared(way.base + 4 * turn, SHARED_AT(row_factor)));
 #pragma unroll
             for (u32 j = 0; j < layers_of(PHASE); ++j) factor[j] = activations.step[j] * r;
         } else {
@@ -319,16 +367,17 @@ struct Walker {
 
     // Vector `which` at this thread's own channel.
     __device__ __forceinline__ float own_vector(u32 which) const {
-        return own_vectors[(4 * turn + which) * a.own_floats + threadIdx.x];
+        return __uint_as_float(load_shared(own_vectors + 16 * turn * OWN_FLOATS, 4 * which * OWN_FLOATS));
     }
 
-    // The product's sum for a channel, counted from the block's first row.
-    __device__ __forceinline__ int sum_of(u32 k) const {
-        const int4* from = (const int4*)sums + k / TILE_ROWS * QUADS * TILE_ROWS + k % TILE_ROWS;
+    // The product's sum for this thread's own channel, so many rows of tiles further on.
+    __device__ __forceinline__ int own_sum(u32 rows = 0) const { return sum_at(own_sums + 4 * rows * ROW_SUMS); }
+
+    __device__ __forceinline__ static int sum_at(u32 from) {
         int sum = 0;
 #pragma unroll
         for (u32 q = 0; q < QUADS; ++q) {
-            int4 part = from[q * TILE_ROWS];
+            uint4 part = load_shared_4(from, 16 * q * TILE_ROWS);
             sum += part.x + part.y + (part.z + part.w);
         }
         return sum;
@@ -336,7 +385,7 @@ struct Walker {
 
     // Adds a mixer's output to the residual stream of this thread's own channel; gives x w1 of the norm behind it.
     __device__ __forceinline__ float add_output(float& x, float factor) const {
-        x = x + dequantize(sum_of(threadIdx.x), factor);
+        x = x + dequantize(own_sum(), factor);
         return x * own_vector(0);
     }
 };
@@ -361,8 +410,18 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
     float* own_vectors = (float*)(all_words + WARPS * WARP_WORDS);
     if (warp > WARPS) return serve(a, shared, own_vectors);
 
-    Rows way = {shared, ring, {}};
-    Walker walker = {a, shared, all_words + warp * WARP_WORDS, sums, own_vectors, way, 0, {}};
+    Rows way(shared, ring);
+    Walker walker = {a,
+                     kept(shared_address(all_words + warp * WARP_WORDS)),
+                     kept(first_place(sums)),
+                     kept(place_of_sum(sums, threadIdx.x)),
+                     kept(shared_address(own_vectors + threadIdx.x)),
+                     Looks(a.exchange),
+                     way,
+                     0,
+                     {}};
+    u32 rows = kept(plan.part[OUT].rows), inner_rows = kept(plan.part[GLU].rows);
+    u32 value_sums = kept(place_of_sum(sums, threadIdx.x + plan.part[GLU].second_at));
     u32 channels = plan.part[MIX].channels, channel = plan.part[MIX].channel + threadIdx.x;
     bool has_channel = threadIdx.x < channels, has_warp_channels = warp * 32 < channels;
     u32 inner_channels = plan.part[GLU].channels, inner_channel = plan.part[GLU].channel + threadIdx.x;
@@ -392,14 +451,14 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                     float gamma[3], f[3];
 #pragma unroll
                     for (u32 j = 0; j < 3; ++j) gamma[j] = __ldg(gammas + j);
-                    walker.run<MIX>(layer, round, has_warp_channels, f, v + WIDTH);
+                    walker.run<MIX>(layer, round, 3 * rows, has_warp_channels, f, v + WIDTH);
                     if (has_warp_channels) {
                         float g = 0.0f, y = 0.0f, h = 0.0f, w = 0.0f;
                         if (has_channel) {
-                            u32 rows = plan.part[MIX].second_at;
-                            float i_gate = dequantize(walker.sum_of(threadIdx.x), gamma[0] * f[0]);
-                            float f_gate = dequantize(walker.sum_of(threadIdx.x + rows), gamma[1] * f[1]);
-                            g = dequantize(walker.sum_of(threadIdx.x + 2 * rows), gamma[2] * f[2]);
+                            constexpr u32 ROWS = most_rows_of(MIX);
+                            float i_gate = dequantize(walker.own_sum(), gamma[0] * f[0]);
+                            float f_gate = dequantize(walker.own_sum(ROWS), gamma[1] * f[1]);
+                            g = dequantize(walker.own_sum(2 * ROWS), gamma[2] * f[2]);
                             float beta = walker.own_vector(0), forget = beta + (1.0f - beta) * quick_sigmoid(f_gate);
                             h = forget * walker.own_vector(3) + quick_silu(i_gate) * (1.0f - forget);
                             y = g * walker.own_vector(1) * quick_silu(h);
@@ -411,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
                 }
                 {
                     float gamma = __ldg(gammas + 3), f[1];
-                    walker.run<OUT>(layer, round, has_warp_channels, f);
+                    walker.run<OUT>(layer, round, rows, has_warp_channels, f);
                     if (has_warp_channels) {
                         float y = 0.0f, w = 0.0f;
                         if (has_channel) {
@@ -424,12 +483,12 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
             }
             if (inner_channels > 0) {
                 float gamma = __ldg(gammas + 4), f[1];
-                walker.run<GLU>(layer, round, has_warp_inner, f);
+                walker.run<GLU>(layer, round, inner_rows, has_warp_inner, f);
                 if (has_warp_inner) {
                     float y = 0.0f, w = 0.0f;
                     if (has_inner) {
-                        y = quick_silu(dequantize(walker.sum_of(threadIdx.x), gamma * f[0])) *
-                            dequantize(walker.sum_of(threadIdx.x + plan.part[GLU].second_at), gamma * f[0]);
+                        y = quick_silu(dequantize(walker.own_sum(), gamma * f[0])) *
+                            dequantize(walker.sum_at(value_sums), gamma * f[0]);
                         w = walker.own_vector(0);
                     }
                     send_channel<DOWN>(a, has_inner, inner_channel, y * w, y * y, round);
@@ -438,7 +497,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
             if (channels > 0) {
                 bool is_last = layer + 1 == a.layers;
                 float gamma = __ldg(gammas + 5), f[1];
-                walker.run<DOWN>(layer, round, has_warp_channels, f);
+                walker.run<DOWN>(layer, round, rows, has_warp_channels, f);
                 if (has_warp_channels) {
                     float y = 0.0f, w = 0.0f;
                     if (has_channel) {
@@ -453,13 +512,13 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
         }
         if (plan.part[HEAD].channels > 0) {
             float gamma = __ldg(a.gammas + 6 * a.layers), f[1];
-            walker.run<HEAD>(a.layers, token_round + 1, true, f);
+            walker.run<HEAD>(a.layers, token_round + 1, plan.part[HEAD].rows, true, f);
             u64 mine = 0;
             bool finite = true;
 #pragma unroll 1
             for (u32 k = threadIdx.x; k < plan.part[HEAD].channels; k += THREADS) {
                 u32 id = plan.part[HEAD].channel + k;
-                float logit = dequantize(walker.sum_of(k), gamma * f[0]);
+                float logit = dequantize(walker.sum_at(place_of_sum(sums, k)), gamma * f[0]);
                 a.logits[id] = logit;
                 finite = finite && is_finite(logit);
                 u64 key = logit_key(logit, id);

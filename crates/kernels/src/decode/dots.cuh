@@ -20,10 +20,9 @@ struct Column {
     }
 
     // Of 128 bytes those that belong to this lane: 32 t ... 32 t + 31 for t = lane % 4.
-    __device__ __forceinline__ void read(const u32* words) {
-        const uint4* from = (const uint4*)words + 2 * (threadIdx.x % 4);
-        u32 plane = threadIdx.x % 32 / 4;
-        first = bits_of(from[0], plane), second = bits_of(from[1], plane);
+    __device__ __forceinline__ void read(u32 words) {
+        u32 from = words + 32 * (threadIdx.x % 4), plane = threadIdx.x % 32 / 4;
+        first = bits_of(load_shared_4(from, 0), plane), second = bits_of(load_shared_4(from, 16), plane);
     }
 };
 
@@ -58,9 +57,9 @@ struct Column {
     u32 q[8];  // of the channels of a tile's words x and y, then of z and w
 
     // Of 128 bytes those that belong to this lane: 32 t ... 32 t + 31 for t = lane % 4.
-    __device__ __forceinline__ void read(const u32* words) {
-        const uint4* from = (const uint4*)words + 2 * (threadIdx.x % 4);
-        uint4 first = from[0], second = from[1];
+    __device__ __forceinline__ void read(u32 words) {
+        u32 from = words + 32 * (threadIdx.x % 4);
+        uint4 first = load_shared_4(from, 0), second = load_shared_4(from, 16);
         q[0] = first.x, q[1] = first.y, q[2] = first.z, q[3] = first.w;
         q[4] = second.x, q[5] = second.y, q[6] = second.z, q[7] = second.w;
     }

@@ -150,8 +150,8 @@ __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, floa
 #pragma unroll 1
         for (u32 k = threadIdx.x % 32; k < part.channels / 4; k += 32) {
             u32 to = shared_address(own_vectors) + 16 * k, channel = part.channel + 4 * k;
-            for (u32 n = 0; n < count; ++n) async_copy_16(to + 4 * n * a.own_floats, v + (first + n) * WIDTH + channel);
-            if (phase == MIX) async_copy_16(to + 12 * a.own_floats, a.state + (size_t)layer * WIDTH + channel);
+            for (u32 n = 0; n < count; ++n) async_copy_16(to + 4 * n * OWN_FLOATS, v + (first + n) * WIDTH + channel);
+            if (phase == MIX) async_copy_16(to + 12 * OWN_FLOATS, a.state + (size_t)layer * WIDTH + channel);
         }
 }
 
@@ -183,7 +183,7 @@ __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_
         return step;
     };
     auto copy = [&](u32 step, u32 turn) {
-        copy_vectors(a, shared, own_vectors + turn * 4 * a.own_floats, step / 4, step == steps ? (u32)HEAD : step % 4);
+        copy_vectors(a, shared, own_vectors + turn * 4 * OWN_FLOATS, step / 4, step == steps ? (u32)HEAD : step % 4);
     };
     u32 token = 0;
     step = next_of(steps);

@@ -44,9 +44,14 @@ const RESERVED_SHARED_BYTES: usize = 1024;
 /// have 168 registers a thread (at a width of 5120 fourteen with 128 are 3 % slower).
 const MIN_WARPS: usize = 8;
 const MAX_WARPS: usize = 10;
-/// Tiles on their way, at least; otherwise as many as 2.75 rows of them. Measured at widths of 1024, 2048, 2560 and 5120 as best:
-/// 32 of 16 to 64, 32 to 48 of 32 to 380, 70 of 40 to 160 (1 % faster than 55) and 110 of 64 to 192 tiles.
+/// Tiles on their way: as many as 2.75 rows of them, at least 32, or 80 where tensor cores multiply. Measured at widths of 1024, 2048,
+/// 2560 and 5120: 32 of 32 to 48, 44 of 32 to 96, 80 of 55 to 130 (7 % faster than 55) and 110 of 85 to 160 tiles are best or as
+/// good as the best.
 const MOVING_TILES: usize = 32;
+const MOVING_TENSOR_TILES: usize = 80;
+/// Tiles of a phase that a lane takes to registers before it has the activations, at most. They lie together in the ring.
+const EARLY_TILES: usize = 6;
+const EARLY_TENSOR_TILES: usize = 16;
 /// Of weights that arrive together, where more than a row of tiles does.
 const STAGE_TILES: usize = 48;
 /// A ring longer than this brings nothing.
@@ -78,7 +83,6 @@ struct Args {
     segment_tiles: u32,
     glu_row_tiles: u32,
     embedding_type: u32,
-    own_floats: u32,
     tokens_before: u32,
     count: u32,
     token: i32,
@@ -101,8 +105,6 @@ struct Division {
     warps: usize,
     uses_tensor_cores: bool,
     ring_tiles: usize,
-    /// Channels of the inner width, which has the most, that a block owns at most.
-    own_floats: usize,
     /// Groups of channels of the width, the inner width and the vocabulary that a block owns at most.
     groups: [usize; 3],
     shared_bytes: usize,
@@ -135,16 +137,17 @@ impl Division {
         let fixed = SHARED_BYTES + sums + words + 4 * OWN_VECTORS * own_floats;
         let available = shared_bytes.checked_sub(RESERVED_SHARED_BYTES + fixed)?;
         let ring_tiles = if has_ring { (available / TILE_BYTES).min(MAX_RING_TILES) } else { 0 };
-        // Two stages, wherever in the ring the first one begins.
-        let stage = STAGE_TILES.max(columns).max(inner_columns);
-        let has_room = !has_ring || ring_tiles >= 2 * stage;
+        let uses_tensor_cores = major == 9 && columns >= MIN_TENSOR_COLUMNS;
+        let early = if uses_tensor_cores { EARLY_TENSOR_TILES } else { EARLY_TILES };
+        // Two stages or phases that lie together, wherever in the ring the first one begins.
+        let together = STAGE_TILES.max(columns).max(inner_columns).max(early * warps);
+        let has_room = !has_ring || ring_tiles >= 2 * together;
         let is_small = own_floats <= 32 * warps && inner_columns.div_ceil(warps) <= MAX_COLUMNS;
         (has_room && is_small).then_some(Self {
             blocks,
             warps,
-            uses_tensor_cores: major == 9 && columns >= MIN_TENSOR_COLUMNS,
+            uses_tensor_cores,
             ring_tiles,
-            own_floats,
             groups: groups_at_most,
             shared_bytes: fixed + ring_tiles * TILE_BYTES,
         })
@@ -152,6 +155,7 @@ impl Division {
 
     fn constants(&self, shape: Shape) -> [Constant; 12] {
         let rows_of_tiles = 11 * shape.width.div_ceil(TILE_COLS) / 4;
+        let moving = if self.uses_tensor_cores { MOVING_TENSOR_TILES } else { MOVING_TILES };
         let [groups, inner_groups, head_groups] = self.groups;
         [
             ("WIDTH", shape.width),
@@ -160,7 +164,7 @@ impl Division {
             ("NUM_WARPS", self.warps),
             ("NUM_TENSOR_CORES", usize::from(self.uses_tensor_cores)),
             ("NUM_RING_TILES", self.ring_tiles),
-            ("NUM_MOVING_TILES", rows_of_tiles.max(MOVING_TILES)),
+            ("NUM_MOVING_TILES", rows_of_tiles.max(moving)),
             ("NUM_GROUPS", groups),
             ("NUM_INNER_GROUPS", inner_groups),
             ("NUM_HEAD_GROUPS", head_groups),
@@ -326,7 +330,6 @@ impl Decoder {
             segment_tiles: weights.mix(0).segment_tiles as u32,
             glu_row_tiles: weights.glu(0).row_tiles as u32,
             embedding_type: weights.embedding_type.code(),
-            own_floats: self.division.own_floats as u32,
             tokens_before: self.fed as u32,
             count: count as u32,
             token: match token {

@@ -39,6 +39,9 @@ __device__ constexpr u32 most_rows_of(u32 phase) {
                           : NUM_GROUPS;
 }
 
+// Of each vector that a block needs, at most.
+constexpr u32 OWN_FLOATS = larger_of(NUM_GROUPS, NUM_INNER_GROUPS) * TILE_ROWS;
+
 // Weights arrive in stages: all of a block's tiles of a phase if they are few, otherwise some rows of one layer.
 constexpr u32 STAGE_TILES = 48, STAGE_ROWS = 4;
 __device__ constexpr bool is_one_stage(u32 phase) {
@@ -47,6 +50,22 @@ __device__ constexpr bool is_one_stage(u32 phase) {
 __device__ constexpr u32 stage_rows_of(u32 phase) {
     u32 fit = smaller_of(larger_of(STAGE_TILES / col_tiles_of(phase), 1), STAGE_ROWS);
     return is_one_stage(phase) ? most_rows_of(phase) : smaller_of(fit, most_rows_of(phase));
+}
+__device__ constexpr u32 layer_stages_of(u32 phase) {
+    return (most_rows_of(phase) + stage_rows_of(phase) - 1) / stage_rows_of(phase);
+}
+
+// If a lane has few tiles of a phase, all are in registers before the activations are there. The stages of such a phase lie
+// one behind the other in the ring.
+constexpr u32 EARLY_TILES = NUM_TENSOR_CORES ? 16 : 6;
+__device__ constexpr bool is_early(u32 phase) {
+    return layers_of(phase) * layer_stages_of(phase) * stage_rows_of(phase) * columns_of(phase) <= EARLY_TILES;
+}
+// Tiles that lie together, of such a phase or of a stage, as many as there are at most: nothing behind them is in the way of
+// a warp that reads rows which its block does not have.
+__device__ constexpr u32 tiles_together(u32 phase) {
+    u32 rows = is_early(phase) || is_one_stage(phase) ? layers_of(phase) * layer_stages_of(phase) : 1;
+    return rows * stage_rows_of(phase) * col_tiles_of(phase);
 }
 
 struct Args {
@@ -66,7 +85,6 @@ struct Args {
     u32 segment_tiles;           // row tiles of each of i, f, g
     u32 glu_row_tiles;
     u32 embedding_type;          // 0: f32, 1: f16, 2: bf16
-    u32 own_floats;              // of each vector that a block needs, at most
     u32 tokens_before;           // fed since the exchange was cleared
     u32 count;                   // tokens to feed: `token`, then the most likely ones
     int token;                   // negative: the most likely one
@@ -91,6 +109,9 @@ __device__ __forceinline__ u32 part_begin(u32 whole, u32 part, u32 parts) { retu
 struct Part {
     u32 channel, channels;  // own channels
     u32 rows;               // of tiles
+    u32 layer_rows;         // of these in a layer, or all of them in one stage
+    u32 stage_rows;         // in a stage, at most
+    u32 together[2];        // tiles that lie together from the first stage on, and from each later one on
     u32 second_at;          // where the sums of the first own channel of the second piece are
     u32 piece_end[2];       // rows
     u32 piece_at[3];        // what has to be added to the number of a row of a piece
@@ -113,6 +134,9 @@ struct Plan {
         Part& p = part[phase];
         p.channel = begin * TILE_ROWS;
         p.channels = min(p.channel + rows * TILE_ROWS, outputs) - min(p.channel, outputs);
+        p.stage_rows = stage_rows_of(phase);
+        p.together[0] = tiles_together(phase);
+        p.together[1] = is_early(phase) ? 0 : p.together[0];
         p.rows = p.piece_end[0] = p.piece_end[1] = rows;
         p.second_at = rows * TILE_ROWS;
         p.piece_at[0] = p.piece_at[1] = p.piece_at[2] = begin;
@@ -127,12 +151,49 @@ struct Plan {
             p.piece_at[1] = p.piece_at[2] = first - rows;
             p.second_at += shift;
         }
+        p.layer_rows = p.rows / layers_of(phase);
+        if (is_one_stage(phase)) p.layer_rows = p.stage_rows = p.rows;
     }
 };
 
 // The tiles of a phase's matrix.
 __device__ __forceinline__ const uint4* tiles_of_phase(const Args& a, u32 layer, u32 phase) {
     return a.weights + (a.tile_at[phase] + (phase == HEAD ? 0 : layer * a.layer_tiles)) * (TILE_BYTES / 16);
+}
+
+// ---- Shared memory ----
+
+// By address: pointers would be made anew in each phase, from a special register.
+
+// A value that the compiler keeps in a register instead of computing it again.
+__device__ __forceinline__ u32 kept(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+template <class T>
+__device__ __forceinline__ T* kept(T* value) {
+    asm volatile("" : "+l"(value));
+    return value;
+}
+
+__device__ __forceinline__ u32 load_shared(u32 from, u32 offset) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from + offset) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint4 load_shared_4(u32 from, u32 offset) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from + offset)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(u32 to, u32 offset, u32 value) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to + offset), "r"(value) : "memory");
 }
 
 // At the beginning of a block's shared memory.
@@ -145,6 +206,9 @@ struct Shared {
     float row_factor[2];                      // R of a phase's row
     u32 largest[2][3][WARPS];                 // |u| of a warp's columns
 };
+
+// Where a part of it begins.
+#define SHARED_AT(part) ((u32)(u64) & ((const Shared*)0)->part)
 
 constexpr u32 SHARED_BYTES = 6656;
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the host knows this number");

@@ -24,6 +24,16 @@ struct Place {
     }
 };
 
+// Whether the barrier's phase of a parity is over, after a little waiting.
+__device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
+    u32 done;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity)
+                 : "memory");
+    return done;
+}
+
 // By one thread, before the others begin.
 __device__ __forceinline__ void make_ring(Shared& shared) {
 #pragma unroll 1
@@ -51,13 +61,13 @@ __device__ __forceinline__ void fetch_weights(const Args& a, Shared& shared, u8*
             u32 phase = step == 4 * a.layers ? (u32)HEAD : step % 4, col_tiles = col_tiles_of(phase);
             const Part& part = shared.plan.part[phase];
             const uint4* tiles = tiles_of_phase(a, step / 4, phase);
-            u32 layer_rows = phase == MIX ? part.rows / 3 : part.rows, left = layer_rows;
+            u32 left = part.layer_rows;
 #pragma unroll 1
             for (u32 row = 0; row < part.rows;) {
-                u32 rows = is_one_stage(phase) ? part.rows : min(left, stage_rows_of(phase));
+                u32 rows = min(left, part.stage_rows);
                 left -= rows;
-                if (left == 0) left = layer_rows;
-                u32 count = rows * col_tiles, taken = count + place.align(count);
+                if (left == 0) left = part.layer_rows;
+                u32 count = rows * col_tiles, taken = count + place.align(part.together[row > 0]);
                 while (used + taken > RING_TILES || stages == STAGES) {
                     wait_for(shared_address(&shared.empty[oldest.stage]), oldest.parity);
                     if (moving_stages == stages) land();
@@ -88,47 +98,82 @@ __device__ __forceinline__ void fetch_weights(const Args& a, Shared& shared, u8*
 
 // A warp's way through the rows of tiles.
 struct Rows {
-    Shared& shared;
-    const u8* ring;
+    u32 base;     // of the block's shared memory
+    u32 lane_at;  // where this lane's part of the warp's tile would be in the ring's first row
     Place place;
+
+    __device__ __forceinline__ Rows(Shared& shared, const u8* ring)
+        : base(kept(shared_address(&shared))),
+          lane_at(kept(shared_address(ring) + threadIdx.x / 32 * TILE_BYTES + threadIdx.x % 32 * 16)),
+          place{} {}
 
     template <u32 PHASE>
     __device__ __forceinline__ void begin(const Args&, u32) {}
 
-    // Waits for a stage of so many rows, from one on.
+    // Waits for the stage that begins with a row.
     template <u32 PHASE>
-    __device__ __forceinline__ void take(u32, u32 rows) {
-        place.align(rows * col_tiles_of(PHASE));
-        wait_for(shared_address(&shared.full[place.stage]), place.parity);
+    __device__ __forceinline__ void take(u32) {
+        place.align(tiles_together(PHASE));
+        wait_for(base + SHARED_AT(full) + 8 * place.stage, place.parity);
         __syncwarp();
     }
 
-    template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 row, u32 column) const {
-        return ((const uint4*)(ring + (place.tile + row * col_tiles_of(PHASE) + column) * TILE_BYTES))[threadIdx.x % 32];
-    }
-
+    // A stage of so many rows is not needed any more.
     template <u32 PHASE>
     __device__ __forceinline__ void release(u32 rows) {
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(shared_address(&shared.empty[place.stage]));
+        if (threadIdx.x % 32 == 0) arrive(base + SHARED_AT(empty) + 8 * place.stage);
         place.advance(rows * col_tiles_of(PHASE));
+    }
+
+    // The same for all stages of a phase that lie together: a lane for each.
+    template <u32 PHASE>
+    __device__ __forceinline__ void take_all(u32 rows) {
+        place.align(tiles_together(PHASE));
+        u32 stage = place.stage + min(threadIdx.x % 32, stages<PHASE>(rows) - 1);
+        u32 barrier = base + SHARED_AT(full) + 8 * (stage % STAGES), parity = place.parity ^ stage / STAGES;
+        while (!__all_sync(ALL_LANES, is_over(barrier, parity))) {}
+    }
+
+    template <u32 PHASE>
+    __device__ __forceinline__ void release_all(u32 rows) {
+        u32 count = stages<PHASE>(rows), stage = place.stage + threadIdx.x % 32;
+        __syncwarp();
+        if (threadIdx.x % 32 < count) arrive(base + SHARED_AT(empty) + 8 * (stage % STAGES));
+        place.parity ^= (place.stage + count) / STAGES;
+        place.stage = (place.stage + count) % STAGES;
+        place.tile += rows * col_tiles_of(PHASE);
+    }
+
+    // Of a phase with so many rows.
+    template <u32 PHASE>
+    __device__ __forceinline__ static u32 stages(u32 rows) {
+        constexpr u32 LAYERS = layers_of(PHASE), ROWS = stage_rows_of(PHASE);
+        if (is_one_stage(PHASE)) return 1;
+        return layer_stages_of(PHASE) == 1 ? LAYERS : LAYERS * ((rows / LAYERS + ROWS - 1) / ROWS);
+    }
+
+    // The warp's tile k of a row, counted from the first one taken. Behind the last column lies another one, to be multiplied
+    // by zeros.
+    template <u32 PHASE>
+    __device__ __forceinline__ uint4 tile(u32 row, u32 k) const {
+        return load_shared_4(lane_at + (place.tile + row * col_tiles_of(PHASE) + k * WARPS) * TILE_BYTES, 0);
     }
 };
 #else
 // Older devices read weights where they need them.
-struct Place {};
-
 __device__ __forceinline__ void make_ring(Shared&) {}
 
 __device__ __forceinline__ void fetch_weights(const Args&, Shared&, u8*) {}
 
 struct Rows {
     Shared& shared;
-    const u8* ring;
-    Place place;
+    u32 base;  // of the block's shared memory
     const uint4* tiles;
     u32 first;
+
+    __device__ __forceinline__ Rows(Shared& shared, const u8*)
+        : shared(shared), base(kept(shared_address(&shared))), tiles(nullptr), first(0) {}
 
     template <u32 PHASE>
     __device__ __forceinline__ void begin(const Args& a, u32 layer) {
@@ -136,17 +181,28 @@ struct Rows {
     }
 
     template <u32 PHASE>
-    __device__ __forceinline__ void take(u32 row, u32) {
+    __device__ __forceinline__ void take(u32 row) {
         first = row;
     }
 
+    // The warp's tile k of a row. Behind the last ones those again.
     template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 row, u32 column) const {
-        u32 at = shared.plan.part[PHASE].row_at(first + row) * col_tiles_of(PHASE) + column;
+    __device__ __forceinline__ uint4 tile(u32 row, u32 k) const {
+        const Part& part = shared.plan.part[PHASE];
+        u32 column = min(threadIdx.x / 32 + k * WARPS, col_tiles_of(PHASE) - 1);
+        u32 at = part.row_at(min(first + row, part.rows - 1)) * col_tiles_of(PHASE) + column;
         return __ldg(tiles + (size_t)at * (TILE_BYTES / 16) + threadIdx.x % 32);
     }
 
     template <u32 PHASE>
     __device__ __forceinline__ void release(u32) {}
+
+    template <u32 PHASE>
+    __device__ __forceinline__ void take_all(u32) {
+        first = 0;
+    }
+
+    template <u32 PHASE>
+    __device__ __forceinline__ void release_all(u32) {}
 };
 #endif
