@@ -4,20 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use mmfree::benchmark::DISTINCT_TOKENS;
-use mmfree::engine::{Draw, Engine, Sequence, Want};
+use mmfree::engine::{Draw, Sequence, Want};
 use mmfree::model::Model;
 use mmfree::sampler::{Sampler, SamplingParams};
 use mmfree::state::State;
 use mmfree::text::generate::{Event, FinishReason, GenerateOptions, generate};
 use mmfree_kernels::cuda::{Buffer, Device};
-use mmfree_kernels::sampling::{Params, Request, Sampling};
+use mmfree_kernels::sampling::{Next, Params, Request, Sampling};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 
 #[path = "support/gpu.rs"]
 mod support;
 
-use support::{built_in, device, engine, gpu, random};
+use support::{built_in, device, gpu, random};
 
 fn models() -> Vec<(&'static str, Arc<Model>)> {
     vec![
@@ -126,7 +126,7 @@ fn draw<const DRAWS: usize>(
     sampling.begin(&requests, all.len() / rows.len(), DRAWS, &words).expect("fits");
     for draw in 0..DRAWS {
         buffer.write(0, &all).expect("fits");
-        sampling.draw(&mut buffer, draw, None).expect("runs");
+        sampling.draw(&mut buffer, draw, Next::Host).expect("runs");
     }
     let found = sampling.drawn().expect("runs").expect("valid logits");
     (0..rows.len()).map(|row| std::array::from_fn(|draw| found[draw * rows.len() + row])).collect()
@@ -182,7 +182,7 @@ fn invalid_logits_are_found_and_the_kernel_stays_usable() {
         let mut buffer = Buffer::from_slice(&device, row).expect("memory");
         let request = Request { row: 0, params, recent: &[], only_finite };
         sampling.begin(&[request], row.len(), 1, &[u64::MAX]).expect("fits");
-        sampling.draw(&mut buffer, 0, None).expect("runs");
+        sampling.draw(&mut buffer, 0, Next::Host).expect("runs");
         sampling.drawn().expect("runs")
     };
     for params in [Params::new(1.0, 2, 0.9, 0.1), Params::new(0.0, 0, 1.0, 0.0)] {
@@ -304,27 +304,45 @@ fn generation_ends_where_it_should_and_leaves_that_state() {
 fn batches_draw_what_each_sequence_draws() {
     for (name, model) in models() {
         let Some(mut gpu) = gpu(&model) else { return };
-        let mut cpu = engine(&model, "cpu");
         let kinds = kinds();
+        let vocab = model.config().vocab_size;
         let tokens: Vec<u32> = (0..kinds.len() as u32).map(|i| 3 * i % 60).collect();
         let recent: Vec<Vec<u32>> = tokens.iter().map(|&token| vec![1, 4, token]).collect();
-        let run = |engine: &mut Engine| {
-            let mut states: Vec<State> = kinds.iter().map(|_| State::new(&model)).collect();
-            let mut states: Vec<&mut State> = states.iter_mut().collect();
-            let mut samplers: Vec<Sampler> = kinds
+        let new_states = || kinds.iter().map(|_| State::new(&model)).collect::<Vec<_>>();
+        let new_samplers = || {
+            kinds
                 .iter()
                 .zip(0..)
                 .map(|(params, seed)| Sampler::new(SamplingParams { seed, ..params.clone() }))
                 .map(|sampler| sampler.expect("valid"))
-                .collect();
-            let mut draws: Vec<Draw> = samplers
-                .iter_mut()
-                .zip(&recent)
-                .map(|(sampler, recent)| Draw { sampler, recent })
-                .collect();
-            engine.sample_batch(&mut states, &tokens, 6, &mut draws).expect("runs")
+                .collect::<Vec<_>>()
         };
-        assert_eq!(run(&mut gpu), run(&mut cpu), "{name}: batch");
+        let (mut states, mut samplers) = (new_states(), new_samplers());
+        let mut draws: Vec<Draw> = samplers
+            .iter_mut()
+            .zip(&recent)
+            .map(|(sampler, recent)| Draw { sampler, recent })
+            .collect();
+        let mut states: Vec<&mut State> = states.iter_mut().collect();
+        let found = gpu.sample_batch(&mut states, &tokens, 6, &mut draws).expect("runs");
+
+        // Step by step, drawn by the host.
+        let (mut states, mut samplers) = (new_states(), new_samplers());
+        let (mut fed, mut texts) = (tokens.clone(), recent.clone());
+        for step in found.chunks(kinds.len()) {
+            let mut batch: Vec<_> = states
+                .iter_mut()
+                .zip(fed.chunks(1))
+                .map(|(state, tokens)| Sequence { state, tokens })
+                .collect();
+            let logits = gpu.forward(&mut batch).expect("runs").to_vec();
+            for (at, row) in logits.chunks(vocab).enumerate() {
+                let token = samplers[at].sample(&mut row.to_vec(), &texts[at]).expect("valid");
+                assert_eq!(step[at], token, "{name}: sequence {at}");
+                texts[at].push(token);
+            }
+            fed = step.to_vec();
+        }
     }
 }
 

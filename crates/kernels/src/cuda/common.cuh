@@ -185,8 +185,6 @@ __device__ __forceinline__ u64 logit_key(float logit, u32 token) {
 // ---- Rows: one block works on one row that lies in shared memory. Widths are multiples of four ----
 
 // 1 / sqrt(mean(x^2) + eps), by one warp. Element k goes to partial sum k % 32; partial sums are combined in halves.
-// ROLLED: with fewer instructions, where the compiler would unroll a constant n.
-template <bool ROLLED = false>
 __device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float eps) {
     // A batch is loaded while the one before it is summed.
     constexpr u32 BATCH = 8;
@@ -206,12 +204,7 @@ __device__ __forceinline__ float warp_inverse_rms(const float* row, u32 n, float
 #pragma unroll
         for (u32 j = 0; j < BATCH; ++j) sum += square[j];
     };
-    if constexpr (ROLLED) {
-#pragma unroll 1
-        for (u32 batch = 1; batch <= batches; ++batch) add(batch);
-    } else {
-        for (u32 batch = 1; batch <= batches; ++batch) add(batch);
-    }
+    for (u32 batch = 1; batch <= batches; ++batch) add(batch);
     for (; k < n; k += 32) sum += row[k] * row[k];
 #pragma unroll
     for (u32 width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);

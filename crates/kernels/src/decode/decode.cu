@@ -10,19 +10,6 @@
 // blocks do with a whole row is to find its maximum and to round u 127 / max|u|; i, f and g, whose w2 differ, get x w1, and
 // each block multiplies. (The CPU and the other kernels multiply one after the other, so bits differ.)
 
-__device__ __forceinline__ float reciprocal(float x) {
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-
-__device__ __forceinline__ float quick_sigmoid(float x) {
-    float e;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * -1.44269504f));
-    return reciprocal(1.0f + e);
-}
-__device__ __forceinline__ float quick_silu(float x) { return x * quick_sigmoid(x); }
-
 // ---- Rows ----
 
 // Rounds four floats of at most 127 to even, each to a byte.

@@ -1,85 +1,4 @@
-// What blocks send each other. No barrier of the grid: the lowest bit of a float tells in which round it was sent. Rounds
-// are layers, one after the other. A place is written again when all have read it, for what is sent depends on floats of
-// all blocks that read it.
-
-__device__ __forceinline__ float look(const float* from) {
-    float v;
-    asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float4 look4(const float* from) {
-    float4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "l"(from)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ void send(float* to, float value, u32 round) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"((__float_as_uint(value) & ~1u) | (round & 1)) : "memory");
-}
-
-__device__ __forceinline__ u64 look_key(const u64* from) {
-    u64 key;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(key) : "l"(from) : "memory");
-    return key;
-}
-
-__device__ __forceinline__ void send_key(u64* to, u64 key) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(key) : "memory");
-}
-
-// The lowest bit is set if something was not sent in the round that `mask` stands for.
-__device__ __forceinline__ u32 mask_of(u32 round) { return 0 - (round & 1); }
-__device__ __forceinline__ u32 missing(float v, u32 mask) { return __float_as_uint(v) ^ mask; }
-__device__ __forceinline__ u32 missing(float4 v, u32 mask) {
-    return missing(v.x, mask) | missing(v.y, mask) | missing(v.z, mask) | missing(v.w, mask);
-}
-
-// Looks again if a condition is not 0. Without a branch, or the loads of a thread would wait for each other.
-__device__ __forceinline__ void look_again(float& v, const float* from, u32 condition) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.relaxed.gpu.global.f32 %0, [%1]; }"
-                 : "+f"(v)
-                 : "l"(from), "r"(condition)
-                 : "memory");
-}
-
-__device__ __forceinline__ void look_again(float4& v, const float* from, u32 condition) {
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4]; }"
-                 : "+f"(v.x), "+f"(v.y), "+f"(v.z), "+f"(v.w)
-                 : "l"(from), "r"(condition)
-                 : "memory");
-}
-
-// How long a warp waits before it looks for a phase's row. Looks of all blocks for the same lines keep each other, and what
-// is sent, waiting: so a warp learns when its floats come. It waits longer where looks were too early, and less where the
-// first one was not.
-struct Patience {
-    u32 cycles;
-
-    __device__ __forceinline__ static u32 now() {
-        u32 c;
-        asm volatile("mov.u32 %0, %%clock;" : "=r"(c)::"memory");
-        return c;
-    }
-
-    __device__ __forceinline__ void wait() const {
-        u32 begin = now();
-        while (now() - begin < cycles) {}
-    }
-
-    __device__ __forceinline__ void learn(u32 early_looks) {
-        cycles = early_looks == 0 ? cycles - min(cycles, 32u) : cycles + 32 * min(early_looks, 16u);
-    }
-};
-
-__device__ __forceinline__ float without_round(float v) { return __uint_as_float(__float_as_uint(v) & ~1u); }
-
-__device__ __forceinline__ float4 without_round(float4 v) {
-    return make_float4(without_round(v.x), without_round(v.y), without_round(v.z), without_round(v.w));
-}
+// What blocks of the decoding kernel send each other, and how warps of a block wait for each other.
 
 // Sends for the next product what an own channel contributes, and its group's sum of squares. By whole warps.
 template <u32 PHASE>
@@ -90,14 +9,6 @@ __device__ __forceinline__ void send_channel(const Args& a, bool has, u32 channe
 #pragma unroll
     for (u32 width = 8; width > 0; width /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, width);
     if (has && channel % TILE_ROWS == 0) send(a.exchange + sums_of(PHASE) + channel / TILE_ROWS, sum, round);
-}
-
-constexpr u64 ROUND_OF_KEY = 1ull << 31;  // vocabularies are smaller
-
-// The largest of a warp's keys.
-__device__ __forceinline__ u64 largest_key(u64 key) {
-    u32 high = __reduce_max_sync(ALL_LANES, (u32)(key >> 32));
-    return (u64)high << 32 | __reduce_max_sync(ALL_LANES, (u32)(key >> 32) == high ? (u32)key : 0);
 }
 
 // Waits for the keys of all blocks that have a part in the head: the most likely token.
@@ -153,13 +64,6 @@ __device__ __forceinline__ void copy_vectors(const Args& a, Shared& shared, floa
             for (u32 n = 0; n < count; ++n) async_copy_16(to + 4 * n * OWN_FLOATS, v + (first + n) * WIDTH + channel);
             if (phase == MIX) async_copy_16(to + 12 * OWN_FLOATS, a.state + (size_t)layer * WIDTH + channel);
         }
-}
-
-// Without the compiler's checks; off by a few units in the last place.
-__device__ __forceinline__ float inverse_root(float x) {
-    float r;
-    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r * (1.5f - 0.5f * x * r * r);
 }
 
 // R of a phase's row, by one warp.

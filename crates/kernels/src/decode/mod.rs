@@ -8,7 +8,7 @@ mod weights;
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, Constant, CudaError, Device, Kernel, Launch, Source};
-use crate::sampling::{Keys, Sampling};
+use crate::sampling::{Next, Sampling};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 pub use weights::{Projection, Shape, Vector, Weights};
@@ -18,6 +18,7 @@ pub(crate) const SOURCE: Source = Source {
     text: concat!(
         include_str!("plan.cuh"),
         include_str!("weights.cuh"),
+        include_str!("messages.cuh"),
         include_str!("exchange.cuh"),
         include_str!("dots.cuh"),
         include_str!("decode.cu")
@@ -287,8 +288,8 @@ impl Decoder {
         let mut token = Token::Id(token);
         for step in 0..count {
             self.submit(weights, state, token, 0, 1)?;
-            let keys = Keys { keys: &mut self.keys, round: self.fed };
-            sampling.draw(&mut self.logits, step, Some(keys))?;
+            let next = Next::Keys { keys: &mut self.keys, round: self.fed };
+            sampling.draw(&mut self.logits, step, next)?;
             token = Token::Best;
         }
         Ok(())
@@ -311,7 +312,6 @@ impl Decoder {
         if weights.shape() != self.shape || state.len() < layers * width || !is_known {
             return Err(CudaError::Shape(format!("a step of {token:?}")));
         }
-        let phases = phases(weights);
         let args = Args {
             weights: weights.tiles.address(0),
             vectors: weights.vectors.address(0),
@@ -323,7 +323,7 @@ impl Decoder {
             keys: self.keys.address(0),
             not_finite: self.not_finite.address(0),
             history: self.history.address(history),
-            tile_at: phases.map(|phase| phase.first as u64),
+            tile_at: weights.phases().map(|phase| phase.first as u64),
             layer_tiles: weights.layer_tiles() as u64,
             layers: layers as u32,
             vocab: vocab as u32,
@@ -364,11 +364,6 @@ impl Decoder {
         let best = keys.into_iter().filter(|&key| key != 0).map(|key| key | ROUND_OF_KEY).max();
         Ok(best.map(|key| !(key as u32)))
     }
-}
-
-/// The products of a layer, and the head's, in the order of the source's phases.
-fn phases(weights: &Weights) -> [crate::ternary_gemm::cuda::TileMatrix; PHASES] {
-    [weights.mix(0), weights.out(0), weights.glu(0), weights.down(0), weights.head()]
 }
 
 #[cfg(test)]

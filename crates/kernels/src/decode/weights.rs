@@ -258,6 +258,11 @@ impl Weights {
         self.last_norm() + self.shape.width
     }
 
+    /// The products of a layer, and the head's, one phase after the other.
+    pub(crate) fn phases(&self) -> [TileMatrix; 5] {
+        [self.mix(0), self.out(0), self.glu(0), self.down(0), self.head()]
+    }
+
     /// Tiles from one layer to the next.
     pub(crate) fn layer_tiles(&self) -> usize {
         layer_tiles(self.shape)

@@ -19,12 +19,7 @@ use crate::ternary_gemm::cuda::{Quantized, SPLIT_MAX_TOKENS, Sums};
 
 pub(crate) const SOURCE: Source = Source {
     name: "fused_rows",
-    text: concat!(
-        include_str!("block_of_a_row.cuh"),
-        include_str!("row.cuh"),
-        include_str!("rows.cu"),
-        include_str!("many_rows.cu")
-    ),
+    text: concat!(include_str!("row.cuh"), include_str!("rows.cu"), include_str!("many_rows.cu")),
     hopper_only: false,
     contracts: false,
 };

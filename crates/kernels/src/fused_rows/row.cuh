@@ -1,7 +1,6 @@
-// One row (token) in the registers and the shared memory of some threads: norms and quantiser. In front of it stand
-// `row_threads()`, how many threads share a row, numbered by threadIdx.x from 0, `sync_row()`, a barrier for them, MOST_HELD, how
-// many fours of a vector a thread can hold, and ROLLED_NORMS.
+// One row (token) in the registers and the shared memory of a block: norms and quantiser.
 
+constexpr u32 MOST_HELD = 4;  // fours of a vector that a thread can hold
 template <u32 PER>
 constexpr bool FITS_REGISTERS = PER <= MOST_HELD;
 extern __shared__ __align__(128) float4 row_memory[];
@@ -48,7 +47,7 @@ template <u32 PER, class F>
 __device__ __forceinline__ void each(u32 fours, F f) {
 #pragma unroll
     for (u32 i = 0; i < PER; ++i) {
-        u32 k = threadIdx.x + i * row_threads();
+        u32 k = threadIdx.x + i * blockDim.x;
         if (k < fours) f(i, k);
     }
 }
@@ -73,12 +72,12 @@ struct Held {
 template <u32 PER>
 __device__ __forceinline__ float row_inverse_rms(const float4 (&row)[PER], u32 fours, float eps, float* scalar) {
     each<PER>(fours, [&](u32 i, u32 k) { row_memory[k] = row[i]; });
-    sync_row();
+    __syncthreads();
     if (threadIdx.x < 32) {
-        float r = warp_inverse_rms<ROLLED_NORMS>((const float*)row_memory, 4 * fours, eps);
+        float r = warp_inverse_rms((const float*)row_memory, 4 * fours, eps);
         if (threadIdx.x == 0) *scalar = r;
     }
-    sync_row();
+    __syncthreads();
     return *scalar;
 }
 
@@ -99,7 +98,7 @@ struct QuantizerMemory {
     __device__ __forceinline__ float scale(u32 layer) const {
         u32 lane = threadIdx.x % 32;
         return quantizer_scale(
-            __uint_as_float(__reduce_max_sync(ALL_LANES, lane < row_threads() / 32 ? parts[layer][lane] : 0)));
+            __uint_as_float(__reduce_max_sync(ALL_LANES, lane < blockDim.x / 32 ? parts[layer][lane] : 0)));
     }
     // Takes the sum of the integers that a thread has stored.
     __device__ __forceinline__ void add(u32 layer, int sum) {
@@ -108,7 +107,7 @@ struct QuantizerMemory {
     }
     // All that belongs to the row beside its integers.
     __device__ __forceinline__ void finish(const Quantized& q, u32 m, const float (&scale)[LAYERS], bool is_row = true) {
-        sync_row();
+        __syncthreads();
         if (threadIdx.x == 0 && is_row) {
 #pragma unroll
             for (u32 j = 0; j < LAYERS; ++j) {
@@ -132,7 +131,7 @@ __device__ __forceinline__ void store_quantized(const float4 (&row)[PER], u32 fo
         each<PER>(fours, [&](u32 i, u32 k) { largest = largest_of(largest, row[i] * r * weights[j].get(i, k)); });
         memory.offer(j, largest);
     }
-    sync_row();
+    __syncthreads();
 #pragma unroll
     for (u32 j = 0; j < LAYERS; ++j) {
         scale[j] = memory.scale(j);
@@ -140,7 +139,7 @@ __device__ __forceinline__ void store_quantized(const float4 (&row)[PER], u32 fo
         each<PER>(fours, [&](u32 i, u32 k) {
             *word_of(q, j, m, k) = quantize_word(row[i] * r * weights[j].get(i, k) * scale[j], sum);
         });
-        for (u32 k = fours + threadIdx.x; k < q.stride / 4; k += row_threads()) *word_of(q, j, m, k) = 0;
+        for (u32 k = fours + threadIdx.x; k < q.stride / 4; k += blockDim.x) *word_of(q, j, m, k) = 0;
         memory.add(j, sum);
     }
 }

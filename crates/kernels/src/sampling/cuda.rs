@@ -68,11 +68,16 @@ pub struct Request<'a> {
     pub only_finite: bool,
 }
 
-/// Where the decoding kernel finds the token that it feeds next.
+/// Where a kernel on the device finds what it feeds next.
 #[derive(Debug)]
-pub struct Keys<'a> {
-    pub(crate) keys: &'a mut Buffer<u64>,
-    pub(crate) round: u64,
+pub enum Next<'a> {
+    /// Only the host asks for what is drawn.
+    Host,
+    /// The keys of the decoding kernel, in a round.
+    #[allow(missing_docs)]
+    Keys { keys: &'a mut Buffer<u64>, round: u64 },
+    /// A token for each request.
+    Tokens(&'a mut Buffer<u32>),
 }
 
 /// The kernel, what it draws from and what it has drawn.
@@ -189,15 +194,23 @@ impl Sampling {
         &mut self,
         logits: &mut Buffer<f32>,
         pass: usize,
-        keys: Option<Keys<'_>>,
+        next: Next<'_>,
     ) -> Result<(), CudaError> {
-        if pass >= self.draws {
+        let has_room = !matches!(&next, Next::Tokens(tokens) if tokens.len() < self.row_count);
+        if pass >= self.draws || !has_room {
             return Err(CudaError::Shape(format!("draw {pass} of {}", self.draws)));
         }
-        let (keys, key_count, round) = keys.map_or((0, 0, 0), |Keys { keys, round }| {
-            (keys.address(0), keys.len() as u32, (round & 1) as u32)
-        });
-        self.launch(logits, Args { keys, key_count, round, pass: pass as u32, ..NOTHING })
+        let args = match next {
+            Next::Host => NOTHING,
+            Next::Keys { keys, round } => Args {
+                keys: keys.address(0),
+                key_count: keys.len() as u32,
+                round: (round & 1) as u32,
+                ..NOTHING
+            },
+            Next::Tokens(tokens) => Args { tokens: tokens.address(0), ..NOTHING },
+        };
+        self.launch(logits, Args { pass: pass as u32, ..args })
     }
 
     /// Submits the draw whose number `passes` counts, from 1. The tokens also go to `tokens`, one for each request. At most as

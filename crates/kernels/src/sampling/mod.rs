@@ -7,7 +7,7 @@
 mod cuda;
 
 pub(crate) use cuda::SOURCE;
-pub use cuda::{Keys, Request, Sampling};
+pub use cuda::{Next, Request, Sampling};
 
 use crate::lanes::exp;
 

@@ -12,7 +12,7 @@ use mmfree_kernels::cuda::{Buffer, CudaError, Device};
 use mmfree_kernels::decode::{Decoder, Projection, Shape, Vector, Weights};
 use mmfree_kernels::fused_rows::{EmbeddingType, FusedRows, Norms, Output};
 use mmfree_kernels::mlgru::cuda::{Layer, Recurrence, Sequences};
-use mmfree_kernels::sampling::{Request, Sampling};
+use mmfree_kernels::sampling::{Next, Request, Sampling};
 use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums};
 
 use super::{Activation, Draw, Observer, Sequence, Want, check_finite};
@@ -204,7 +204,7 @@ impl CudaEngine {
     /// One pass over the batch; the logits after each sequence's last token.
     pub fn forward(&mut self, batch: &mut [Sequence<'_>]) -> Result<()> {
         let (count, vocab) = (batch.len(), self.weights.shape().vocab);
-        let place = self.submit(batch, (0..count).collect())?;
+        let (place, _) = self.submit(batch, (0..count).collect())?;
         let logits = logits_in(place, &mut self.decoder, &mut self.batches, &mut self.work);
         self.logits.resize(count * vocab, 0.0);
         logits.read(0, &mut self.logits)?;
@@ -220,31 +220,35 @@ impl CudaEngine {
         let (count, vocab) = (batch.len(), self.weights.shape().vocab);
         let is_wanted = |&number: &usize| !matches!(wants[number], Want::Nothing);
         let wanted: Vec<usize> = (0..count).filter(is_wanted).collect();
-        let place = self.submit(batch, wanted.clone())?;
+        let (place, wanted_rows) = self.submit(batch, wanted.clone())?;
         let logits = logits_in(place, &mut self.decoder, &mut self.batches, &mut self.work);
         let (mut requests, mut words, mut of_requests) = (Vec::new(), Vec::new(), Vec::new());
         let mut is_drawn = vec![false; wanted.len()];
-        for (row, &number) in wanted.iter().enumerate() {
+        for (at, (&number, &row)) in wanted.iter().zip(&wanted_rows).enumerate() {
             if let Want::Token(Draw { sampler, recent }) = &mut wants[number]
                 && let Some(params) = sampler.on_device()
             {
                 words.push(sampler.next_word());
                 requests.push(Request { row, params, recent, only_finite: true });
                 of_requests.push(number);
-                is_drawn[row] = true;
+                is_drawn[at] = true;
             }
         }
         let mut drawn = vec![None; count];
         if !requests.is_empty() {
             self.sampling.begin(&requests, vocab, 1, &words)?;
-            self.sampling.draw(logits, 0, None)?;
+            self.sampling.draw(logits, 0, Next::Host)?;
             let tokens = self.sampling.drawn()?.ok_or_else(super::not_finite)?;
             of_requests.iter().zip(tokens).for_each(|(&number, token)| drawn[number] = Some(token));
         }
         self.logits.resize(count * vocab, 0.0);
         // Neighbours come together.
-        let rows: Vec<(usize, usize)> =
-            wanted.into_iter().enumerate().filter(|&(row, _)| !is_drawn[row]).collect();
+        let rows: Vec<(usize, usize)> = wanted_rows
+            .into_iter()
+            .zip(wanted)
+            .zip(is_drawn)
+            .filter_map(|(row, is_drawn)| (!is_drawn).then_some(row))
+            .collect();
         for run in rows.chunk_by(|a, b| b.0 == a.0 + 1 && b.1 == a.1 + 1) {
             let (row, number) = run[0];
             let to = &mut self.logits[number * vocab..][..run.len() * vocab];
@@ -255,19 +259,22 @@ impl CudaEngine {
     }
 
     /// Submits one pass over the batch, and the head behind the last tokens of some sequences. Tells where their logits
-    /// will be, a row for each of these sequences.
-    fn submit(&mut self, batch: &mut [Sequence<'_>], wanted: Vec<usize>) -> Result<LogitsPlace> {
+    /// will be, and in which rows.
+    fn submit(
+        &mut self,
+        batch: &mut [Sequence<'_>],
+        wanted: Vec<usize>,
+    ) -> Result<(LogitsPlace, Vec<usize>)> {
         if let ([Sequence { state, tokens: [token] }], Some(decoder)) =
             (&mut *batch, &mut self.decoder)
         {
             decoder.step(&self.weights, state.on_device(&self.device)?, *token)?;
             state.count_tokens(1);
-            return Ok(LogitsPlace::Decoder);
+            return Ok((LogitsPlace::Decoder, wanted));
         }
         let count = batch.len();
         let batches = self.batches.as_mut().filter(|batches| batches.takes(count));
-        // It has logits of all sequences.
-        let is_step = wanted.len() == count && batch.iter().all(|s| s.tokens.len() == 1);
+        let is_step = batch.iter().all(|s| s.tokens.len() == 1);
         if let Some(batches) = batches.filter(|_| is_step) {
             let tokens: Vec<u32> = batch.iter().flat_map(|s| s.tokens).copied().collect();
             let mut states: Vec<_> = batch.iter_mut().map(|s| &mut *s.state).collect();
@@ -276,7 +283,8 @@ impl CudaEngine {
             for state in states {
                 state.count_tokens(1);
             }
-            return Ok(LogitsPlace::Batches);
+            // It has logits of all sequences.
+            return Ok((LogitsPlace::Batches, wanted));
         }
         self.run_blocks(batch, None)?;
         let ends = batch.iter().scan(0, |end, sequence| {
@@ -289,7 +297,8 @@ impl CudaEngine {
             self.prepare_head(&picked)?;
             self.submit_head(picked.len())?;
         }
-        Ok(LogitsPlace::Work)
+        let rows = (0..wanted.len()).collect();
+        Ok((LogitsPlace::Work, rows))
     }
 
     /// Runs all tokens through all blocks and leaves the residual stream, without the last block's output,
@@ -343,18 +352,23 @@ impl CudaEngine {
     ) -> Result<Vec<u32>> {
         let rows = states.len();
         let is_greedy = draws.is_none();
-        let batches = self.batches.as_mut().filter(|batches| is_greedy && batches.takes(rows));
-        if let Some(batches) = batches {
+        let vocab = self.model.config().vocab_size;
+        if let Some(draws) = draws {
+            self.begin_drawing(draws, count)?;
+        }
+        if let Some(batches) = self.batches.as_mut().filter(|batches| batches.takes(rows)) {
             assign_steps(&mut self.work.sequences, states, &self.device)?;
-            let chosen = batches.greedy(&self.weights, &self.work.sequences, tokens, count)?;
+            let (weights, sequences) = (&self.weights, &self.work.sequences);
+            let chosen = if is_greedy {
+                batches.greedy(weights, sequences, tokens, count)?
+            } else {
+                batches.sampled(weights, sequences, tokens, count, &mut self.sampling)?;
+                self.sampling.drawn()?
+            };
             for state in states {
                 state.count_tokens(count);
             }
             return chosen.ok_or_else(super::not_finite);
-        }
-        let vocab = self.model.config().vocab_size;
-        if let Some(draws) = draws {
-            self.begin_drawing(draws, count)?;
         }
         let mut sequences: Vec<_> = states.iter_mut().map(|state| (&mut **state, 1)).collect();
         self.prepare(&mut sequences, rows)?;

@@ -1,0 +1,351 @@
+// What a warp does in a phase: it exchanges the row of its sequence with the blocks of its team, and multiplies.
+
+// ---- Words of quantised rows ----
+
+// A word that has not been sent: integers are never -128.
+constexpr u32 NOTHING = 0x80808080;
+
+__device__ __forceinline__ u32 missing(uint4 v) {
+    return ((v.x & 255) == 128) | ((v.y & 255) == 128) | ((v.z & 255) == 128) | ((v.w & 255) == 128);
+}
+
+__device__ __forceinline__ uint4 look4(const u32* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void look_again(uint4& v, const u32* from, u32 condition) {
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                 : "l"(from), "r"(condition)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send_word(u32* to, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word) : "memory");
+}
+
+// ---- Pairs of channels ----
+
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return make_float2(a.x * b.x, a.y * b.y); }
+__device__ __forceinline__ float2 dequantize(int2 sum, float factor) {
+    return make_float2(dequantize(sum.x, factor), dequantize(sum.y, factor));
+}
+
+// The row of tiles of a lane's pair, and its first channel; the other one is 8 behind it.
+__device__ __forceinline__ u32 tile_of(u32 pair) { return threadIdx.x % 32 / 8 + 4 * pair; }
+__device__ __forceinline__ u32 channel_of(u32 pair) { return tile_of(pair) * TILE_ROWS + threadIdx.x % 8; }
+__device__ __forceinline__ float2 pair_at(const float* from, u32 pair) {
+    return make_float2(from[channel_of(pair)], from[channel_of(pair) + 8]);
+}
+
+// Keeps the compiler from computing addresses long before they are needed: registers are few.
+__device__ __forceinline__ u32 opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// ---- Products ----
+
+// d += 64 times codes (64 x 32) * activations (32 x 16).
+__device__ __forceinline__ void wgmma(int (&d)[8], const u32 (&codes)[4], u64 activations) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1;"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7])
+        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "l"(activations));
+}
+
+// Sums are 64 times too large, for codes are where they were in their bytes.
+constexpr float PER_SUM = 1.0f / 64.0f;
+
+struct Worker {
+    const Args& a;
+    Shared& shared;
+    u8* region;
+    Stream stream;
+    u32 warp, lane, owner, sequence;
+    Own own, inner, head;
+    bool is_real;   // a warp without a sequence only multiplies
+    u32 turn;       // of own vectors, and the parity of `sums_read`
+    float step[3];  // of the last quantised rows: R max|u| / 127 / 64
+    int total[3];   // 64 times the sums of their integers
+
+    template <u32 PHASE>
+    __device__ __forceinline__ const Own& own_input() const {
+        return PHASE == DOWN ? inner : own;
+    }
+    template <u32 PHASE>
+    __device__ __forceinline__ u32* row(u32 layer) const {
+        return a.rows + rows_at(PHASE) + (layer * SEQUENCES + sequence) * row_words_of(PHASE);
+    }
+
+    // ---- The exchange ----
+
+    // Tells the team the largest |u| of own channels and the sum of squares, waits for those of the others, and leaves the row's step
+    // and factor, 127 / max|u|.
+    template <u32 PHASE, u32 P>
+    __device__ __forceinline__ void exchange_scale(const float2 (&u)[layers_of(PHASE)][P], float square, u32 round,
+                                                   float (&factor)[layers_of(PHASE)]) {
+        constexpr u32 LAYERS = layers_of(PHASE), LOADS = parts(OWNERS, 32);
+        float largest[3];
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            float most = 0.0f;
+#pragma unroll
+            for (u32 p = 0; p < P; ++p) most = fmaxf(most, fmaxf(fabsf(u[j][p].x), fabsf(u[j][p].y)));
+            // The bits of floats that are not negative are in their order.
+            largest[j] = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+        }
+#pragma unroll
+        for (u32 width = 16; width > 0; width /= 2) square += __shfl_xor_sync(ALL_LANES, square, width);
+        float* messages = a.messages + (PHASE * SEQUENCES + sequence) * OWNERS * 4;
+        if (lane == 0) send4(messages + owner * 4, make_float4(largest[0], largest[LAYERS > 1], largest[LAYERS - 1], square), round);
+        Patience patience = {shared.patience[warp][PHASE]};
+        patience.wait();
+        float4 v[LOADS];
+        u32 mask = mask_of(round);
+        auto has = [&](u32 k) { return (k + 1) * 32 <= OWNERS || lane + 32 * k < OWNERS; };
+        auto from = [&](u32 k) { return messages + (lane + 32 * k) * 4; };
+#pragma unroll
+        for (u32 k = 0; k < LOADS; ++k) v[k] = has(k) ? look4(from(k)) : make_float4(0, 0, 0, 0);
+        for (u32 early_looks = 0;; ++early_looks) {
+            u32 any = 0;
+#pragma unroll
+            for (u32 k = 0; k < LOADS; ++k) {
+                u32 one = has(k) ? missing(v[k], mask) & 1 : 0;
+                look_again(v[k], from(k), one);
+                any |= one;
+            }
+            if (!__any_sync(ALL_LANES, any)) {
+                patience.learn(early_looks);
+                break;
+            }
+        }
+        if (lane == 0) shared.patience[warp][PHASE] = patience.cycles;
+        float4 all = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (u32 k = 0; k < LOADS; ++k) {
+            float4 one = without_round(v[k]);
+            all = make_float4(fmaxf(all.x, one.x), fmaxf(all.y, one.y), fmaxf(all.z, one.z), all.w + one.w);
+        }
+#pragma unroll
+        for (u32 width = 16; width > 0; width /= 2) all.w += __shfl_xor_sync(ALL_LANES, all.w, width);
+        // Where only the quantiser's own norm is, the other has no part in it.
+        float r = inverse_root(all.w * (PHASE == DOWN ? 1.0f / INNER : 1.0f / WIDTH) + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            u32 of_lane = __float_as_uint(j == 0 ? all.x : j == 1 ? all.y : all.z);
+            float most = fmaxf(__uint_as_float(__reduce_max_sync(ALL_LANES, of_lane)), 1e-35f);
+            step[j] = most * (1.0f / 127.0f) * r * PER_SUM;
+            factor[j] = 127.0f * reciprocal(most);
+        }
+    }
+
+    // Quantises own channels of a row, of which the whole team sends its parts, and sends them.
+    template <u32 PHASE, u32 P>
+    __device__ __forceinline__ void send_row(const float2 (&u)[layers_of(PHASE)][P], float square, u32 round) {
+        constexpr u32 LAYERS = layers_of(PHASE);
+        float factor[LAYERS];
+        exchange_scale<PHASE>(u, square, round, factor);
+        // Of four lanes the first has their eight channels.
+        u32 low[LAYERS][P], high[LAYERS][P];
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+            for (u32 p = 0; p < P; ++p) {
+                auto rounded = [&](float v) { return __float_as_uint(v * factor[j] + 12582912.0f); };
+                u32 bytes = __byte_perm(rounded(u[j][p].x), rounded(u[j][p].y), 0x5410) & 0x00ff00ff;
+                bytes |= __shfl_down_sync(ALL_LANES, bytes, 1) << 8;
+                u32 next = __shfl_down_sync(ALL_LANES, bytes, 2);
+                low[j][p] = __byte_perm(bytes, next, 0x5410), high[j][p] = __byte_perm(bytes, next, 0x7632);
+            }
+        Own mine = own_input<PHASE>();
+#pragma unroll
+        for (u32 p = 0; p < P; ++p)
+            if (lane % 4 == 0 && tile_of(p) < mine.groups) {
+                u32 word = (mine.begin + tile_of(p)) * (TILE_ROWS / 4) + lane % 8 / 4;
+#pragma unroll
+                for (u32 j = 0; j < LAYERS; ++j) {
+                    send_word(row<PHASE>(j) + place_of_word(word), low[j][p]);
+                    send_word(row<PHASE>(j) + place_of_word(word + 2), high[j][p]);
+                }
+            }
+        // All blocks of the team have read what was sent before the last product.
+        clear_row<PHASE == MIX ? DOWN : Phase(PHASE - 1)>();
+    }
+
+    // Own words of a phase's row become such as have not been sent.
+    template <u32 PHASE>
+    __device__ __forceinline__ void clear_row() {
+        Own mine = own_input<PHASE>();
+#pragma unroll
+        for (u32 j = 0; j < layers_of(PHASE); ++j)
+#pragma unroll 1
+            for (u32 k = lane; k < mine.groups * (TILE_ROWS / 4); k += 32)
+                send_word(row<PHASE>(j) + place_of_word(mine.begin * (TILE_ROWS / 4) + k), NOTHING);
+    }
+
+    // Waits for the row and leaves it in shared memory.
+    template <u32 PHASE>
+    __device__ __forceinline__ void receive_row() {
+        constexpr u32 LAYERS = layers_of(PHASE), FOURS = row_words_of(PHASE) / 4, LOADS = parts(FOURS, 32);
+        u32 lane = opaque(this->lane);
+        Patience patience = {shared.patience[warp][PHASES + PHASE]};
+        patience.wait();
+        uint4 v[LAYERS][LOADS];
+        auto has = [&](u32 i) { return (i + 1) * 32 <= FOURS || lane + 32 * i < FOURS; };
+        auto from = [&](u32 j, u32 i) { return row<PHASE>(j) + (lane + 32 * i) * 4; };
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+            for (u32 i = 0; i < LOADS; ++i) v[j][i] = has(i) ? look4(from(j, i)) : make_uint4(0, 0, 0, 0);
+        for (u32 early_looks = 0;; ++early_looks) {
+            u32 any = 0;
+#pragma unroll
+            for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+                for (u32 i = 0; i < LOADS; ++i) {
+                    u32 one = missing(v[j][i]);
+                    look_again(v[j][i], from(j, i), one);
+                    any |= one;
+                }
+            if (!__any_sync(ALL_LANES, any)) {
+                patience.learn(early_looks);
+                break;
+            }
+        }
+        if (lane == 0) shared.patience[warp][PHASES + PHASE] = patience.cycles;
+        // Codes are weights + 1.
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j) {
+            int sum = 0;
+#pragma unroll
+            for (u32 i = 0; i < LOADS; ++i) {
+                sum = __dp4a((int)v[j][i].x, 0x40404040, __dp4a((int)v[j][i].y, 0x40404040, sum));
+                sum = __dp4a((int)v[j][i].z, 0x40404040, __dp4a((int)v[j][i].w, 0x40404040, sum));
+            }
+            total[j] = __reduce_add_sync(ALL_LANES, sum);
+        }
+        // Sums of the last phase may lie there.
+        wait_for(shared_address(&shared.sums_read), turn);
+        __syncwarp();
+        u8* to = region + warp / 8 * (8 * MATRIX_BYTES) + warp % 8 * 16;
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+            for (u32 i = 0; i < LOADS; ++i) {
+                u32 piece = lane + 32 * i;
+                if (has(i)) *(uint4*)(to + (j * columns_of(PHASE) + piece / 8) * COLUMN_BYTES + piece % 8 * MATRIX_BYTES) = v[j][i];
+            }
+    }
+
+    // ---- The product ----
+
+    // Leaves the sums of a layer's rows of tiles, each by 16 sequences.
+    template <u32 PHASE>
+    __device__ __forceinline__ void product(u32 layer) {
+        // The compiler knows then that branches do not part the warps of a group.
+        u32 uniform_warp = __shfl_sync(ALL_LANES, warp, 0), lane = opaque(this->lane), g = lane / 4, t = lane % 4;
+        u32 inputs = shared_address(region) + layer * columns_of(PHASE) * COLUMN_BYTES;
+        u32* sums_to = (u32*)(region + input_bytes_of(PHASE)) +
+                       (layer * layer_sums_of(PHASE) + uniform_warp % GROUP) * SUM_WORDS + t * 16 + (g ^ t / 2 * 4) * 2;
+#pragma unroll 1
+        for (u32 of_layer = 0; of_layer < layer_runs_of(PHASE); ++of_layer) {
+            Run<PHASE> run(uniform_warp / GROUP, of_layer);
+            // Of fields whose codes are 16 and 64 times too large.
+            int sums[2][8] = {};
+            u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | (inputs + run.begin * COLUMN_BYTES) / 16;
+            uint4 tile = make_uint4(0, 0, 0, 0);
+            if (run.begin < run.end) tile = stream.take();
+#pragma unroll 1
+            for (u32 column = run.begin; column < run.end;) {
+                const u32 words[4] = {tile.x, tile.y, tile.z, tile.w};
+                u32 codes[4][4];
+#pragma unroll
+                for (u32 j = 0; j < 4; ++j) {
+                    u32 low = words[j] << 4;
+                    codes[0][j] = low & FIELD << 4, codes[1][j] = low & FIELD << 6;
+                    codes[2][j] = words[j] & FIELD << 4, codes[3][j] = words[j] & FIELD << 6;
+                }
+                // Before the fence, or instructions would wait for them one after the other.
+#pragma unroll
+                for (u32 f = 0; f < 4; ++f)
+                    asm volatile("" : "+r"(codes[f][0]), "+r"(codes[f][1]), "+r"(codes[f][2]), "+r"(codes[f][3]));
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (u32 f = 0; f < 4; ++f) wgmma(sums[f % 2], codes[f], matrix + f * (2 * MATRIX_BYTES / 16));
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                stream.fetch();
+                ++column, matrix += COLUMN_BYTES / 16;
+                if (column < run.end) tile = stream.take();
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            }
+            u32* to = sums_to + run.sums_at() * SUM_WORDS;
+#pragma unroll
+            for (u32 half = 0; half < 2; ++half)
+#pragma unroll
+                for (u32 e = 0; e < 2; ++e) {
+                    u32 i = half * 4 + e;
+                    *(int2*)(to + (half * 8 + e * 4) * 16) =
+                        make_int2(sums[1][i] + 4 * sums[0][i], sums[1][i + 2] + 4 * sums[0][i + 2]);
+                }
+        }
+    }
+
+    // Brings four floats of the vectors that own channels need behind a phase: `count` of them, STRIDE floats apart, each of CHANNELS.
+    template <u32 CHANNELS, u32 STRIDE>
+    __device__ __forceinline__ float4 ask_vectors(const float* from, u32 count, const Own& mine) const {
+        constexpr u32 FOURS = CHANNELS / 4;
+        u32 which = threadIdx.x / FOURS, four = threadIdx.x % FOURS;
+        if (which >= count || four >= mine.groups * (TILE_ROWS / 4)) return make_float4(0, 0, 0, 0);
+        return __ldg((const float4*)(from + which * STRIDE + mine.begin * TILE_ROWS) + four);
+    }
+
+    // Multiplies what all warps have received; then the sums are there, and the vectors.
+    template <u32 PHASE>
+    __device__ __forceinline__ void multiply(float4 vectors) {
+        turn ^= 1;
+        // What was written by ordinary stores is read by the tensor cores.
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        if (threadIdx.x * 4 < OWN_VECTORS) *(float4*)&shared.vectors[turn][threadIdx.x * 4] = vectors;
+        __syncthreads();
+#pragma unroll 1
+        for (u32 j = 0; j < layers_of(PHASE); ++j) product<PHASE>(j);
+        __syncthreads();
+    }
+
+    // ---- Behind the product ----
+
+    // The sums of a pair of channels of a row of tiles.
+    template <u32 PHASE>
+    __device__ __forceinline__ int2 sum_of(u32 row, u32 layer = 0) const {
+        constexpr u32 WHOLE = whole_fours_of(PHASE) * GROUP, PARTS = parts_of(PHASE);
+        u32 lane = opaque(this->lane), order = warp / 8 * 8 + warp % 2 * 4 + warp % 8 / 2;
+        bool is_whole = row < WHOLE;
+        u32 at = is_whole ? row : WHOLE + (row - WHOLE) / GROUP * (PARTS * GROUP) + row % GROUP;
+        const u32* from = (const u32*)(region + input_bytes_of(PHASE)) + (layer * layer_sums_of(PHASE) + at) * SUM_WORDS +
+                          order * 16 + (lane % 8 ^ (order / 2 & 1) * 4) * 2;
+        int2 sum = make_int2(-total[layer], -total[layer]);
+#pragma unroll
+        for (u32 part = 0; part < PARTS; ++part)
+            if (part == 0 || !is_whole) {
+                int2 v = *(const int2*)(from + part * (GROUP * SUM_WORDS));
+                sum.x += v.x, sum.y += v.y;
+            }
+        return sum;
+    }
+
+    // Vector `which` at a pair of own channels.
+    __device__ __forceinline__ float2 vector(u32 which, u32 pair) const {
+        return pair_at(&shared.vectors[turn][which * OWN], pair);
+    }
+
+    __device__ __forceinline__ void have_read_sums() {
+        __syncwarp();
+        if (lane == 0) arrive(shared_address(&shared.sums_read));
+    }
+};
