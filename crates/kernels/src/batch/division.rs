@@ -9,25 +9,39 @@ use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 const TILE_BYTES: usize = 512;
 const MATRIX_BYTES: usize = 128 + 16;
 const SUM_WORDS: usize = SLOTS * TILE_ROWS + 16;
-/// Warps that multiply together, and groups of such warps.
-const GROUP: usize = 4;
-const GROUPS: usize = SLOTS / GROUP;
 /// Layers that share a phase, each with activations of its own.
 const LAYERS: [usize; PHASES] = [3, 1, 1, 1, 1];
 const GLU: usize = 2;
 /// A word of quantised channels that has not been sent: integers are never -128.
 const NOTHING: u32 = 0x8080_8080;
 
-/// Sequences of a block, and warps.
+/// Sequences that a block has room for, and warps.
 pub(super) const SLOTS: usize = 16;
-/// Teams of blocks, each with sequences of its own: the fewest that have room for all, for each reads all weights.
-pub(super) const TEAMS: [usize; 4] = [1, 2, 4, 8];
+
+/// How many sequences take part in a step, and how they are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Size {
+    /// Groups of sequences, each with blocks of its own.
+    pub teams: usize,
+    /// Operands of a block's products, of eight sequences each.
+    pub operands: usize,
+    /// Warps that multiply together: four if blocks have several rows of tiles.
+    pub together: usize,
+}
+
+const fn size(teams: usize, operands: usize, together: usize) -> Size {
+    Size { teams, operands, together }
+}
+
+/// In the order of what they have room for: the fewest teams that have, for each reads all weights.
+pub(super) const SIZES: [Size; 5] =
+    [size(1, 1, 1), size(1, 2, 1), size(2, 2, 1), size(4, 2, 4), size(8, 2, 4)];
 /// Tiles on their way to a warp: as many as fit.
 const STAGES: [usize; 4] = [16, 8, 4, 2];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Division {
-    pub teams: usize,
+    pub size: Size,
     /// Blocks of a team, each of which owns channels.
     pub owners: usize,
     stages: usize,
@@ -38,31 +52,50 @@ pub(super) struct Division {
 struct Tiles {
     columns: [usize; PHASES],
     rows: [usize; PHASES],
+    /// Warps that multiply together.
+    together: usize,
 }
 
 impl Tiles {
-    fn new(shape: Shape, owners: usize) -> Self {
+    fn new(shape: Shape, owners: usize, together: usize) -> Self {
         let Shape { width, inner, vocab, .. } = shape;
         let groups = |n: usize| n.div_ceil(TILE_ROWS).div_ceil(owners);
         let [width_groups, inner_groups] = [width, inner].map(groups);
         Self {
             columns: inputs(shape).map(|n| n.div_ceil(TILE_COLS)),
             rows: [width_groups, width_groups, 2 * inner_groups, width_groups, groups(vocab)],
+            together,
         }
     }
 
-    /// Fours of rows by columns that a group of warps multiplies of each layer, one after the other.
+    /// Of a layer's sets of rows that are multiplied together: those that a group of warps has each, those whose K the groups
+    /// share, and in how many parts.
+    fn sets(&self, phase: usize) -> (usize, usize, usize) {
+        let groups = SLOTS / self.together;
+        let sets = self.rows[phase].div_ceil(self.together);
+        let shared = sets % groups;
+        let most = self.columns[phase].max(self.together);
+        let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
+        let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
+        let parts = match shared {
+            0 => 1,
+            _ if self.together > 1 && shared == groups - 1 => groups,
+            _ => powers.filter(fits).last().unwrap_or(1),
+        };
+        (sets - shared, shared, parts)
+    }
+
+    /// What a group of warps multiplies of each layer, one after the other.
     fn layer_runs(&self, phase: usize) -> usize {
-        let fours = self.rows[phase].div_ceil(GROUP);
-        let shared = fours % GROUPS;
-        // The groups share K of those that are not as many as they are.
-        let parts = if shared == GROUPS / 2 { 2 } else { GROUPS };
-        (fours - shared + shared * parts) / GROUPS
+        let (whole, shared, parts) = self.sets(phase);
+        (whole + shared * parts).div_ceil(SLOTS / self.together)
     }
 
     fn region_bytes(&self, phase: usize) -> usize {
+        let (whole, shared, parts) = self.sets(phase);
         let inputs = self.columns[phase] * SLOTS * MATRIX_BYTES;
-        LAYERS[phase] * (inputs + 4 * SUM_WORDS * GROUP * GROUPS * self.layer_runs(phase))
+        let sums = self.together * (whole + shared * parts);
+        LAYERS[phase] * (inputs + 4 * SUM_WORDS * sums)
     }
 
     /// Tiles of a layer that a block reads.
@@ -77,18 +110,19 @@ fn inputs(Shape { width, inner, .. }: Shape) -> [usize; PHASES] {
 }
 
 impl Division {
-    /// For so many teams. `None` if a model's rows do not fit.
+    /// `None` if a model's rows do not fit.
     pub fn new(
         shape: Shape,
-        teams: usize,
+        size: Size,
         multiprocessors: usize,
         shared_bytes: usize,
     ) -> Option<Self> {
         // The fewest owners whose busiest one has as few tiles of a layer as with all of them.
-        let busiest = |owners: usize| Tiles::new(shape, owners).of_layer();
-        let most = (multiprocessors / teams).min(shape.width.div_ceil(TILE_ROWS));
+        let tiles = |owners: usize| Tiles::new(shape, owners, size.together);
+        let busiest = |owners: usize| tiles(owners).of_layer();
+        let most = (multiprocessors / size.teams).min(shape.width.div_ceil(TILE_ROWS));
         let owners = (1..=most).min_by_key(|&owners| (busiest(owners), owners))?;
-        let tiles = Tiles::new(shape, owners);
+        let tiles = tiles(owners);
         let own = TILE_ROWS * tiles.rows[0];
         let own_vectors = (4 * own).max(TILE_ROWS * tiles.rows[GLU] / 2);
         let runs: usize = (0..PHASES).map(|phase| LAYERS[phase] * tiles.layer_runs(phase)).sum();
@@ -99,20 +133,31 @@ impl Division {
         let stages = STAGES.into_iter().find(|&stages| bytes(stages) <= shared_bytes)?;
         // Each thread brings four floats of the vectors.
         let is_small = own_vectors <= 4 * 32 * SLOTS;
-        is_small.then(|| Self { teams, owners, stages, shared_bytes: bytes(stages) })
+        is_small.then(|| Self { size, owners, stages, shared_bytes: bytes(stages) })
     }
 
-    /// Sequences that it has room for.
-    pub fn sequences(&self) -> usize {
-        SLOTS * self.teams
+    /// Sequences that it takes.
+    pub fn most_sequences(&self) -> usize {
+        8 * self.size.operands * self.size.teams
     }
 
-    pub fn constants(&self, shape: Shape) -> [Constant; 7] {
+    /// Sequences that blocks have room for.
+    pub fn slots(&self) -> usize {
+        SLOTS * self.size.teams
+    }
+
+    pub fn blocks(&self) -> usize {
+        self.size.teams * self.owners
+    }
+
+    pub fn constants(&self, shape: Shape) -> [Constant; 9] {
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
             ("VOCAB", shape.vocab),
-            ("NUM_TEAMS", self.teams),
+            ("NUM_TEAMS", self.size.teams),
+            ("NUM_OPERANDS", self.size.operands),
+            ("NUM_TOGETHER", self.size.together),
             ("NUM_OWNERS", self.owners),
             ("NUM_STAGES", self.stages),
             // The source compares it with its own.
@@ -122,7 +167,7 @@ impl Division {
 
     /// Floats of the messages: of each phase four from each owner to each sequence.
     pub fn messages(&self) -> usize {
-        4 * PHASES * self.sequences() * self.owners
+        4 * PHASES * self.slots() * self.owners
     }
 
     /// What the quantised rows are before any has been sent, in words of four channels: of each phase [layer][sequence][K].
@@ -131,18 +176,22 @@ impl Division {
             // Zeros where there are no channels.
             let mut row = vec![0; inputs.next_multiple_of(TILE_COLS) / 4];
             for word in 0..inputs / 4 {
-                row[place_of_word(word)] = NOTHING;
+                row[self.place_of_word(word)] = NOTHING;
             }
             row
         };
         let rows = inputs(shape).into_iter().zip(LAYERS);
-        rows.flat_map(|(inputs, layers)| row(inputs).repeat(layers * self.sequences())).collect()
+        rows.flat_map(|(inputs, layers)| row(inputs).repeat(layers * self.slots())).collect()
     }
-}
 
-/// Of 32 words those that become a row of a matrix lie side by side.
-fn place_of_word(word: usize) -> usize {
-    word & !31 | (word & 3) << 3 | word & 4 | word >> 3 & 3
+    /// Words that become a row of a matrix, or an operand of one warp, lie side by side.
+    fn place_of_word(&self, word: usize) -> usize {
+        if self.size.together > 1 {
+            word & !31 | (word & 3) << 3 | word & 4 | word >> 3 & 3
+        } else {
+            word & !7 | (word & 3) << 1 | word >> 2 & 1
+        }
+    }
 }
 
 #[cfg(test)]
@@ -155,19 +204,19 @@ mod tests {
     #[test]
     fn published_sizes_are_divided_evenly() {
         for (width, inner, owners) in [
-            (1024, 2816, [64, 64, 32, 16]),
-            (2048, 5632, [128, 64, 32, 16]),
-            (2560, 6912, [108, 62, 32, 0]),
+            (1024, 2816, [64, 64, 64, 32, 16]),
+            (2048, 5632, [128, 128, 64, 32, 16]),
+            (2560, 6912, [108, 108, 62, 32, 0]),
         ] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
-            for (teams, owners) in TEAMS.into_iter().zip(owners) {
-                let division = Division::new(shape, teams, HOPPER.0, HOPPER.1);
-                assert_eq!(division.is_some(), owners > 0, "{width}: {teams} teams");
+            for (size, owners) in SIZES.into_iter().zip(owners) {
+                let division = Division::new(shape, size, HOPPER.0, HOPPER.1);
+                assert_eq!(division.is_some(), owners > 0, "{width}: {size:?}");
                 let Some(division) = division else { continue };
-                assert_eq!(division.owners, owners, "{width}: {teams} teams");
-                assert!(division.owners * teams <= HOPPER.0);
+                assert_eq!(division.owners, owners, "{width}: {size:?}");
+                assert!(division.blocks() <= HOPPER.0);
                 assert!(division.shared_bytes <= HOPPER.1);
-                assert!(division.stages >= 2, "{width}: {division:?}");
+                assert!(division.stages >= 4, "{width}: {division:?}");
             }
         }
     }
@@ -176,15 +225,19 @@ mod tests {
     fn sizes_that_do_not_fit_are_refused() {
         let shape = |width, inner, vocab| Shape { layers: 2, width, inner, vocab };
         for shape in [shape(5120, 13824, 32000), shape(128, 160, 4_000_000)] {
-            assert!(Division::new(shape, 4, HOPPER.0, HOPPER.1).is_none());
+            assert!(Division::new(shape, SIZES[3], HOPPER.0, HOPPER.1).is_none());
         }
-        assert!(Division::new(shape(2048, 5632, 32000), 4, HOPPER.0, 1 << 16).is_none());
+        assert!(Division::new(shape(2048, 5632, 32000), SIZES[3], HOPPER.0, 1 << 16).is_none());
     }
 
     #[test]
     fn every_channel_has_a_place_of_its_own() {
-        let mut places: Vec<usize> = (0..96).map(place_of_word).collect();
-        places.sort_unstable();
-        assert!(places.into_iter().eq(0..96));
+        let shape = Shape { layers: 1, width: 256, inner: 336, vocab: 100 };
+        for size in SIZES {
+            let division = Division::new(shape, size, HOPPER.0, HOPPER.1).expect("fits");
+            let mut places: Vec<usize> = (0..96).map(|word| division.place_of_word(word)).collect();
+            places.sort_unstable();
+            assert!(places.into_iter().eq(0..96));
+        }
     }
 }

@@ -14,7 +14,7 @@ use crate::mlgru::cuda::Sequences;
 use crate::sampling::{Next, Sampling};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
-use division::{Division, SLOTS, TEAMS};
+use division::{Division, SIZES, SLOTS};
 
 pub(crate) const SOURCE: Source = Source {
     name: "batch",
@@ -61,7 +61,7 @@ struct Args {
     eps: f32,
 }
 
-/// A kernel for some teams, and what its blocks send each other.
+/// A kernel, and what its blocks send each other.
 #[derive(Debug)]
 struct BatchKernel {
     kernel: Kernel,
@@ -100,9 +100,9 @@ impl BatchDecoder {
     ) -> Result<Option<Self>, CudaError> {
         let shape = weights.shape();
         let (multiprocessors, shared_bytes) = (device.multiprocessors(), device.shared_bytes());
-        let kernels: Vec<_> = TEAMS
+        let kernels: Vec<_> = SIZES
             .into_iter()
-            .filter_map(|teams| Division::new(shape, teams, multiprocessors, shared_bytes))
+            .filter_map(|size| Division::new(shape, size, multiprocessors, shared_bytes))
             .map(|division| (division, None))
             .collect();
         let has_whole_tiles =
@@ -124,7 +124,7 @@ impl BatchDecoder {
 
     /// The kernel for so many sequences.
     fn kernel_at(&self, count: usize) -> Option<usize> {
-        let fits = |(division, _): &(Division, _)| count <= division.sequences();
+        let fits = |(division, _): &(Division, _)| count <= division.most_sequences();
         self.kernels.iter().position(fits).filter(|_| SEQUENCES.contains(&count))
     }
 
@@ -217,7 +217,7 @@ impl BatchDecoder {
                 kernel: self.device.kernel_for(SOURCE, &constants, "batch_step", bytes)?,
                 messages: Buffer::zeros(&self.device, division.messages())?,
                 rows: Buffer::from_slice(&self.device, &division.rows(shape))?,
-                keys: Buffer::zeros(&self.device, division.sequences() * division.owners)?,
+                keys: Buffer::zeros(&self.device, division.slots() * division.owners)?,
                 steps: 0,
             });
         }
@@ -270,10 +270,9 @@ impl BatchDecoder {
             steps_before: kernel.steps as u32,
             eps: self.eps,
         };
-        let blocks = division.teams * division.owners;
         let launch = Launch {
             cooperative: true,
-            ..Launch::new([blocks, 1, 1], 32 * SLOTS, division.shared_bytes)
+            ..Launch::new([division.blocks(), 1, 1], 32 * SLOTS, division.shared_bytes)
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape and the number of sequences.
         unsafe { kernel.kernel.launch(launch, &args)? };
@@ -296,15 +295,15 @@ mod tests {
         }
         for (width, inner) in [(256, 336), (1024, 2816), (2048, 5632), (2560, 6912)] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
-            for teams in TEAMS {
+            for size in SIZES {
                 // Of an H100 or H200.
-                let Some(division) = Division::new(shape, teams, 132, 232_448) else {
-                    assert_eq!((width, teams), (2560, 8));
+                let Some(division) = Division::new(shape, size, 132, 232_448) else {
+                    assert_eq!((width, size.teams), (2560, 8));
                     continue;
                 };
                 let compiled = compile_with(SOURCE, &division.constants(shape), "sm_90a");
                 let log = compiled.expect("compiles").log;
-                assert!(!log.contains("serialized"), "{width}, {teams} teams: {log}");
+                assert!(!log.contains("serialized"), "{width}, {size:?}: {log}");
             }
         }
     }

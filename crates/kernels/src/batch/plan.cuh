@@ -7,6 +7,8 @@
 #define VOCAB 32000
 #define NUM_TEAMS 4
 #define NUM_OWNERS 32
+#define NUM_OPERANDS 2
+#define NUM_TOGETHER 4
 #define NUM_STAGES 8
 #endif
 
@@ -14,6 +16,7 @@
 // of its sequences.
 constexpr u32 SLOTS = 16, WARPS = SLOTS, THREADS = 32 * WARPS;
 constexpr u32 TEAMS = NUM_TEAMS, OWNERS = NUM_OWNERS, SEQUENCES = SLOTS * TEAMS;
+constexpr u32 OPERANDS = NUM_OPERANDS;  // of a product, of eight sequences each
 
 enum Phase : u32 { MIX, OUT, GLU, DOWN, HEAD, PHASES };  // products; all but the last in every layer
 
@@ -46,18 +49,22 @@ static_assert(OWN_VECTORS <= 4 * THREADS, "each thread brings four");
 
 // ---- Products ----
 
-// Four warps multiply four rows of tiles together. Fours that are as many as groups of warps have a group each; the groups
-// share K of the rest.
-constexpr u32 GROUP = 4, GROUPS = WARPS / GROUP;
+// Four warps multiply four rows of tiles together (warpgroup instructions), or, where blocks have few rows, each warp one.
+// Such sets of rows that are as many as groups of warps have a group each; the groups share K of the rest.
+constexpr u32 GROUP = NUM_TOGETHER, GROUPS = WARPS / GROUP;
 __device__ constexpr u32 rows_of(u32 phase) { return most_groups_of(phase) * (phase == GLU ? 2 : 1); }  // of a layer
-__device__ constexpr u32 whole_fours_of(u32 phase) { return parts(rows_of(phase), GROUP) / GROUPS * GROUPS; }
-__device__ constexpr u32 shared_fours_of(u32 phase) { return parts(rows_of(phase), GROUP) - whole_fours_of(phase); }
+__device__ constexpr u32 whole_sets_of(u32 phase) { return parts(rows_of(phase), GROUP) / GROUPS * GROUPS; }
+__device__ constexpr u32 shared_sets_of(u32 phase) { return parts(rows_of(phase), GROUP) - whole_sets_of(phase); }
 __device__ constexpr u32 parts_of(u32 phase) {
-    return shared_fours_of(phase) == 0 ? 1 : shared_fours_of(phase) == GROUPS / 2 ? 2 : GROUPS;
+    if (shared_sets_of(phase) == 0) return 1;
+    u32 most = 1;
+    while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(columns_of(phase), GROUP)) most *= 2;
+    // Three of four groups would wait for nothing.
+    return GROUP > 1 && shared_sets_of(phase) == GROUPS - 1 ? GROUPS : most;
 }
-// What a group of warps multiplies one after the other: fours of rows by columns.
+// What a group of warps multiplies one after the other: sets of rows by columns.
 __device__ constexpr u32 layer_runs_of(u32 phase) {
-    return (whole_fours_of(phase) + shared_fours_of(phase) * parts_of(phase)) / GROUPS;
+    return parts(whole_sets_of(phase) + shared_sets_of(phase) * parts_of(phase), GROUPS);
 }
 __device__ constexpr u32 runs_of(u32 phase) { return layers_of(phase) * layer_runs_of(phase); }
 constexpr u32 LAYER_RUNS = runs_of(MIX) + runs_of(OUT) + runs_of(GLU) + runs_of(DOWN), HEAD_RUNS = runs_of(HEAD);
@@ -65,32 +72,37 @@ constexpr u32 LAYER_RUNS = runs_of(MIX) + runs_of(OUT) + runs_of(GLU) + runs_of(
 // A run of a layer's rows.
 template <u32 PHASE>
 struct Run {
-    u32 four, part, begin, end;  // columns
+    u32 set, part, begin, end;  // columns
+    bool is_none;               // the last run may be one of some groups only
 
     __device__ __forceinline__ Run(u32 group, u32 run) {
-        constexpr u32 WHOLE = whole_fours_of(PHASE), PARTS = parts_of(PHASE), COLUMNS = columns_of(PHASE);
+        constexpr u32 WHOLE = whole_sets_of(PHASE), PARTS = parts_of(PHASE), COLUMNS = columns_of(PHASE);
         bool is_whole = run < WHOLE / GROUPS;
         u32 at = group + (run - WHOLE / GROUPS) * GROUPS;
-        four = is_whole ? run * GROUPS + group : WHOLE + at / PARTS;
+        is_none = !is_whole && at >= shared_sets_of(PHASE) * PARTS;
+        set = is_whole ? run * GROUPS + group : WHOLE + at / PARTS;
         part = is_whole ? 0 : at % PARTS;
-        begin = is_whole ? 0 : COLUMNS * part / PARTS;
-        end = is_whole ? COLUMNS : COLUMNS * (part + 1) / PARTS;
+        begin = is_whole || is_none ? 0 : COLUMNS * part / PARTS;
+        end = is_none ? 0 : is_whole ? COLUMNS : COLUMNS * (part + 1) / PARTS;
     }
     // Where its sums are, in rows of tiles.
     __device__ __forceinline__ u32 sums_at() const {
-        constexpr u32 WHOLE = whole_fours_of(PHASE);
-        return GROUP * (four < WHOLE ? four : WHOLE + (four - WHOLE) * parts_of(PHASE) + part);
+        constexpr u32 WHOLE = whole_sets_of(PHASE);
+        return GROUP * (set < WHOLE ? set : WHOLE + (set - WHOLE) * parts_of(PHASE) + part);
     }
 };
 
 // ---- Memory ----
 
-// Activations in shared memory: of a column of tiles 16 matrices of 8 sequences by 16 channels, apart for their banks.
+// Activations in shared memory: of a column of tiles 16 matrices of 8 sequences by 16 channels for warpgroups, otherwise 16
+// sequences; apart for their banks.
 constexpr u32 MATRIX_BYTES = 128 + 16, COLUMN_BYTES = SLOTS * MATRIX_BYTES;
 __device__ constexpr u32 input_bytes_of(u32 phase) { return layers_of(phase) * columns_of(phase) * COLUMN_BYTES; }
 // Behind them, sums of a part of a row of tiles: [sequence][8][2], and some words for the banks.
 constexpr u32 SUM_WORDS = SLOTS * TILE_ROWS + 16;
-__device__ constexpr u32 layer_sums_of(u32 phase) { return GROUP * GROUPS * layer_runs_of(phase); }
+__device__ constexpr u32 layer_sums_of(u32 phase) {
+    return GROUP * (whole_sets_of(phase) + shared_sets_of(phase) * parts_of(phase));
+}
 __device__ constexpr u32 region_of(u32 phase) {
     return input_bytes_of(phase) + layers_of(phase) * layer_sums_of(phase) * SUM_WORDS * 4;
 }
@@ -119,9 +131,10 @@ __device__ constexpr u32 rows_at(u32 phase) {
     for (u32 p = 0; p < phase; ++p) at += layers_of(p) * SEQUENCES * row_words_of(p);
     return at;
 }
-// Of 32 words those that become a row of a matrix lie side by side.
+// Words that become a row of a matrix, or an operand of one warp, lie side by side.
 __device__ __forceinline__ u32 place_of_word(u32 word) {
-    return (word & ~31u) | (word & 3) << 3 | (word & 4) | (word >> 3 & 3);
+    return GROUP > 1 ? (word & ~31u) | (word & 3) << 3 | (word & 4) | (word >> 3 & 3)
+                     : (word & ~7u) | (word & 3) << 1 | (word >> 2 & 1);
 }
 
 constexpr u32 LAYER_FLOATS = 9 * WIDTH + INNER, GAMMAS = 6;
@@ -160,7 +173,7 @@ __device__ __forceinline__ u32 list_runs(const Args& a, Shared& shared, const Ow
     for (u32 k = threadIdx.x; k < WARPS * runs_of(PHASE); k += THREADS) {
         u32 warp = k % WARPS, of_phase = k / WARPS, layer = of_phase / layer_runs_of(PHASE);
         Run<PHASE> run(warp / GROUP, of_phase % layer_runs_of(PHASE));
-        u32 r = run.four * GROUP + warp % GROUP;
+        u32 r = run.set * GROUP + warp % GROUP;
         bool has_row = r < rows;
         // A gate's row, then its value's.
         u32 own_row = PHASE == GLU ? r / 2 + r % 2 * groups_of(INNER) : r;

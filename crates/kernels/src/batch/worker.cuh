@@ -233,60 +233,95 @@ struct Worker {
         // Sums of the last phase may lie there.
         wait_for(shared_address(&shared.sums_read), turn);
         __syncwarp();
-        u8* to = region + warp / 8 * (8 * MATRIX_BYTES) + warp % 8 * 16;
+        constexpr u32 PIECE_BYTES = GROUP > 1 ? MATRIX_BYTES : 16;
+        u8* to = region + (GROUP > 1 ? warp / 8 * (8 * MATRIX_BYTES) + warp % 8 * 16 : warp * MATRIX_BYTES);
 #pragma unroll
         for (u32 j = 0; j < LAYERS; ++j)
 #pragma unroll
             for (u32 i = 0; i < LOADS; ++i) {
                 u32 piece = lane + 32 * i;
-                if (has(i)) *(uint4*)(to + (j * columns_of(PHASE) + piece / 8) * COLUMN_BYTES + piece % 8 * MATRIX_BYTES) = v[j][i];
+                if (has(i)) *(uint4*)(to + (j * columns_of(PHASE) + piece / 8) * COLUMN_BYTES + piece % 8 * PIECE_BYTES) = v[j][i];
             }
     }
 
     // ---- The product ----
+
+    // A tile's codes as registers of the first operand; the first and third 16 times too large, the others 64 times.
+    __device__ __forceinline__ static void unpack(uint4 tile, u32 (&codes)[4][4]) {
+        const u32 words[4] = {tile.x, tile.y, tile.z, tile.w};
+#pragma unroll
+        for (u32 j = 0; j < 4; ++j) {
+            u32 low = words[j] << 4;
+            codes[0][j] = low & FIELD << 4, codes[1][j] = low & FIELD << 6;
+            codes[2][j] = words[j] & FIELD << 4, codes[3][j] = words[j] & FIELD << 6;
+        }
+    }
+
+    // Adds the columns of a run to the sums of four rows of tiles.
+    __device__ __forceinline__ void multiply_together(u32 begin, u32 end, u32 inputs, int (&sums)[2][8]) {
+        u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | (inputs + begin * COLUMN_BYTES) / 16;
+        uint4 tile = stream.take();
+#pragma unroll 1
+        for (u32 column = begin; column < end;) {
+            u32 codes[4][4];
+            unpack(tile, codes);
+            // Before the fence, or instructions would wait for them one after the other.
+#pragma unroll
+            for (u32 f = 0; f < 4; ++f)
+                asm volatile("" : "+r"(codes[f][0]), "+r"(codes[f][1]), "+r"(codes[f][2]), "+r"(codes[f][3]));
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (u32 f = 0; f < 4; ++f) wgmma(sums[f % 2], codes[f], matrix + f * (2 * MATRIX_BYTES / 16));
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            stream.fetch();
+            ++column, matrix += COLUMN_BYTES / 16;
+            if (column < end) tile = stream.take();
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        }
+    }
+
+    // The same of one row of tiles, by a warp alone.
+    __device__ __forceinline__ void multiply_alone(u32 begin, u32 end, const u8* inputs, int (&sums)[2][8]) {
+        const u8* from = inputs + begin * COLUMN_BYTES + lane / 4 * MATRIX_BYTES + lane % 4 * 32;
+#pragma unroll 2
+        for (u32 column = begin; column < end; ++column, from += COLUMN_BYTES) {
+            uint4 q[OPERANDS][2];
+#pragma unroll
+            for (u32 n = 0; n < OPERANDS; ++n)
+#pragma unroll
+                for (u32 side = 0; side < 2; ++side) q[n][side] = *(const uint4*)(from + n * 8 * MATRIX_BYTES + side * 16);
+            u32 codes[4][4];
+            unpack(stream.take(), codes);
+            stream.fetch();
+#pragma unroll
+            for (u32 f = 0; f < 4; ++f)
+#pragma unroll
+                for (u32 n = 0; n < OPERANDS; ++n) {
+                    uint4 of = q[n][f / 2];
+                    mma_u8_s8(*(int(*)[4]) & sums[f % 2][4 * n], codes[f][0], codes[f][1], codes[f][2], codes[f][3],
+                              f % 2 ? of.z : of.x, f % 2 ? of.w : of.y);
+                }
+        }
+    }
 
     // Leaves the sums of a layer's rows of tiles, each by 16 sequences.
     template <u32 PHASE>
     __device__ __forceinline__ void product(u32 layer) {
         // The compiler knows then that branches do not part the warps of a group.
         u32 uniform_warp = __shfl_sync(ALL_LANES, warp, 0), lane = opaque(this->lane), g = lane / 4, t = lane % 4;
-        u32 inputs = shared_address(region) + layer * columns_of(PHASE) * COLUMN_BYTES;
+        u8* inputs = region + layer * columns_of(PHASE) * COLUMN_BYTES;
         u32* sums_to = (u32*)(region + input_bytes_of(PHASE)) +
                        (layer * layer_sums_of(PHASE) + uniform_warp % GROUP) * SUM_WORDS + t * 16 + (g ^ t / 2 * 4) * 2;
 #pragma unroll 1
         for (u32 of_layer = 0; of_layer < layer_runs_of(PHASE); ++of_layer) {
             Run<PHASE> run(uniform_warp / GROUP, of_layer);
-            // Of fields whose codes are 16 and 64 times too large.
-            int sums[2][8] = {};
-            u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | (inputs + run.begin * COLUMN_BYTES) / 16;
-            uint4 tile = make_uint4(0, 0, 0, 0);
-            if (run.begin < run.end) tile = stream.take();
-#pragma unroll 1
-            for (u32 column = run.begin; column < run.end;) {
-                const u32 words[4] = {tile.x, tile.y, tile.z, tile.w};
-                u32 codes[4][4];
-#pragma unroll
-                for (u32 j = 0; j < 4; ++j) {
-                    u32 low = words[j] << 4;
-                    codes[0][j] = low & FIELD << 4, codes[1][j] = low & FIELD << 6;
-                    codes[2][j] = words[j] & FIELD << 4, codes[3][j] = words[j] & FIELD << 6;
-                }
-                // Before the fence, or instructions would wait for them one after the other.
-#pragma unroll
-                for (u32 f = 0; f < 4; ++f)
-                    asm volatile("" : "+r"(codes[f][0]), "+r"(codes[f][1]), "+r"(codes[f][2]), "+r"(codes[f][3]));
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (u32 f = 0; f < 4; ++f) wgmma(sums[f % 2], codes[f], matrix + f * (2 * MATRIX_BYTES / 16));
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                stream.fetch();
-                ++column, matrix += COLUMN_BYTES / 16;
-                if (column < run.end) tile = stream.take();
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            }
+            if (run.is_none) continue;
+            int sums[2][8] = {};  // of codes that are 16 and 64 times too large
+            if (GROUP == 1) multiply_alone(run.begin, run.end, inputs, sums);
+            else if (run.begin < run.end) multiply_together(run.begin, run.end, shared_address(inputs), sums);
             u32* to = sums_to + run.sums_at() * SUM_WORDS;
 #pragma unroll
-            for (u32 half = 0; half < 2; ++half)
+            for (u32 half = 0; half < OPERANDS; ++half)
 #pragma unroll
                 for (u32 e = 0; e < 2; ++e) {
                     u32 i = half * 4 + e;
@@ -323,7 +358,7 @@ struct Worker {
     // The sums of a pair of channels of a row of tiles.
     template <u32 PHASE>
     __device__ __forceinline__ int2 sum_of(u32 row, u32 layer = 0) const {
-        constexpr u32 WHOLE = whole_fours_of(PHASE) * GROUP, PARTS = parts_of(PHASE);
+        constexpr u32 WHOLE = whole_sets_of(PHASE) * GROUP, PARTS = parts_of(PHASE);
         u32 lane = opaque(this->lane), order = warp / 8 * 8 + warp % 2 * 4 + warp % 8 / 2;
         bool is_whole = row < WHOLE;
         u32 at = is_whole ? row : WHOLE + (row - WHOLE) / GROUP * (PARTS * GROUP) + row % GROUP;
