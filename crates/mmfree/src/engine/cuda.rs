@@ -1,4 +1,4 @@
-//! The engine on a GPU. The same bits as on the processor, but for a sequence that is decoded alone.
+//! The engine on a GPU. The same bits as on the processor, but for tokens that take one launch.
 //!
 //! Tokens of one sequence take one launch ([`Decoder`]), and so does a token of each of many sequences
 //! ([`BatchDecoder`]). Everything else goes through the blocks with one launch for each product and one for what lies

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A prompt gives the same bits at once, token by token, in any chunks, and beside any other sequences, with
-//! any kernel tier and on a GPU.
+//! any kernel tier, and in one piece on a GPU.
 
 mod cpu;
 mod cuda;
