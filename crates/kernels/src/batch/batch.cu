@@ -1,7 +1,7 @@
 // Steps of a batch of sequences, a token of each, in one launch: a persistent grid of one block an SM.
 //
-// Teams of blocks have 16 sequences each, and a warp of every block of the team belongs to each of them; a block owns channels, with all
-// rows of the weights that lead to them. Behind a product a warp computes what belongs to its sequence and the block's channels
+// Teams of blocks have 16 sequences each, and a warp of every block of the team belongs to each of them; a block owns channels,
+// with all rows of the weights that lead to them. Behind a product a warp computes what belongs to its sequence and the block's channels
 // (gates, recurrence, residual), once. Then it tells the other owners of the team the largest |u| of its channels and their sum of
 // squares, and with those of all it quantises its channels and sends them; and it waits for the whole row, for the next product.
 // So rows need no blocks of their own, and there is no barrier of the grid: data tell that they have come.
@@ -10,10 +10,7 @@
 // are those of the decoding kernel: floats are multiplied in another order than on the CPU.
 
 __device__ __forceinline__ float embedding(const Args& a, u32 token, u32 k) {
-    size_t at = (size_t)token * WIDTH + k;
-    if (a.embedding_type == 0) return __ldg((const float*)a.embeddings + at);
-    unsigned short bits = __ldg((const unsigned short*)a.embeddings + at);
-    return a.embedding_type == 1 ? f16_to_f32(bits) : __uint_as_float((u32)bits << 16);
+    return embedding_at(a.embeddings, a.embedding_type, (size_t)token * WIDTH + k);
 }
 
 // A sequence's residual stream at own channels, and what the next product's input is made of.

@@ -155,7 +155,7 @@ struct Args {
     u64 tile_at[PHASES];     // first tile of a phase in its layer (the head's: of all)
     u64 layer_tiles;         // tiles of a layer
     u32 m, layers, steps;    // sequences
-    u32 embedding_type;      // 0: f32, 1: f16, 2: bf16
+    u32 embedding_type;      // as `embedding_at` says
     u32 segment_tiles;       // row tiles of each of i, f, g
     u32 steps_before;        // made with these messages, rows and keys
     float eps;
@@ -219,8 +219,8 @@ struct Stream {
 
     // Asks for one more.
     __device__ __forceinline__ void fetch() {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(ring + slot * (WARPS * TILE_BYTES)), "l"(from), "r"(bytes)
-                     : "memory");
+        u32 to = ring + slot * (WARPS * TILE_BYTES);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
         asm volatile("cp.async.commit_group;" ::: "memory");
         from += 32;
         slot = (slot + 1) % STAGES;

@@ -85,8 +85,8 @@ struct Worker {
 
     // ---- The exchange ----
 
-    // Tells the team the largest |u| of own channels and the sum of squares, waits for those of the others, and leaves the row's step
-    // and factor, 127 / max|u|.
+    // Tells the team the largest |u| of own channels and the sum of squares, waits for those of the others, and leaves the row's
+    // step and factor, 127 / max|u|.
     template <u32 PHASE, u32 P>
     __device__ __forceinline__ void exchange_scale(const float2 (&u)[layers_of(PHASE)][P], float square, u32 round,
                                                    float (&factor)[layers_of(PHASE)]) {
@@ -103,7 +103,8 @@ struct Worker {
 #pragma unroll
         for (u32 width = 16; width > 0; width /= 2) square += __shfl_xor_sync(ALL_LANES, square, width);
         float* messages = a.messages + (PHASE * SEQUENCES + sequence) * OWNERS * 4;
-        if (lane == 0) send4(messages + owner * 4, make_float4(largest[0], largest[LAYERS > 1], largest[LAYERS - 1], square), round);
+        float4 mine = make_float4(largest[0], largest[LAYERS > 1], largest[LAYERS - 1], square);
+        if (lane == 0) send4(messages + owner * 4, mine, round);
         Patience patience = {shared.patience[warp][PHASE]};
         patience.wait();
         float4 v[LOADS];
@@ -334,7 +335,8 @@ struct Worker {
         }
     }
 
-    // Brings four floats of the vectors that own channels need behind a phase: `count` of them, STRIDE floats apart, each of CHANNELS.
+    // Brings four floats of the vectors that own channels need behind a phase: `count` of them, STRIDE floats apart, each of
+    // CHANNELS.
     template <u32 CHANNELS, u32 STRIDE>
     __device__ __forceinline__ float4 ask_vectors(const float* from, u32 count, const Own& mine) const {
         constexpr u32 FOURS = CHANNELS / 4;

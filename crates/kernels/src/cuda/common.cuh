@@ -175,6 +175,13 @@ __device__ __forceinline__ float f16_to_f32(unsigned short bits) {
     return value;
 }
 
+// Element `at` of a table of embeddings, widened exactly. Types: 0: f32, 1: f16, 2: bf16.
+__device__ __forceinline__ float embedding_at(const void* table, u32 type, size_t at) {
+    if (type == 0) return __ldg((const float*)table + at);
+    unsigned short bits = __ldg((const unsigned short*)table + at);
+    return type == 1 ? f16_to_f32(bits) : __uint_as_float((u32)bits << 16);
+}
+
 // A key whose order is that of the logits, of equal ones the lower token first.
 __device__ __forceinline__ u64 logit_key(float logit, u32 token) {
     u32 bits = __float_as_uint(logit + 0.0f);

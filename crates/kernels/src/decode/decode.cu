@@ -298,10 +298,7 @@ static_assert(place_of(PHASES) == NUM_EXCHANGE_FLOATS, "the host computes this n
 
 // Channel k of a token's embedding.
 __device__ __forceinline__ float embedding(const Args& a, u32 token, u32 k) {
-    size_t at = (size_t)token * WIDTH + k;
-    if (a.embedding_type == 0) return __ldg((const float*)a.embeddings + at);
-    unsigned short bits = __ldg((const unsigned short*)a.embeddings + at);
-    return a.embedding_type == 1 ? f16_to_f32(bits) : __uint_as_float((u32)bits << 16);
+    return embedding_at(a.embeddings, a.embedding_type, (size_t)token * WIDTH + k);
 }
 
 // Where a lane leaves its sum of the first row of tiles, or, an odd lane, of the second one.

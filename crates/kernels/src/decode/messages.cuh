@@ -18,15 +18,16 @@ __device__ __forceinline__ float4 look4(const float* from) {
     return v;
 }
 
+__device__ __forceinline__ u32 of_round(float value, u32 round) { return (__float_as_uint(value) & ~1u) | (round & 1); }
+
 __device__ __forceinline__ void send(float* to, float value, u32 round) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"((__float_as_uint(value) & ~1u) | (round & 1)) : "memory");
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(of_round(value, round)) : "memory");
 }
 
 // All four in one round.
 __device__ __forceinline__ void send4(float* to, float4 v, u32 round) {
-    auto of_round = [&](float value) { return (__float_as_uint(value) & ~1u) | (round & 1); };
-    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(of_round(v.x)), "r"(of_round(v.y)),
-                 "r"(of_round(v.z)), "r"(of_round(v.w))
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(of_round(v.x, round)),
+                 "r"(of_round(v.y, round)), "r"(of_round(v.z, round)), "r"(of_round(v.w, round))
                  : "memory");
 }
 

@@ -84,7 +84,7 @@ struct Args {
     u32 layers, vocab;
     u32 segment_tiles;           // row tiles of each of i, f, g
     u32 glu_row_tiles;
-    u32 embedding_type;          // 0: f32, 1: f16, 2: bf16
+    u32 embedding_type;          // as `embedding_at` says
     u32 tokens_before;           // fed since the exchange was cleared
     u32 count;                   // tokens to feed: `token`, then the most likely ones
     int token;                   // negative: the most likely one

@@ -229,7 +229,7 @@ struct EmbedArgs {
     const u32* tokens;   // [M]
     float* x;            // [M][D]
     u32 width;
-    u32 type;            // 0: f32, 1: f16, 2: bf16
+    u32 type;            // as `embedding_at` says
     u32* passes;         // counts this pass; may be null
 };
 
@@ -239,13 +239,7 @@ extern "C" __global__ void __launch_bounds__(LINE_THREADS) embed_rows(const __gr
     wait_for_previous();
     if (a.passes && blockIdx.x == 0 && threadIdx.x == 0) ++*a.passes;
     size_t from = (size_t)a.tokens[blockIdx.x] * a.width, to = (size_t)blockIdx.x * a.width;
-    for (u32 k = threadIdx.x; k < a.width; k += LINE_THREADS) {
-        float value;
-        if (a.type == 0) value = ((const float*)a.table)[from + k];
-        else if (a.type == 1) value = f16_to_f32(((const unsigned short*)a.table)[from + k]);
-        else value = __uint_as_float((u32)((const unsigned short*)a.table)[from + k] << 16);
-        a.x[to + k] = value;
-    }
+    for (u32 k = threadIdx.x; k < a.width; k += LINE_THREADS) a.x[to + k] = embedding_at(a.table, a.type, from + k);
 }
 
 struct BestArgs {
