@@ -178,8 +178,8 @@ struct Worker {
         // All blocks of the team have read what was sent before the last product.
         clear_row<PHASE == MIX ? DOWN : Phase(PHASE - 1)>();
         // Who sees a later message of this warp sees, behind a fence of its own, that words were cleared: so nobody takes the last
-        // layer's row for this one's. Here it costs nothing, for the row of this phase takes longest.
-        if (PHASE == MIX || PHASE == DOWN) __threadfence();
+        // layer's row for this one's. Here it costs least, for the row of this phase takes longest.
+        if (PHASE == MIX || PHASE == DOWN) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
 
     // Own words of a phase's row become such as have not been sent.
