@@ -198,7 +198,8 @@ impl Sampling {
     ) -> Result<(), CudaError> {
         let has_room = !matches!(&next, Next::Tokens(tokens) if tokens.len() < self.row_count);
         if pass >= self.draws || !has_room {
-            return Err(CudaError::Shape(format!("draw {pass} of {}", self.draws)));
+            let (draws, rows) = (self.draws, self.row_count);
+            return Err(CudaError::Shape(format!("draw {pass} of {draws} from {rows} rows")));
         }
         let args = match next {
             Next::Host => NOTHING,

@@ -454,9 +454,11 @@ impl Gemm {
         let mut args = product_args(tiles, matrix, q, sums, matrix.columns())?;
         let m = q.rows;
         let multiprocessors = self.device.multiprocessors();
-        let plan = FewTokensPlan::new(matrix, multiprocessors);
-        let shared = plan.shared_bytes(m * q.layers);
-        if sums.adds && m <= FEW_TOKENS && shared <= self.device.shared_bytes() {
+        let few_tokens = (sums.adds && m <= FEW_TOKENS)
+            .then(|| FewTokensPlan::new(matrix, multiprocessors))
+            .map(|plan| (plan, plan.shared_bytes(m * q.layers)))
+            .filter(|&(_, shared)| shared <= self.device.shared_bytes());
+        if let Some((plan, shared)) = few_tokens {
             let launch = Launch::new([multiprocessors, 1, 1], FEW_TOKENS_THREADS, shared);
             let args = FewTokensArgs { product: args, plan };
             // SAFETY: every buffer was checked to hold what the shapes say, and the shared memory holds the activations.
