@@ -22,11 +22,7 @@ pub(crate) const FEW_TOKENS_SOURCE: Source = Source {
 
 pub(crate) const WARPGROUP_SOURCE: Source = Source {
     name: "ternary_wgmma",
-    text: concat!(
-        include_str!("product.cuh"),
-        include_str!("warpgroup.cuh"),
-        include_str!("wgmma.cu")
-    ),
+    text: concat!(include_str!("product.cuh"), include_str!("wgmma.cu")),
     hopper_only: true,
     contracts: false,
 };
