@@ -56,9 +56,11 @@ __device__ __forceinline__ float mix(Worker& w, float* state, u32 layer, u32 rou
     const float* v = w.a.vectors + (size_t)layer * LAYER_FLOATS;
     const float* gammas = w.a.gammas + GAMMAS * layer;
     float2 h[PAIRS] = {}, u[1][PAIRS] = {};
-    float gamma[3], square = 0.0f;
+    float gamma[3], square[1] = {};
     float* own_state = state + (size_t)layer * WIDTH + w.own.begin * TILE_ROWS;
-    if (w.is_real) w.send_row<MIX>(r.u, r.square, round);
+    auto turn = [&] { w.stream.turn_to(layer, false); };
+    if (w.is_real) w.send_row<MIX>(r.u, {r.square}, round, turn);
+    else turn();
     float4 vectors = w.ask_vectors<OWN, WIDTH>(v + 4 * WIDTH, 3, w.own);
 #pragma unroll
     for (u32 j = 0; j < 3; ++j) gamma[j] = __ldg(gammas + j);
@@ -66,23 +68,23 @@ __device__ __forceinline__ float mix(Worker& w, float* state, u32 layer, u32 rou
 #pragma unroll
         for (u32 p = 0; p < PAIRS; ++p)
             if (tile_of(p) < w.own.groups) h[p] = pair_at(own_state, p);
-        w.receive_row<MIX>();
+        w.receive_row<MIX>(round);
     }
     w.multiply<MIX>(vectors);
     if (w.is_real) {
+        w.exchange_sums<MIX>();
 #pragma unroll
         for (u32 p = 0; p < PAIRS; ++p) {
-            u32 row = tile_of(p);
-            if (row >= w.own.groups) continue;
-            float2 i = dequantize(w.sum_of<MIX>(row, 0), gamma[0] * w.step[0]);
-            float2 f = dequantize(w.sum_of<MIX>(row, 1), gamma[1] * w.step[1]);
-            float2 g = dequantize(w.sum_of<MIX>(row, 2), gamma[2] * w.step[2]);
+            if (tile_of(p) >= w.own.groups) continue;
+            float2 i = dequantize(w.sum_of<MIX>(p, 0), gamma[0] * w.step[0][0]);
+            float2 f = dequantize(w.sum_of<MIX>(p, 1), gamma[1] * w.step[0][1]);
+            float2 g = dequantize(w.sum_of<MIX>(p, 2), gamma[2] * w.step[0][2]);
             float2 beta = w.vector(0, p), norm = w.vector(1, p), weight = w.vector(2, p);
             auto one = [&](float i, float f, float g, float beta, float norm, float weight, float& h) {
                 float forget = beta + (1.0f - beta) * quick_sigmoid(f);
                 h = forget * h + quick_silu(i) * (1.0f - forget);
                 float y = g * norm * quick_silu(h);
-                square += y * y + 1e-6f * (g * g);
+                square[0] += y * y + 1e-6f * (g * g);
                 return y * weight;
             };
             u[0][p].x = one(i.x, f.x, g.x, beta.x, norm.x, weight.x, h[p].x);
@@ -93,8 +95,8 @@ __device__ __forceinline__ float mix(Worker& w, float* state, u32 layer, u32 rou
     w.have_read_sums();
     if (w.is_real) w.send_row<OUT>(u, square, round);
     vectors = w.ask_vectors<OWN, WIDTH>(v + 7 * WIDTH, 2, w.own);
-    float factor = __ldg(gammas + 3) * w.step[0];
-    if (w.is_real) w.receive_row<OUT>();
+    float factor = __ldg(gammas + 3) * w.step[0][0];
+    if (w.is_real) w.receive_row<OUT>(round);
     w.multiply<OUT>(vectors);
     return factor;
 }
@@ -105,10 +107,11 @@ __device__ __forceinline__ void add_output(Worker& w, Residual& r, float factor)
     constexpr bool HAS_THREE = PHASE == DOWN;
     r.clear();
     if (w.is_real) {
+        w.exchange_sums<PHASE>();
 #pragma unroll
         for (u32 p = 0; p < PAIRS; ++p) {
             if (tile_of(p) >= w.own.groups) continue;
-            float2 added = dequantize(w.sum_of<PHASE>(tile_of(p)), factor);
+            float2 added = dequantize(w.sum_of<PHASE>(p), factor);
             r.x[p].x += added.x, r.x[p].y += added.y;
             float2 none = make_float2(0, 0);
             // Behind the last layer the last two are not used.
@@ -124,89 +127,95 @@ __device__ __forceinline__ float glu(Worker& w, const Residual& r, u32 layer, u3
     if (w.is_real) {
         float2 u[1][PAIRS];
         r.first(u);
-        w.send_row<GLU>(u, r.square, round);
+        w.send_row<GLU>(u, {r.square}, round);
     }
     float4 vectors = w.ask_vectors<OWN_INNER, 0>(v + 9 * WIDTH, 1, w.inner);
-    float factor = __ldg(w.a.gammas + GAMMAS * layer + 4) * w.step[0];
-    if (w.is_real) w.receive_row<GLU>();
+    float gamma = __ldg(w.a.gammas + GAMMAS * layer + 4);
+    if (w.is_real) w.receive_row<GLU>(round);
     w.multiply<GLU>(vectors);
-    float2 u[1][INNER_PAIRS] = {};
-    float square = 0.0f;
+    float2 u[SHARING][INNER_PAIRS] = {};
+    float square[SHARING] = {};
     if (w.is_real) {
 #pragma unroll
-        for (u32 p = 0; p < INNER_PAIRS; ++p) {
-            u32 tile = tile_of(p);
-            if (tile >= w.inner.groups) continue;
-            float2 gate = dequantize(w.sum_of<GLU>(2 * tile), factor);
-            float2 value = dequantize(w.sum_of<GLU>(2 * tile + 1), factor);
-            float2 y = make_float2(quick_silu(gate.x) * value.x, quick_silu(gate.y) * value.y);
-            square += y.x * y.x;
-            square += y.y * y.y;
-            u[0][p] = y * pair_at(w.shared.vectors[w.turn], p);
-        }
+        for (u32 k = 0; k < SHARING; ++k)
+#pragma unroll
+            for (u32 p = 0; p < INNER_PAIRS; ++p) {
+                u32 tile = tile_of(p);
+                if (tile >= w.inner.groups) continue;
+                float2 gate = dequantize(w.local_sum<GLU>(2 * tile, 0, k), gamma * w.step[k][0]);
+                float2 value = dequantize(w.local_sum<GLU>(2 * tile + 1, 0, k), gamma * w.step[k][0]);
+                float2 y = make_float2(quick_silu(gate.x) * value.x, quick_silu(gate.y) * value.y);
+                square[k] += y.x * y.x;
+                square[k] += y.y * y.y;
+                u[k][p] = y * pair_at(w.shared.vectors[w.turn], p);
+            }
     }
     w.have_read_sums();
     if (w.is_real) w.send_row<DOWN>(u, square, round);
     // Of the next layer, or the head's two.
     vectors = w.ask_vectors<OWN, WIDTH>(v + LAYER_FLOATS, layer + 1 == w.a.layers ? 2 : 4, w.own);
-    factor = __ldg(w.a.gammas + GAMMAS * layer + 5) * w.step[0];
-    if (w.is_real) w.receive_row<DOWN>();
+    float factor = __ldg(w.a.gammas + GAMMAS * layer + 5) * w.step[0][0];
+    if (w.is_real) w.receive_row<DOWN>(round);
     w.multiply<DOWN>(vectors);
     return factor;
 }
 
-// The largest logit of own tokens, as a key.
-__device__ __forceinline__ u64 head(Worker& w, const Residual& r, u32 round, bool stores) {
+// The largest logits of own tokens, as keys.
+__device__ __forceinline__ void head(Worker& w, const Residual& r, u32 round, bool stores, bool is_last, u64 (&best)[SHARING]) {
     const Args& a = w.a;
     float gamma = __ldg(a.gammas + GAMMAS * a.layers);
+    auto turn = [&] { w.stream.turn_to(a.layers, is_last); };
     if (w.is_real) {
         float2 u[1][PAIRS];
         r.first(u);
-        w.send_row<HEAD>(u, r.square, round);
-        w.receive_row<HEAD>();
-    }
+        w.send_row<HEAD>(u, {r.square}, round, turn);
+        w.receive_row<HEAD>(round);
+    } else turn();
     w.multiply<HEAD>(make_float4(0, 0, 0, 0));
-    u64 best = 0;
-    if (w.is_real) {
+#pragma unroll
+    for (u32 k = 0; k < SHARING; ++k) {
+        best[k] = 0;
+        if (!w.is_real) continue;
         bool finite = true;
-        float* logits = stores ? a.logits + (size_t)w.sequence * VOCAB : nullptr;
+        float* logits = stores && w.is_wanted(k) ? a.logits + (size_t)w.sequence_of(k) * VOCAB : nullptr;
 #pragma unroll 2
         for (u32 row = w.lane / 8; row < w.head.groups; row += 4) {
-            float2 pair = dequantize(w.sum_of<HEAD>(row), gamma * w.step[0]);
+            float2 pair = dequantize(w.local_sum<HEAD>(row, 0, k), gamma * w.step[k][0]);
             u32 token = (w.head.begin + row) * TILE_ROWS + w.lane % 8;
 #pragma unroll
             for (u32 e = 0; e < 2; ++e, token += 8) {
                 if (token >= VOCAB) continue;
                 float logit = e ? pair.y : pair.x;
                 finite = finite && is_finite(logit);
-                best = max(best, logit_key(logit, token));
+                best[k] = max(best[k], logit_key(logit, token));
                 if (logits) logits[token] = logit;
             }
         }
-        if (!finite) *a.not_finite = 1;
-        best = largest_key(best);
+        if (!finite && w.is_wanted(k)) *a.not_finite = 1;
+        best[k] = largest_key(best[k]);
     }
     w.have_read_sums();
-    return best;
 }
 
 // The most likely token, when all owners have told theirs. By a warp with a sequence.
-__device__ __forceinline__ u32 choose_token(Worker& w, u64 best, u32 round) {
+__device__ __forceinline__ u32 choose_token(Worker& w, const u64 (&best)[SHARING], u32 round) {
     u64 bit = round & 1 ? ROUND_OF_KEY : 0, of_lane = 0;
-    u64* keys = w.a.keys + w.sequence * OWNERS;
-    if (w.lane == 0) send_key(keys + w.owner, (best & ~ROUND_OF_KEY) | bit);
+    auto keys = [&](u32 which) { return w.a.keys + w.sequence_of(which) * MAKERS; };
 #pragma unroll
-    for (u32 k = 0; k < parts(OWNERS, 32); ++k) {
-        u32 owner = w.lane + 32 * k;
-        if (owner >= OWNERS || Own(owner, VOCAB).groups == 0) continue;
+    for (u32 k = 0; k < SHARING; ++k)
+        if (w.lane == 0) send_key(keys(k) + w.owner * SHARING + w.rank, (best[k] & ~ROUND_OF_KEY) | bit);
+#pragma unroll
+    for (u32 k = 0; k < parts(MAKERS, 32); ++k) {
+        u32 maker = w.lane + 32 * k;
+        if (maker >= MAKERS || Own::of<MAKERS>(maker, VOCAB).groups == 0) continue;
         u64 key;
-        do key = look_key(keys + owner);
+        do key = look_key(keys(0) + maker);
         while ((key & ROUND_OF_KEY) != bit);
         of_lane = max(of_lane, key | ROUND_OF_KEY);
     }
     __syncwarp();
     // All have read the rows of the last products.
-    w.clear_row<HEAD>();
+    w.clear_row<HEAD>(round);
     return ~(u32)largest_key(of_lane);
 }
 
@@ -214,28 +223,39 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
     extern __shared__ __align__(128) u8 memory[];
     Shared& shared = *(Shared*)memory;
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u32 owner = blockIdx.x / TEAMS, sequence = blockIdx.x % TEAMS + warp * TEAMS;
+    u32 owner = blockIdx.x / TEAMS, sequence = blockIdx.x % TEAMS + warp * TEAMS, rank = blockIdx.x % SHARING;
     if (threadIdx.x == 0) {
         make_barrier(shared_address(&shared.sums_read), WARPS);
+        for (u32 k = 0; k < WARPS; ++k) make_barrier(shared_address(&shared.inbox_full[k]), 1);
         fence_barriers();
     }
     for (u32 k = threadIdx.x; k < WARPS * 2 * PHASES; k += THREADS) shared.patience[0][k] = 0;
-    Own own(owner, WIDTH), inner(owner, INNER), of_head(owner, VOCAB);
-    u32 runs = list_runs<MIX>(a, shared, own, 0);
-    runs = list_runs<OUT>(a, shared, own, runs);
-    runs = list_runs<GLU>(a, shared, inner, runs);
-    runs = list_runs<DOWN>(a, shared, own, runs);
-    list_runs<HEAD>(a, shared, of_head, runs);
+    Own own = Own::of<OWNERS>(owner, WIDTH);
+    Own inner = Own::of<MAKERS>(owner * SHARING + rank, INNER), of_head = Own::of<MAKERS>(owner * SHARING + rank, VOCAB);
+    u32 *tiles = shared.tiles[warp], *head_tiles = tiles + LAYER_LIST;
+    u32 count = list_tiles<MIX>(a, tiles, own, rank, 0);
+    count = list_tiles<OUT>(a, tiles, own, rank, count);
+    count = list_tiles<GLU>(a, tiles, inner, rank, count);
+    count = list_tiles<DOWN>(a, tiles, own, rank, count);
+    u32 head_count = list_tiles<HEAD>(a, head_tiles, of_head, rank, 0);
+    fill_list(tiles, count), fill_list(head_tiles, head_count);
+    if (lane == 0) shared.counts[warp][0] = count, shared.counts[warp][1] = head_count;
     __syncthreads();
+    // The other block's barriers are there.
+    if (SHARING > 1) asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
     u8* region = memory + SHARED_BYTES;
-    Worker w = {a,     shared,   region, Stream(a, shared.runs[warp], shared_address(region + REGION + threadIdx.x * 16)),
-                warp,  lane,     owner,  sequence,
-                own,   inner,    of_head, sequence < a.m,
-                0,     {},       {}};
+    // In a cluster whose other sequence is not there, a warp computes something for it.
+    bool is_real = sequence / SHARING * SHARING < a.m, is_wanted = sequence < a.m;
+    Worker w = {a,     shared, region, Stream(a, shared, shared_address(region + REGION + threadIdx.x * 16)),
+                warp,  lane,   owner,  rank,
+                sequence, own, inner,  of_head,
+                is_real, 0,
+        0,      {},
+                {}};
     // There are no sums yet that somebody reads.
     w.have_read_sums();
-    float* state = w.is_real ? a.states[sequence] : nullptr;
-    u32 token = w.is_real ? a.tokens[sequence] : 0;
+    float* state = is_wanted ? a.states[sequence] : a.spare_state;
+    u32 token = is_wanted ? a.tokens[sequence] : 0;
     Residual r = {};
 #pragma unroll 1
     for (u32 step = 0; step < a.steps; ++step) {
@@ -248,10 +268,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
             float down = glu(w, r, layer, round);
             add_output<DOWN>(w, r, down);
         }
-        u64 best = head(w, r, token_round, a.logits && step + 1 == a.steps);
+        u64 best[SHARING];
+        bool is_last = step + 1 == a.steps;
+        head(w, r, token_round, a.logits && is_last, is_last, best);
         if (w.is_real) {
             token = choose_token(w, best, token_round);
-            if (owner == 0 && lane == 0) a.tokens[sequence] = a.history[(size_t)step * a.m + sequence] = token;
+            if (owner == 0 && lane == 0 && w.is_wanted(0))
+                a.tokens[sequence] = a.history[(size_t)step * a.m + sequence] = token;
         }
     }
 }

@@ -8,10 +8,10 @@ use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 // As in the source.
 const TILE_BYTES: usize = 512;
 const MATRIX_BYTES: usize = 128 + 16;
-const SUM_WORDS: usize = SLOTS * TILE_ROWS + 16;
 /// Layers that share a phase, each with activations of its own.
 const LAYERS: [usize; PHASES] = [3, 1, 1, 1, 1];
 const GLU: usize = 2;
+const HEAD: usize = 4;
 /// A word of quantised channels that has not been sent: integers are never -128.
 const NOTHING: u32 = 0x8080_8080;
 
@@ -27,15 +27,24 @@ pub(super) struct Size {
     pub operands: usize,
     /// Warps that multiply together: four if blocks have several rows of tiles.
     pub together: usize,
+    /// Blocks of a cluster, of as many teams, that multiply for all their sequences.
+    pub sharing: usize,
 }
 
-const fn size(teams: usize, operands: usize, together: usize) -> Size {
-    Size { teams, operands, together }
+const fn size(teams: usize, operands: usize, together: usize, sharing: usize) -> Size {
+    Size { teams, operands, together, sharing }
 }
 
-/// In the order of what they have room for: the fewest teams that have, for each reads all weights.
-pub(super) const SIZES: [Size; 5] =
-    [size(1, 1, 1), size(1, 2, 1), size(2, 2, 1), size(4, 2, 4), size(8, 2, 4)];
+/// In the order of what they have room for: the fewest teams that have, for each reads all weights. Of those that have room
+/// for as many the first that fits is used.
+pub(super) const SIZES: [Size; 6] = [
+    size(1, 1, 1, 1),
+    size(1, 2, 1, 1),
+    size(2, 2, 1, 1),
+    size(4, 2, 4, 2),
+    size(4, 2, 4, 1),
+    size(8, 2, 4, 1),
+];
 /// Tiles on their way to a warp: as many as fit.
 const STAGES: [usize; 4] = [16, 8, 4, 2];
 
@@ -48,59 +57,90 @@ pub(super) struct Division {
     pub shared_bytes: usize,
 }
 
-/// Of a block's phases: columns of tiles, and rows of each layer at most.
+/// Of a block's phases: columns of tiles, and rows of each layer, at most.
 struct Tiles {
     columns: [usize; PHASES],
     rows: [usize; PHASES],
-    /// Warps that multiply together.
-    together: usize,
+    size: Size,
+}
+
+/// How a phase's rows of tiles are multiplied.
+struct Sets {
+    /// That a group of warps has each.
+    whole: usize,
+    /// Whose K the groups share, in so many parts.
+    shared: usize,
+    parts: usize,
+    groups: usize,
+    /// Layers that are multiplied one after the other.
+    passes: usize,
 }
 
 impl Tiles {
-    fn new(shape: Shape, owners: usize, together: usize) -> Self {
+    fn new(shape: Shape, owners: usize, size: Size) -> Self {
         let Shape { width, inner, vocab, .. } = shape;
-        let groups = |n: usize| n.div_ceil(TILE_ROWS).div_ceil(owners);
-        let [width_groups, inner_groups] = [width, inner].map(groups);
-        Self {
-            columns: inputs(shape).map(|n| n.div_ceil(TILE_COLS)),
-            rows: [width_groups, width_groups, 2 * inner_groups, width_groups, groups(vocab)],
-            together,
+        // The blocks of a cluster divide rows among them, or K.
+        let is_by_rows = |phase| phase == GLU || phase == HEAD;
+        let groups = |n: usize, owners: usize| n.div_ceil(TILE_ROWS).div_ceil(owners);
+        let width_groups = groups(width, owners);
+        let [inner_groups, head_groups] = [inner, vocab].map(|n| groups(n, owners * size.sharing));
+        let mut columns = inputs(shape).map(|n| n.div_ceil(TILE_COLS));
+        for (phase, columns) in columns.iter_mut().enumerate() {
+            *columns = if is_by_rows(phase) { *columns } else { columns.div_ceil(size.sharing) };
         }
+        let rows = [width_groups, width_groups, 2 * inner_groups, width_groups, head_groups];
+        Self { columns, rows, size }
     }
 
-    /// Of a layer's sets of rows that are multiplied together: those that a group of warps has each, those whose K the groups
-    /// share, and in how many parts.
-    fn sets(&self, phase: usize) -> (usize, usize, usize) {
-        let groups = SLOTS / self.together;
-        let sets = self.rows[phase].div_ceil(self.together);
+    fn sets(&self, phase: usize) -> Sets {
+        let together = self.size.together;
+        let passes = if together > 1 { 1 } else { LAYERS[phase] };
+        let groups = SLOTS / together;
+        let sets = self.rows[phase].div_ceil(together) * (LAYERS[phase] / passes);
         let shared = sets % groups;
-        let most = self.columns[phase].max(self.together);
+        let most = self.columns[phase].max(together);
         let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
         let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
-        let parts = match shared {
-            0 => 1,
-            _ if self.together > 1 && shared == groups - 1 => groups,
-            _ => powers.filter(fits).last().unwrap_or(1),
-        };
-        (sets - shared, shared, parts)
-    }
-
-    /// What a group of warps multiplies of each layer, one after the other.
-    fn layer_runs(&self, phase: usize) -> usize {
-        let (whole, shared, parts) = self.sets(phase);
-        (whole + shared * parts).div_ceil(SLOTS / self.together)
+        let parts = if shared == 0 { 1 } else { powers.filter(fits).last().unwrap_or(1) };
+        Sets { whole: sets - shared, shared, parts, groups, passes }
     }
 
     fn region_bytes(&self, phase: usize) -> usize {
-        let (whole, shared, parts) = self.sets(phase);
-        let inputs = self.columns[phase] * SLOTS * MATRIX_BYTES;
-        let sums = self.together * (whole + shared * parts);
-        LAYERS[phase] * (inputs + 4 * SUM_WORDS * sums)
+        let Size { together, sharing, .. } = self.size;
+        let Sets { whole, shared, parts, passes, .. } = self.sets(phase);
+        let inputs = LAYERS[phase] * self.columns[phase] * sharing * SLOTS * MATRIX_BYTES;
+        let sum_words = sharing * SLOTS * TILE_ROWS + 16;
+        inputs + passes * together * (whole + shared * parts) * 4 * sum_words
     }
 
-    /// Tiles of a layer that a block reads.
+    /// That a warp multiplies, at most.
+    fn of_warp(&self, phase: usize) -> usize {
+        let Sets { whole, shared, parts, groups, passes } = self.sets(phase);
+        let columns = self.columns[phase];
+        passes
+            * (whole / groups * columns
+                + (shared * parts).div_ceil(groups) * columns.div_ceil(parts))
+    }
+
+    /// That a block reads of a layer.
     fn of_layer(&self) -> usize {
-        (0..PHASES - 1).map(|phase| LAYERS[phase] * self.rows[phase] * self.columns[phase]).sum()
+        (0..HEAD).map(|phase| LAYERS[phase] * self.rows[phase] * self.columns[phase]).sum()
+    }
+
+    /// What lies at the beginning of a block's shared memory. `None` if its threads cannot bring all vectors.
+    fn first_bytes(&self, stages: usize) -> Option<usize> {
+        let own = TILE_ROWS * self.rows[0];
+        // Each thread brings four floats of the vectors.
+        let vectors = (4 * own).max(TILE_ROWS * self.rows[GLU] / 2);
+        let inboxes = if self.size.sharing > 1 { SLOTS } else { 1 };
+        let list = |tiles: usize| tiles.max(stages) + stages + 1;
+        let lists =
+            list((0..HEAD).map(|phase| self.of_warp(phase)).sum()) + list(self.of_warp(HEAD));
+        let bytes = 2 * 4 * vectors
+            + 8 * (1 + SLOTS)
+            + inboxes * 3 * own.div_ceil(64) * 32 * 8
+            + 4 * SLOTS * (2 * PHASES + lists + 2);
+        (vectors <= 4 * 32 * SLOTS).then(|| bytes.next_multiple_of(128))
     }
 }
 
@@ -118,22 +158,18 @@ impl Division {
         shared_bytes: usize,
     ) -> Option<Self> {
         // The fewest owners whose busiest one has as few tiles of a layer as with all of them.
-        let tiles = |owners: usize| Tiles::new(shape, owners, size.together);
-        let busiest = |owners: usize| tiles(owners).of_layer();
+        let busiest = |owners: usize| Tiles::new(shape, owners, size).of_layer();
         let most = (multiprocessors / size.teams).min(shape.width.div_ceil(TILE_ROWS));
         let owners = (1..=most).min_by_key(|&owners| (busiest(owners), owners))?;
-        let tiles = tiles(owners);
-        let own = TILE_ROWS * tiles.rows[0];
-        let own_vectors = (4 * own).max(TILE_ROWS * tiles.rows[GLU] / 2);
-        let runs: usize = (0..PHASES).map(|phase| LAYERS[phase] * tiles.layer_runs(phase)).sum();
-        let first = 8 * own_vectors + 8 + 4 * SLOTS * (2 * PHASES + runs);
+        let tiles = Tiles::new(shape, owners, size);
         let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
-        let fixed = first.next_multiple_of(8).next_multiple_of(128) + region;
-        let bytes = |stages: usize| fixed + stages * SLOTS * TILE_BYTES;
-        let stages = STAGES.into_iter().find(|&stages| bytes(stages) <= shared_bytes)?;
-        // Each thread brings four floats of the vectors.
-        let is_small = own_vectors <= 4 * 32 * SLOTS;
-        is_small.then(|| Self { size, owners, stages, shared_bytes: bytes(stages) })
+        let bytes =
+            |stages: usize| Some(tiles.first_bytes(stages)? + region + stages * SLOTS * TILE_BYTES);
+        STAGES
+            .into_iter()
+            .filter_map(|stages| Some((stages, bytes(stages)?)))
+            .find(|&(_, bytes)| bytes <= shared_bytes)
+            .map(|(stages, shared_bytes)| Self { size, owners, stages, shared_bytes })
     }
 
     /// Sequences that it takes.
@@ -150,7 +186,7 @@ impl Division {
         self.size.teams * self.owners
     }
 
-    pub fn constants(&self, shape: Shape) -> [Constant; 9] {
+    pub fn constants(&self, shape: Shape) -> [Constant; 10] {
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
@@ -158,6 +194,7 @@ impl Division {
             ("NUM_TEAMS", self.size.teams),
             ("NUM_OPERANDS", self.size.operands),
             ("NUM_TOGETHER", self.size.together),
+            ("NUM_SHARING", self.size.sharing),
             ("NUM_OWNERS", self.owners),
             ("NUM_STAGES", self.stages),
             // The source compares it with its own.
@@ -165,12 +202,23 @@ impl Division {
         ]
     }
 
-    /// Floats of the messages: of each phase four from each owner to each sequence.
-    pub fn messages(&self) -> usize {
-        4 * PHASES * self.slots() * self.owners
+    /// Blocks that make a row's channels.
+    fn makers(&self) -> usize {
+        self.owners * self.size.sharing
     }
 
-    /// What the quantised rows are before any has been sent, in words of four channels: of each phase [layer][sequence][K].
+    /// Floats of the messages: of each phase four from each maker to each sequence.
+    pub fn messages(&self) -> usize {
+        4 * PHASES * self.slots() * self.makers()
+    }
+
+    /// Keys: of each maker to each sequence.
+    pub fn keys(&self) -> usize {
+        self.slots() * self.makers()
+    }
+
+    /// What the quantised rows are before any has been sent, in words of four channels: of each phase two places of
+    /// [layer][sequence][K].
     pub fn rows(&self, shape: Shape) -> Vec<u32> {
         let row = |inputs: usize| {
             // Zeros where there are no channels.
@@ -181,7 +229,7 @@ impl Division {
             row
         };
         let rows = inputs(shape).into_iter().zip(LAYERS);
-        rows.flat_map(|(inputs, layers)| row(inputs).repeat(layers * self.slots())).collect()
+        rows.flat_map(|(inputs, layers)| row(inputs).repeat(2 * layers * self.slots())).collect()
     }
 
     /// Words that become a row of a matrix, or an operand of one warp, lie side by side.
@@ -204,9 +252,9 @@ mod tests {
     #[test]
     fn published_sizes_are_divided_evenly() {
         for (width, inner, owners) in [
-            (1024, 2816, [64, 64, 64, 32, 16]),
-            (2048, 5632, [128, 128, 64, 32, 16]),
-            (2560, 6912, [108, 108, 62, 32, 0]),
+            (1024, 2816, [64, 64, 64, 32, 32, 16]),
+            (2048, 5632, [128, 128, 64, 32, 32, 16]),
+            (2560, 6912, [108, 108, 62, 0, 32, 0]),
         ] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
             for (size, owners) in SIZES.into_iter().zip(owners) {
@@ -225,9 +273,9 @@ mod tests {
     fn sizes_that_do_not_fit_are_refused() {
         let shape = |width, inner, vocab| Shape { layers: 2, width, inner, vocab };
         for shape in [shape(5120, 13824, 32000), shape(128, 160, 4_000_000)] {
-            assert!(Division::new(shape, SIZES[3], HOPPER.0, HOPPER.1).is_none());
+            assert!(Division::new(shape, SIZES[4], HOPPER.0, HOPPER.1).is_none());
         }
-        assert!(Division::new(shape(2048, 5632, 32000), SIZES[3], HOPPER.0, 1 << 16).is_none());
+        assert!(Division::new(shape(2048, 5632, 32000), SIZES[4], HOPPER.0, 1 << 16).is_none());
     }
 
     #[test]

@@ -50,6 +50,7 @@ struct Args {
     messages: u64,
     rows: u64,
     keys: u64,
+    spare_state: u64,
     tile_at: [u64; PHASES],
     layer_tiles: u64,
     m: u32,
@@ -68,6 +69,8 @@ struct BatchKernel {
     messages: Buffer<f32>,
     rows: Buffer<u32>,
     keys: Buffer<u64>,
+    /// Of a sequence that only fills a cluster up.
+    spare_state: Buffer<f32>,
     /// Steps that it has made: the source tells rounds apart by it.
     steps: u64,
 }
@@ -217,7 +220,8 @@ impl BatchDecoder {
                 kernel: self.device.kernel_for(SOURCE, &constants, "batch_step", bytes)?,
                 messages: Buffer::zeros(&self.device, division.messages())?,
                 rows: Buffer::from_slice(&self.device, &division.rows(shape))?,
-                keys: Buffer::zeros(&self.device, division.slots() * division.owners)?,
+                keys: Buffer::zeros(&self.device, division.keys())?,
+                spare_state: Buffer::zeros(&self.device, shape.layers * shape.width)?,
                 steps: 0,
             });
         }
@@ -260,6 +264,7 @@ impl BatchDecoder {
             messages: kernel.messages.address(0),
             rows: kernel.rows.address(0),
             keys: kernel.keys.address(0),
+            spare_state: kernel.spare_state.address(0),
             tile_at: weights.phases().map(|phase| phase.first as u64),
             layer_tiles: weights.layer_tiles() as u64,
             m: count as u32,
@@ -272,6 +277,7 @@ impl BatchDecoder {
         };
         let launch = Launch {
             cooperative: true,
+            cluster: division.size.sharing,
             ..Launch::new([division.blocks(), 1, 1], 32 * SLOTS, division.shared_bytes)
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape and the number of sequences.

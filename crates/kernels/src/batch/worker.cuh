@@ -51,111 +51,157 @@ __device__ __forceinline__ u32 opaque(u32 x) {
 
 // ---- Products ----
 
-// d += 64 times codes (64 x 32) * activations (32 x 16).
+// d += codes (64 x 32) * activations (32 x 16, 32 x 32).
 __device__ __forceinline__ void wgmma(int (&d)[8], const u32 (&codes)[4], u64 activations) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n16k32.s32.u8.s8 {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, 1;"
         : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7])
         : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "l"(activations));
 }
+__device__ __forceinline__ void wgmma(int (&d)[16], const u32 (&codes)[4], u64 activations) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k32.s32.u8.s8 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 1;"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]), "+r"(d[4]), "+r"(d[5]), "+r"(d[6]), "+r"(d[7]), "+r"(d[8]),
+          "+r"(d[9]), "+r"(d[10]), "+r"(d[11]), "+r"(d[12]), "+r"(d[13]), "+r"(d[14]), "+r"(d[15])
+        : "r"(codes[0]), "r"(codes[1]), "r"(codes[2]), "r"(codes[3]), "l"(activations));
+}
 
 // Sums are 64 times too large, for codes are where they were in their bytes.
 constexpr float PER_SUM = 1.0f / 64.0f;
+constexpr u32 SUMS = GROUP > 1 ? 4 * OPERANDS : 8;  // of a thread
+
+// Sequences whose channels of a phase's input a warp makes: its own and, behind a product by rows, those of the other blocks.
+__device__ constexpr u32 made_of(u32 phase) { return phase == DOWN ? SHARING : 1; }
+// Of how many it needs to know the scale.
+__device__ constexpr u32 known_of(u32 phase) { return phase == DOWN || is_by_rows(phase) ? SHARING : 1; }
+// Blocks that make a sequence's channels.
+__device__ constexpr u32 makers_of(u32 phase) { return phase == DOWN ? MAKERS : OWNERS; }
+
+struct Nothing {
+    __device__ __forceinline__ void operator()() const {}
+};
 
 struct Worker {
     const Args& a;
     Shared& shared;
     u8* region;
     Stream stream;
-    u32 warp, lane, owner, sequence;
+    u32 warp, lane, owner, rank, sequence;
     Own own, inner, head;
-    bool is_real;   // a warp without a sequence only multiplies
-    u32 turn;       // of own vectors, and the parity of `sums_read`
-    float step[3];  // of the last quantised rows: R max|u| / 127 / 64
-    int total[3];   // 64 times the sums of their integers
+    bool is_real;            // a warp without a sequence only multiplies
+    u32 turn;                // of own vectors, and the parity of `sums_read`
+    u32 inbox_turn;          // the parity of the inbox's barrier
+    float step[SHARING][3];  // of the last quantised rows: R max|u| / 127 / 64
+    int total[SHARING][3];   // 64 times the sums of their integers, those that were received
 
     template <u32 PHASE>
     __device__ __forceinline__ const Own& own_input() const {
         return PHASE == DOWN ? inner : own;
     }
+    // The warp's sequence, or that of the same warp in the other block of the cluster.
+    __device__ __forceinline__ u32 sequence_of(u32 which) const { return sequence ^ which; }
+    __device__ __forceinline__ bool is_wanted(u32 which) const { return sequence_of(which) < a.m; }
     template <u32 PHASE>
-    __device__ __forceinline__ u32* row(u32 layer) const {
-        return a.rows + rows_at(PHASE) + (layer * SEQUENCES + sequence) * row_words_of(PHASE);
+    __device__ __forceinline__ u32* row(u32 round, u32 which, u32 layer) const {
+        u32 at = ((round & 1) * layers_of(PHASE) + layer) * SEQUENCES + sequence_of(which);
+        return a.rows + rows_at(PHASE) + at * row_words_of(PHASE);
     }
 
     // ---- The exchange ----
 
     // Tells the team the largest |u| of own channels and the sum of squares, waits for those of the others, and leaves the row's
     // step and factor, 127 / max|u|.
-    template <u32 PHASE, u32 P>
-    __device__ __forceinline__ void exchange_scale(const float2 (&u)[layers_of(PHASE)][P], float square, u32 round,
-                                                   float (&factor)[layers_of(PHASE)]) {
-        constexpr u32 LAYERS = layers_of(PHASE), LOADS = parts(OWNERS, 32);
-        float largest[3];
+    template <u32 PHASE, u32 P, typename Meanwhile>
+    __device__ __forceinline__ void exchange_scale(const float2 (&u)[made_of(PHASE) * layers_of(PHASE)][P],
+                                                   const float (&square)[made_of(PHASE)], u32 round,
+                                                   float (&factor)[made_of(PHASE) * layers_of(PHASE)],
+                                                   const Meanwhile& meanwhile) {
+        constexpr u32 LAYERS = layers_of(PHASE), MADE = made_of(PHASE), KNOWN = known_of(PHASE), FROM = makers_of(PHASE);
+        constexpr u32 LOADS = parts(FROM, 32);
+        auto messages = [&](u32 which) { return a.messages + (PHASE * SEQUENCES + sequence_of(which)) * MAKERS * 4; };
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            float most = 0.0f;
+        for (u32 k = 0; k < MADE; ++k) {
+            float largest[LAYERS], all = square[k];
 #pragma unroll
-            for (u32 p = 0; p < P; ++p) most = fmaxf(most, fmaxf(fabsf(u[j][p].x), fabsf(u[j][p].y)));
-            // The bits of floats that are not negative are in their order.
-            largest[j] = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+            for (u32 j = 0; j < LAYERS; ++j) {
+                float most = 0.0f;
+#pragma unroll
+                for (u32 p = 0; p < P; ++p) {
+                    float2 v = u[k * LAYERS + j][p];
+                    most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
+                }
+                // The bits of floats that are not negative are in their order.
+                largest[j] = __uint_as_float(__reduce_max_sync(ALL_LANES, __float_as_uint(most)));
+            }
+#pragma unroll
+            for (u32 width = 16; width > 0; width /= 2) all += __shfl_xor_sync(ALL_LANES, all, width);
+            float4 mine = make_float4(largest[0], largest[LAYERS > 1], largest[LAYERS - 1], all);
+            u32 maker = PHASE == DOWN ? owner * SHARING + rank : owner;
+            if (lane == 0) send4(messages(k) + maker * 4, mine, round);
         }
-#pragma unroll
-        for (u32 width = 16; width > 0; width /= 2) square += __shfl_xor_sync(ALL_LANES, square, width);
-        float* messages = a.messages + (PHASE * SEQUENCES + sequence) * OWNERS * 4;
-        float4 mine = make_float4(largest[0], largest[LAYERS > 1], largest[LAYERS - 1], square);
-        if (lane == 0) send4(messages + owner * 4, mine, round);
+        meanwhile();
         Patience patience = {shared.patience[warp][PHASE]};
         patience.wait();
-        float4 v[LOADS];
+        float4 v[KNOWN][LOADS];
         u32 mask = mask_of(round);
-        auto has = [&](u32 k) { return (k + 1) * 32 <= OWNERS || lane + 32 * k < OWNERS; };
-        auto from = [&](u32 k) { return messages + (lane + 32 * k) * 4; };
+        auto has = [&](u32 i) { return (i + 1) * 32 <= FROM || lane + 32 * i < FROM; };
+        auto from = [&](u32 k, u32 i) { return messages(k) + (lane + 32 * i) * 4; };
 #pragma unroll
-        for (u32 k = 0; k < LOADS; ++k) v[k] = has(k) ? look4(from(k)) : make_float4(0, 0, 0, 0);
+        for (u32 k = 0; k < KNOWN; ++k)
+#pragma unroll
+            for (u32 i = 0; i < LOADS; ++i) v[k][i] = has(i) ? look4(from(k, i)) : make_float4(0, 0, 0, 0);
         for (u32 early_looks = 0;; ++early_looks) {
             u32 any = 0;
 #pragma unroll
-            for (u32 k = 0; k < LOADS; ++k) {
-                u32 one = has(k) ? missing(v[k], mask) & 1 : 0;
-                look_again(v[k], from(k), one);
-                any |= one;
-            }
+            for (u32 k = 0; k < KNOWN; ++k)
+#pragma unroll
+                for (u32 i = 0; i < LOADS; ++i) {
+                    u32 one = has(i) ? missing(v[k][i], mask) & 1 : 0;
+                    look_again(v[k][i], from(k, i), one);
+                    any |= one;
+                }
             if (!__any_sync(ALL_LANES, any)) {
                 patience.learn(early_looks);
                 break;
             }
         }
         if (lane == 0) shared.patience[warp][PHASE] = patience.cycles;
-        float4 all = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (u32 k = 0; k < LOADS; ++k) {
-            float4 one = without_round(v[k]);
-            all = make_float4(fmaxf(all.x, one.x), fmaxf(all.y, one.y), fmaxf(all.z, one.z), all.w + one.w);
-        }
+        for (u32 k = 0; k < KNOWN; ++k) {
+            float4 all = make_float4(0, 0, 0, 0);
 #pragma unroll
-        for (u32 width = 16; width > 0; width /= 2) all.w += __shfl_xor_sync(ALL_LANES, all.w, width);
-        // Where only the quantiser's own norm is, the other has no part in it.
-        float r = inverse_root(all.w * (PHASE == DOWN ? 1.0f / INNER : 1.0f / WIDTH) + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
+            for (u32 i = 0; i < LOADS; ++i) {
+                float4 one = without_round(v[k][i]);
+                all = make_float4(fmaxf(all.x, one.x), fmaxf(all.y, one.y), fmaxf(all.z, one.z), all.w + one.w);
+            }
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            u32 of_lane = __float_as_uint(j == 0 ? all.x : j == 1 ? all.y : all.z);
-            float most = fmaxf(__uint_as_float(__reduce_max_sync(ALL_LANES, of_lane)), 1e-35f);
-            step[j] = most * (1.0f / 127.0f) * r * PER_SUM;
-            factor[j] = 127.0f * reciprocal(most);
+            for (u32 width = 16; width > 0; width /= 2) all.w += __shfl_xor_sync(ALL_LANES, all.w, width);
+            // Where only the quantiser's own norm is, the other has no part in it.
+            float r =
+                inverse_root(all.w * (PHASE == DOWN ? 1.0f / INNER : 1.0f / WIDTH) + (PHASE == DOWN ? 1e-6f : 1e-6f * a.eps));
+#pragma unroll
+            for (u32 j = 0; j < LAYERS; ++j) {
+                u32 of_lane = __float_as_uint(j == 0 ? all.x : j == 1 ? all.y : all.z);
+                float most = fmaxf(__uint_as_float(__reduce_max_sync(ALL_LANES, of_lane)), 1e-35f);
+                step[k][j] = most * (1.0f / 127.0f) * r * PER_SUM;
+                if (k < MADE) factor[k * LAYERS + j] = 127.0f * reciprocal(most);
+            }
         }
     }
 
-    // Quantises own channels of a row, of which the whole team sends its parts, and sends them.
-    template <u32 PHASE, u32 P>
-    __device__ __forceinline__ void send_row(const float2 (&u)[layers_of(PHASE)][P], float square, u32 round) {
-        constexpr u32 LAYERS = layers_of(PHASE);
-        float factor[LAYERS];
-        exchange_scale<PHASE>(u, square, round, factor);
+    // Quantises own channels of a row, of which the whole team sends its parts, and sends them. `meanwhile` is called while messages
+    // are on their way.
+    template <u32 PHASE, u32 P, typename Meanwhile = Nothing>
+    __device__ __forceinline__ void send_row(const float2 (&u)[made_of(PHASE) * layers_of(PHASE)][P],
+                                             const float (&square)[made_of(PHASE)], u32 round, const Meanwhile& meanwhile = {}) {
+        constexpr u32 LAYERS = layers_of(PHASE), MADE = made_of(PHASE), ROWS = MADE * LAYERS;
+        float factor[ROWS];
+        exchange_scale<PHASE>(u, square, round, factor, meanwhile);
         // Of four lanes the first has their eight channels.
-        u32 low[LAYERS][P], high[LAYERS][P];
+        u32 low[ROWS][P], high[ROWS][P];
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j)
+        for (u32 j = 0; j < ROWS; ++j)
 #pragma unroll
             for (u32 p = 0; p < P; ++p) {
                 auto rounded = [&](float v) { return __float_as_uint(v * factor[j] + 12582912.0f); };
@@ -170,53 +216,66 @@ struct Worker {
             if (lane % 4 == 0 && tile_of(p) < mine.groups) {
                 u32 word = (mine.begin + tile_of(p)) * (TILE_ROWS / 4) + lane % 8 / 4;
 #pragma unroll
-                for (u32 j = 0; j < LAYERS; ++j) {
-                    send_word(row<PHASE>(j) + place_of_word(word), low[j][p]);
-                    send_word(row<PHASE>(j) + place_of_word(word + 2), high[j][p]);
+                for (u32 j = 0; j < ROWS; ++j) {
+                    u32* to = row<PHASE>(round, j / LAYERS, j % LAYERS);
+                    send_word(to + place_of_word(word), low[j][p]);
+                    send_word(to + place_of_word(word + 2), high[j][p]);
                 }
             }
-        // All blocks of the team have read what was sent before the last product.
-        clear_row<PHASE == MIX ? DOWN : Phase(PHASE - 1)>();
-        // Who sees a later message of this warp sees, behind a fence of its own, that words were cleared: so nobody takes the last
-        // layer's row for this one's. Here it costs least, for the row of this phase takes longest.
-        if (PHASE == MIX || PHASE == DOWN) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+        // All have read what was sent before the last product; and of those before, when all messages of both blocks have come.
+        if (PHASE == OUT) clear_row<MIX>(round);
+        if (PHASE == GLU) clear_row<OUT>(round), clear_row<DOWN>(round - 1);
+        if (PHASE == DOWN) clear_row<GLU>(round);
+        // Who sees a later message of this warp sees, behind a fence of its own, that words were cleared, two layers later: so
+        // nobody takes another layer's row for that one's.
+        if (PHASE == DOWN) asm volatile("fence.acq_rel.gpu;" ::: "memory");
     }
 
     // Own words of a phase's row become such as have not been sent.
     template <u32 PHASE>
-    __device__ __forceinline__ void clear_row() {
+    __device__ __forceinline__ void clear_row(u32 round) {
         Own mine = own_input<PHASE>();
 #pragma unroll
-        for (u32 j = 0; j < layers_of(PHASE); ++j)
+        for (u32 j = 0; j < made_of(PHASE) * layers_of(PHASE); ++j) {
+            u32* of = row<PHASE>(round, j / layers_of(PHASE), j % layers_of(PHASE));
 #pragma unroll 1
             for (u32 k = lane; k < mine.groups * (TILE_ROWS / 4); k += 32)
-                send_word(row<PHASE>(j) + place_of_word(mine.begin * (TILE_ROWS / 4) + k), NOTHING);
+                send_word(of + place_of_word(mine.begin * (TILE_ROWS / 4) + k), NOTHING);
+        }
     }
 
-    // Waits for the row and leaves it in shared memory.
+    // Waits for the row, and that of the other sequence, and leaves what this block multiplies of them in shared memory.
     template <u32 PHASE>
-    __device__ __forceinline__ void receive_row() {
-        constexpr u32 LAYERS = layers_of(PHASE), FOURS = row_words_of(PHASE) / 4, LOADS = parts(FOURS, 32);
+    __device__ __forceinline__ void receive_row(u32 round) {
+        constexpr u32 LAYERS = layers_of(PHASE), PIECES = TILE_COLS / 16, LOADS = parts(most_columns_of(PHASE) * PIECES, 32);
         u32 lane = opaque(this->lane);
+        Columns<PHASE> columns(rank);
         Patience patience = {shared.patience[warp][PHASES + PHASE]};
         patience.wait();
-        uint4 v[LAYERS][LOADS];
-        auto has = [&](u32 i) { return (i + 1) * 32 <= FOURS || lane + 32 * i < FOURS; };
-        auto from = [&](u32 j, u32 i) { return row<PHASE>(j) + (lane + 32 * i) * 4; };
+        uint4 v[SHARING][LAYERS][LOADS];
+        u32 count = columns.count * PIECES;
+        auto has = [&](u32 i) { return lane + 32 * i < count; };
+        auto from = [&](u32 k, u32 j, u32 i) {
+            return row<PHASE>(round, k, j) + (columns.begin * PIECES + lane + 32 * i) * 4;
+        };
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j)
-#pragma unroll
-            for (u32 i = 0; i < LOADS; ++i) v[j][i] = has(i) ? look4(from(j, i)) : make_uint4(0, 0, 0, 0);
-        for (u32 early_looks = 0;; ++early_looks) {
-            u32 any = 0;
+        for (u32 k = 0; k < SHARING; ++k)
 #pragma unroll
             for (u32 j = 0; j < LAYERS; ++j)
 #pragma unroll
-                for (u32 i = 0; i < LOADS; ++i) {
-                    u32 one = missing(v[j][i]);
-                    look_again(v[j][i], from(j, i), one);
-                    any |= one;
-                }
+                for (u32 i = 0; i < LOADS; ++i) v[k][j][i] = has(i) ? look4(from(k, j, i)) : make_uint4(0, 0, 0, 0);
+        for (u32 early_looks = 0;; ++early_looks) {
+            u32 any = 0;
+#pragma unroll
+            for (u32 k = 0; k < SHARING; ++k)
+#pragma unroll
+                for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+                    for (u32 i = 0; i < LOADS; ++i) {
+                        u32 one = missing(v[k][j][i]);
+                        look_again(v[k][j][i], from(k, j, i), one);
+                        any |= one;
+                    }
             if (!__any_sync(ALL_LANES, any)) {
                 patience.learn(early_looks);
                 break;
@@ -225,27 +284,32 @@ struct Worker {
         if (lane == 0) shared.patience[warp][PHASES + PHASE] = patience.cycles;
         // Codes are weights + 1.
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j) {
-            int sum = 0;
+        for (u32 k = 0; k < SHARING; ++k)
 #pragma unroll
-            for (u32 i = 0; i < LOADS; ++i) {
-                sum = __dp4a((int)v[j][i].x, 0x40404040, __dp4a((int)v[j][i].y, 0x40404040, sum));
-                sum = __dp4a((int)v[j][i].z, 0x40404040, __dp4a((int)v[j][i].w, 0x40404040, sum));
+            for (u32 j = 0; j < LAYERS; ++j) {
+                int sum = 0;
+#pragma unroll
+                for (u32 i = 0; i < LOADS; ++i) {
+                    sum = __dp4a((int)v[k][j][i].x, 0x40404040, __dp4a((int)v[k][j][i].y, 0x40404040, sum));
+                    sum = __dp4a((int)v[k][j][i].z, 0x40404040, __dp4a((int)v[k][j][i].w, 0x40404040, sum));
+                }
+                total[k][j] = __reduce_add_sync(ALL_LANES, sum);
             }
-            total[j] = __reduce_add_sync(ALL_LANES, sum);
-        }
         // Sums of the last phase may lie there.
         wait_for(shared_address(&shared.sums_read), turn);
         __syncwarp();
         constexpr u32 PIECE_BYTES = GROUP > 1 ? MATRIX_BYTES : 16;
         u8* to = region + (GROUP > 1 ? warp / 8 * (8 * MATRIX_BYTES) + warp % 8 * 16 : warp * MATRIX_BYTES);
 #pragma unroll
-        for (u32 j = 0; j < LAYERS; ++j)
+        for (u32 k = 0; k < SHARING; ++k)
 #pragma unroll
-            for (u32 i = 0; i < LOADS; ++i) {
-                u32 piece = lane + 32 * i;
-                if (has(i)) *(uint4*)(to + (j * columns_of(PHASE) + piece / 8) * COLUMN_BYTES + piece % 8 * PIECE_BYTES) = v[j][i];
-            }
+            for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+                for (u32 i = 0; i < LOADS; ++i) {
+                    u32 piece = lane + 32 * i, column = j * most_columns_of(PHASE) + piece / PIECES;
+                    u8* place = to + k * (SLOTS * MATRIX_BYTES) + column * COLUMN_BYTES + piece % PIECES * PIECE_BYTES;
+                    if (has(i)) *(uint4*)place = v[k][j][i];
+                }
     }
 
     // ---- The product ----
@@ -262,30 +326,33 @@ struct Worker {
     }
 
     // Adds the columns of a run to the sums of four rows of tiles.
-    __device__ __forceinline__ void multiply_together(u32 begin, u32 end, u32 inputs, int (&sums)[2][8]) {
-        u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | (inputs + begin * COLUMN_BYTES) / 16;
-        uint4 tile = stream.take();
-#pragma unroll 1
-        for (u32 column = begin; column < end;) {
+    __device__ __forceinline__ void multiply_together(u32 begin, u32 end, u32 inputs, int (&sums)[2][SUMS]) {
+        // Of an address the upper byte tells the block of the cluster.
+        u32 first = (inputs + begin * COLUMN_BYTES & 0x3ffff) / 16;
+        u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | first;
+        uint4 tile = stream.oldest();
+#pragma unroll 2
+        for (u32 left = end - begin; left > 0; --left) {
             u32 codes[4][4];
             unpack(tile, codes);
             // Before the fence, or instructions would wait for them one after the other.
 #pragma unroll
             for (u32 f = 0; f < 4; ++f)
                 asm volatile("" : "+r"(codes[f][0]), "+r"(codes[f][1]), "+r"(codes[f][2]), "+r"(codes[f][3]));
+            // Behind the last column it belongs to another run.
+            tile = stream.second();
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
             for (u32 f = 0; f < 4; ++f) wgmma(sums[f % 2], codes[f], matrix + f * (2 * MATRIX_BYTES / 16));
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             stream.fetch();
-            ++column, matrix += COLUMN_BYTES / 16;
-            if (column < end) tile = stream.take();
+            matrix += COLUMN_BYTES / 16;
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         }
     }
 
     // The same of one row of tiles, by a warp alone.
-    __device__ __forceinline__ void multiply_alone(u32 begin, u32 end, const u8* inputs, int (&sums)[2][8]) {
+    __device__ __forceinline__ void multiply_alone(u32 begin, u32 end, const u8* inputs, int (&sums)[2][SUMS]) {
         const u8* from = inputs + begin * COLUMN_BYTES + lane / 4 * MATRIX_BYTES + lane % 4 * 32;
 #pragma unroll 2
         for (u32 column = begin; column < end; ++column, from += COLUMN_BYTES) {
@@ -295,7 +362,7 @@ struct Worker {
 #pragma unroll
                 for (u32 side = 0; side < 2; ++side) q[n][side] = *(const uint4*)(from + n * 8 * MATRIX_BYTES + side * 16);
             u32 codes[4][4];
-            unpack(stream.take(), codes);
+            unpack(stream.oldest(), codes);
             stream.fetch();
 #pragma unroll
             for (u32 f = 0; f < 4; ++f)
@@ -308,28 +375,29 @@ struct Worker {
         }
     }
 
-    // Leaves the sums of a layer's rows of tiles, each by 16 sequences.
+    // Leaves the sums of a pass's rows of tiles, each by 16 or 32 sequences.
     template <u32 PHASE>
-    __device__ __forceinline__ void product(u32 layer) {
+    __device__ __forceinline__ void product(u32 pass) {
         // The compiler knows then that branches do not part the warps of a group.
         u32 uniform_warp = __shfl_sync(ALL_LANES, warp, 0), lane = opaque(this->lane), g = lane / 4, t = lane % 4;
-        u8* inputs = region + layer * columns_of(PHASE) * COLUMN_BYTES;
+        Columns<PHASE> columns(__shfl_sync(ALL_LANES, rank, 0));
         u32* sums_to = (u32*)(region + input_bytes_of(PHASE)) +
-                       (layer * layer_sums_of(PHASE) + uniform_warp % GROUP) * SUM_WORDS + t * 16 + (g ^ t / 2 * 4) * 2;
+                       (pass * pass_sums_of(PHASE) + uniform_warp % GROUP) * SUM_WORDS + t * 16 + (g ^ t / 2 * 4) * 2;
 #pragma unroll 1
-        for (u32 of_layer = 0; of_layer < layer_runs_of(PHASE); ++of_layer) {
-            Run<PHASE> run(uniform_warp / GROUP, of_layer);
+        for (u32 of_pass = 0; of_pass < pass_runs_of(PHASE); ++of_pass) {
+            Run<PHASE> run(uniform_warp / GROUP, of_pass, columns.count);
             if (run.is_none) continue;
-            int sums[2][8] = {};  // of codes that are 16 and 64 times too large
+            u8* inputs = region + (pass + run.set / layer_sets_of(PHASE)) * most_columns_of(PHASE) * COLUMN_BYTES;
+            int sums[2][SUMS] = {};  // of codes that are 16 and 64 times too large
             if (GROUP == 1) multiply_alone(run.begin, run.end, inputs, sums);
             else if (run.begin < run.end) multiply_together(run.begin, run.end, shared_address(inputs), sums);
             u32* to = sums_to + run.sums_at() * SUM_WORDS;
 #pragma unroll
-            for (u32 half = 0; half < OPERANDS; ++half)
+            for (u32 n = 0; n < OPERANDS; ++n)
 #pragma unroll
                 for (u32 e = 0; e < 2; ++e) {
-                    u32 i = half * 4 + e;
-                    *(int2*)(to + (half * 8 + e * 4) * 16) =
+                    u32 i = n * 4 + e;
+                    *(int2*)(to + (n * 8 + e * 4) * 16) =
                         make_int2(sums[1][i] + 4 * sums[0][i], sums[1][i + 2] + 4 * sums[0][i + 2]);
                 }
         }
@@ -354,28 +422,64 @@ struct Worker {
         if (threadIdx.x * 4 < OWN_VECTORS) *(float4*)&shared.vectors[turn][threadIdx.x * 4] = vectors;
         __syncthreads();
 #pragma unroll 1
-        for (u32 j = 0; j < layers_of(PHASE); ++j) product<PHASE>(j);
+        for (u32 j = 0; j < passes_of(PHASE); ++j) product<PHASE>(j);
         __syncthreads();
     }
 
     // ---- Behind the product ----
 
-    // The sums of a pair of channels of a row of tiles.
+    // The sums that this block has made of a pair of channels of a row of tiles.
     template <u32 PHASE>
-    __device__ __forceinline__ int2 sum_of(u32 row, u32 layer = 0) const {
-        constexpr u32 WHOLE = whole_sets_of(PHASE) * GROUP, PARTS = parts_of(PHASE);
+    __device__ __forceinline__ int2 local_sum(u32 row, u32 layer, u32 which) const {
+        constexpr u32 WHOLE = whole_sets_of(PHASE), PARTS = parts_of(PHASE), PASSES = passes_of(PHASE);
         u32 lane = opaque(this->lane), order = warp / 8 * 8 + warp % 2 * 4 + warp % 8 / 2;
-        bool is_whole = row < WHOLE;
-        u32 at = is_whole ? row : WHOLE + (row - WHOLE) / GROUP * (PARTS * GROUP) + row % GROUP;
-        const u32* from = (const u32*)(region + input_bytes_of(PHASE)) + (layer * layer_sums_of(PHASE) + at) * SUM_WORDS +
-                          order * 16 + (lane % 8 ^ (order / 2 & 1) * 4) * 2;
-        int2 sum = make_int2(-total[layer], -total[layer]);
+        u32 set = (PASSES > 1 ? 0 : layer * layer_sets_of(PHASE)) + row / GROUP;
+        bool is_whole = set < WHOLE;
+        u32 at = (PASSES > 1 ? layer * pass_sums_of(PHASE) : 0) +
+                 GROUP * (is_whole ? set : WHOLE + (set - WHOLE) * PARTS) + row % GROUP;
+        const u32* from = (const u32*)(region + input_bytes_of(PHASE)) + at * SUM_WORDS + (order + which * SLOTS) * 16 +
+                          (lane % 8 ^ (order / 2 & 1) * 4) * 2;
+        int2 sum = make_int2(-total[which][layer], -total[which][layer]);
 #pragma unroll
         for (u32 part = 0; part < PARTS; ++part)
             if (part == 0 || !is_whole) {
                 int2 v = *(const int2*)(from + part * (GROUP * SUM_WORDS));
                 sum.x += v.x, sum.y += v.y;
             }
+        return sum;
+    }
+
+    // Gives the other block of the cluster the sums of its sequence's pairs, and waits for one's own.
+    template <u32 PHASE>
+    __device__ __forceinline__ void exchange_sums() {
+        if (SHARING == 1) return;
+        constexpr u32 LAYERS = layers_of(PHASE);
+#pragma unroll
+        for (u32 j = 0; j < LAYERS; ++j)
+#pragma unroll
+            for (u32 p = 0; p < PAIRS; ++p) {
+                int2 sum = tile_of(p) < own.groups ? local_sum<PHASE>(tile_of(p), j, 1) : make_int2(0, 0);
+                asm volatile(
+                    "{ .reg .b32 there, over; mapa.shared::cluster.u32 there, %0, %2; mapa.shared::cluster.u32 over, %1, %2; "
+                    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [there], {%3, %4}, [over]; }" ::"r"(
+                        shared_address(&shared.inbox[warp][j * PAIRS + p][lane])),
+                    "r"(shared_address(&shared.inbox_full[warp])), "r"(rank ^ 1), "r"(sum.x), "r"(sum.y)
+                    : "memory");
+            }
+        u32 barrier = shared_address(&shared.inbox_full[warp]);
+        if (lane == 0) expect_bytes(barrier, LAYERS * PAIRS * 32 * sizeof(int2));
+        wait_for(barrier, inbox_turn);
+        inbox_turn ^= 1;
+    }
+
+    // The sums of a pair of own channels.
+    template <u32 PHASE>
+    __device__ __forceinline__ int2 sum_of(u32 pair, u32 layer = 0) const {
+        int2 sum = local_sum<PHASE>(tile_of(pair), layer, 0);
+        if (SHARING > 1) {
+            int2 other = shared.inbox[warp][layer * PAIRS + pair][lane];
+            sum.x += other.x, sum.y += other.y;
+        }
         return sum;
     }
 

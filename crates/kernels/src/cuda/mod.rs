@@ -455,19 +455,25 @@ impl Kernel {
         let attribute = |id, value| sys::CUlaunchAttribute { id, pad: [0; 4], value };
         let x = limit(launch.cluster);
         let size = sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y: 1, z: 1 };
-        let mut attributes = [
-            attribute(
+        let mut attributes = Vec::with_capacity(3);
+        if launch.overlapping && self.device.overlaps {
+            attributes.push(attribute(
                 sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                 sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-            ),
-            attribute(
+            ));
+        }
+        if launch.cluster > 1 {
+            attributes.push(attribute(
                 sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
                 sys::CUlaunchAttributeValue { clusterDim: size },
-            ),
-        ];
-        let begins_early = launch.overlapping && self.device.overlaps;
-        let end = 1 + usize::from(launch.cluster > 1);
-        let attributes = &mut attributes[usize::from(!begins_early)..end];
+            ));
+        }
+        if launch.cooperative && !attributes.is_empty() {
+            attributes.push(attribute(
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+                sys::CUlaunchAttributeValue { cooperative: 1 },
+            ));
+        }
         if !attributes.is_empty() {
             let config = sys::CUlaunchConfig {
                 gridDimX: grid.0,
