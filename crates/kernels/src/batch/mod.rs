@@ -5,7 +5,7 @@
 
 mod division;
 
-use std::ops::RangeInclusive;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use crate::cuda::{Buffer, CudaError, Device, Kernel, Launch, Source};
@@ -29,7 +29,7 @@ pub(crate) const SOURCE: Source = Source {
 };
 
 /// Sequences of a batch. One alone is decoded otherwise, more take a launch for each product.
-pub const SEQUENCES: RangeInclusive<usize> = 2..=128;
+pub const SEQUENCES: RangeInclusive<usize> = 2..=256;
 
 // As in the source.
 const PHASES: usize = 5;
@@ -125,15 +125,16 @@ impl BatchDecoder {
         }))
     }
 
-    /// The kernel for so many sequences.
-    fn kernel_at(&self, count: usize) -> Option<usize> {
-        let fits = |(division, _): &(Division, _)| count <= division.most_sequences();
-        self.kernels.iter().position(fits).filter(|_| SEQUENCES.contains(&count))
+    /// Whether there are kernels for so many sequences.
+    pub fn takes(&self, count: usize) -> bool {
+        SEQUENCES.contains(&count)
     }
 
-    /// Whether there is a kernel for so many sequences.
-    pub fn takes(&self, count: usize) -> bool {
-        self.kernel_at(count).is_some()
+    /// The sequences of each launch, if there are too many for one.
+    fn parts(&self, count: usize) -> Vec<Range<usize>> {
+        let sizes = self.kernels.iter().map(|(division, _)| division.most_sequences());
+        let launches = count.div_ceil(sizes.max().unwrap_or(1));
+        (0..launches).map(|part| count * part / launches..count * (part + 1) / launches).collect()
     }
 
     /// Submits one step: feeds a token to each sequence. [`logits`](Self::logits) are then those behind it.
@@ -149,7 +150,7 @@ impl BatchDecoder {
     ) -> Result<(), CudaError> {
         self.prepare(tokens, 1)?;
         self.logits.reserve(tokens.len() * self.shape.vocab)?;
-        self.submit(weights, sequences, tokens.len(), 0, 1, true)
+        self.submit_step(weights, sequences, tokens.len())
     }
 
     /// Feeds a token to each sequence and then those that `sampling` draws, `count` steps in all, without a look from the host.
@@ -168,7 +169,7 @@ impl BatchDecoder {
         self.prepare(tokens, 1)?;
         self.logits.reserve(tokens.len() * self.shape.vocab)?;
         for step in 0..count {
-            self.submit(weights, sequences, tokens.len(), 0, 1, true)?;
+            self.submit_step(weights, sequences, tokens.len())?;
             sampling.draw(&mut self.logits, step, Next::Tokens(&mut self.tokens))?;
         }
         Ok(())
@@ -193,27 +194,44 @@ impl BatchDecoder {
     ) -> Result<Option<Vec<u32>>, CudaError> {
         self.prepare(tokens, count)?;
         self.not_finite.clear()?;
-        for first in (0..count).step_by(MAX_STEPS) {
-            let steps = MAX_STEPS.min(count - first);
-            self.submit(weights, sequences, tokens.len(), first, steps, false)?;
+        let parts = self.parts(tokens.len());
+        for part in &parts {
+            for first in (0..count).step_by(MAX_STEPS) {
+                let steps = MAX_STEPS.min(count - first);
+                let history = count * part.start + first * part.len();
+                self.submit(weights, sequences, part.clone(), steps, history, false)?;
+            }
         }
-        let (mut chosen, mut not_finite) = (vec![0; count * tokens.len()], [0]);
-        self.history.read(0, &mut chosen)?;
+        let (mut history, mut not_finite) = (vec![0; count * tokens.len()], [0]);
+        self.history.read(0, &mut history)?;
         self.not_finite.read(0, &mut not_finite)?;
+        // Of each part it is [count, part].
+        let mut chosen = Vec::with_capacity(history.len());
+        for step in 0..count {
+            for part in &parts {
+                let at = count * part.start + step * part.len();
+                chosen.extend_from_slice(&history[at..][..part.len()]);
+            }
+        }
         Ok((not_finite[0] == 0).then_some(chosen))
     }
 
     /// Makes room for so many steps that begin with some tokens, and compiles at the first use.
     fn prepare(&mut self, tokens: &[u32], steps: usize) -> Result<(), CudaError> {
         let (count, shape) = (tokens.len(), self.shape);
-        let Some(at) = self.kernel_at(count) else {
+        if !self.takes(count) {
             return Err(CudaError::Shape(format!("a step of {count} sequences")));
-        };
+        }
         if let Some(token) = tokens.iter().find(|&&token| token as usize >= shape.vocab) {
             return Err(CudaError::Shape(format!("a step of token {token}")));
         }
-        let (division, kernel) = &mut self.kernels[at];
-        if kernel.is_none() {
+        for part in self.parts(count) {
+            let Some((division, kernel)) = kernel_for(&mut self.kernels, part.len()) else {
+                return Err(CudaError::Shape(format!("a step of {count} sequences")));
+            };
+            if kernel.is_some() {
+                continue;
+            }
             let constants = division.constants(shape);
             let bytes = division.shared_bytes;
             *kernel = Some(BatchKernel {
@@ -230,36 +248,53 @@ impl BatchDecoder {
         self.tokens.write(0, tokens)
     }
 
-    /// Submits steps of so many sequences; what they choose goes to `history` from step `first` on.
-    fn submit(
+    /// Submits one step of so many sequences, with logits.
+    fn submit_step(
         &mut self,
         weights: &Weights,
         sequences: &Sequences,
         count: usize,
-        first: usize,
+    ) -> Result<(), CudaError> {
+        for part in self.parts(count) {
+            let history = part.start;
+            self.submit(weights, sequences, part, 1, history, true)?;
+        }
+        Ok(())
+    }
+
+    /// Submits steps of some of the sequences; what they choose goes to a place in `history`.
+    fn submit(
+        &mut self,
+        weights: &Weights,
+        sequences: &Sequences,
+        part: Range<usize>,
         steps: usize,
+        history: usize,
         wants_logits: bool,
     ) -> Result<(), CudaError> {
         let Shape { layers, width, .. } = self.shape;
-        let at = self.kernel_at(count);
         let fits = weights.shape() == self.shape
             && sequences.are_single_tokens()
-            && sequences.rows == count
+            && part.end <= sequences.rows
             && sequences.state_len >= layers * width;
         let Some((division, Some(kernel))) =
-            at.filter(|_| fits).map(|at| &mut self.kernels[at]).map(|(d, k)| (d, k.as_mut()))
+            kernel_for(&mut self.kernels, part.len()).filter(|_| fits)
         else {
-            return Err(CudaError::Shape(format!("a step of {count} sequences")));
+            return Err(CudaError::Shape(format!("a step of {} sequences", part.len())));
         };
         let args = Args {
             weights: weights.tiles.address(0),
             vectors: weights.vectors.address(0),
             gammas: weights.gammas.address(0),
             embeddings: weights.embeddings.address(0),
-            states: sequences.states.address(0),
-            tokens: self.tokens.address(0),
-            history: self.history.address(first * count),
-            logits: if wants_logits { self.logits.address(0) } else { 0 },
+            states: sequences.states.address(part.start),
+            tokens: self.tokens.address(part.start),
+            history: self.history.address(history),
+            logits: if wants_logits {
+                self.logits.address(part.start * self.shape.vocab)
+            } else {
+                0
+            },
             not_finite: self.not_finite.address(0),
             messages: kernel.messages.address(0),
             rows: kernel.rows.address(0),
@@ -267,7 +302,7 @@ impl BatchDecoder {
             spare_state: kernel.spare_state.address(0),
             tile_at: weights.phases().map(|phase| phase.first as u64),
             layer_tiles: weights.layer_tiles() as u64,
-            m: count as u32,
+            m: part.len() as u32,
             layers: layers as u32,
             steps: steps as u32,
             embedding_type: weights.embedding_type.code(),
@@ -285,6 +320,14 @@ impl BatchDecoder {
         kernel.steps += steps as u64;
         Ok(())
     }
+}
+
+/// The first kernel that has room for so many sequences.
+fn kernel_for(
+    kernels: &mut [(Division, Option<BatchKernel>)],
+    count: usize,
+) -> Option<&mut (Division, Option<BatchKernel>)> {
+    kernels.iter_mut().find(|(division, _)| count <= division.most_sequences())
 }
 
 #[cfg(test)]
