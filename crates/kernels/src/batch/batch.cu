@@ -129,7 +129,8 @@ __device__ __forceinline__ float glu(Worker& w, const Residual& r, u32 layer, u3
         r.first(u);
         w.send_row<GLU>(u, {r.square}, round);
     }
-    float4 vectors = w.ask_vectors<OWN_INNER, 0>(v + 9 * WIDTH, 1, w.inner);
+    Own inner = w.inner();
+    float4 vectors = w.ask_vectors<OWN_INNER, 0>(v + 9 * WIDTH, 1, inner);
     float gamma = __ldg(w.a.gammas + GAMMAS * layer + 4);
     if (w.is_real) w.receive_row<GLU>(round);
     w.multiply<GLU>(vectors);
@@ -141,7 +142,7 @@ __device__ __forceinline__ float glu(Worker& w, const Residual& r, u32 layer, u3
 #pragma unroll
             for (u32 p = 0; p < INNER_PAIRS; ++p) {
                 u32 tile = tile_of(p);
-                if (tile >= w.inner.groups) continue;
+                if (tile >= inner.groups) continue;
                 float2 gate = dequantize(w.local_sum<GLU>(2 * tile, 0, k), gamma * w.step[k][0]);
                 float2 value = dequantize(w.local_sum<GLU>(2 * tile + 1, 0, k), gamma * w.step[k][0]);
                 float2 y = make_float2(quick_silu(gate.x) * value.x, quick_silu(gate.y) * value.y);
@@ -171,30 +172,40 @@ __device__ __forceinline__ void head(Worker& w, const Residual& r, u32 round, bo
         w.send_row<HEAD>(u, {r.square}, round, turn);
         w.receive_row<HEAD>(round);
     } else turn();
-    w.multiply<HEAD>(make_float4(0, 0, 0, 0));
+    Own own = w.head();
+    bool finite[SHARING];
 #pragma unroll
-    for (u32 k = 0; k < SHARING; ++k) {
-        best[k] = 0;
+    for (u32 k = 0; k < SHARING; ++k) best[k] = 0, finite[k] = true;
+#pragma unroll 1
+    for (u32 number = 0; number < HEAD_ROUNDS; ++number) {
+        if (number == 0) w.multiply<HEAD>(make_float4(0, 0, 0, 0));
+        else w.multiply_again<HEAD>();
+        Own rows = own.part(number, HEAD_ROWS);
         if (!w.is_real) continue;
-        bool finite = true;
-        float* logits = stores && w.is_wanted(k) ? a.logits + (size_t)w.sequence_of(k) * VOCAB : nullptr;
-#pragma unroll 2
-        for (u32 row = w.lane / 8; row < w.head.groups; row += 4) {
-            float2 pair = dequantize(w.local_sum<HEAD>(row, 0, k), gamma * w.step[k][0]);
-            u32 token = (w.head.begin + row) * TILE_ROWS + w.lane % 8;
 #pragma unroll
-            for (u32 e = 0; e < 2; ++e, token += 8) {
-                if (token >= VOCAB) continue;
-                float logit = e ? pair.y : pair.x;
-                finite = finite && is_finite(logit);
-                best[k] = max(best[k], logit_key(logit, token));
-                if (logits) logits[token] = logit;
+        for (u32 k = 0; k < SHARING; ++k) {
+            float* logits = stores && w.is_wanted(k) ? a.logits + (size_t)w.sequence_of(k) * VOCAB : nullptr;
+#pragma unroll 2
+            for (u32 row = w.lane / 8; row < rows.groups; row += 4) {
+                float2 pair = dequantize(w.local_sum<HEAD>(row, 0, k), gamma * w.step[k][0]);
+                u32 token = (rows.begin + row) * TILE_ROWS + w.lane % 8;
+#pragma unroll
+                for (u32 e = 0; e < 2; ++e, token += 8) {
+                    if (token >= VOCAB) continue;
+                    float logit = e ? pair.y : pair.x;
+                    finite[k] = finite[k] && is_finite(logit);
+                    best[k] = max(best[k], logit_key(logit, token));
+                    if (logits) logits[token] = logit;
+                }
             }
         }
-        if (!finite && w.is_wanted(k)) *a.not_finite = 1;
-        best[k] = largest_key(best[k]);
     }
     w.have_read_sums();
+#pragma unroll
+    for (u32 k = 0; k < SHARING; ++k) {
+        if (!finite[k] && w.is_wanted(k)) *a.not_finite = 1;
+        best[k] = largest_key(best[k]);
+    }
 }
 
 // The most likely token, when all owners have told theirs. By a warp with a sequence.
@@ -237,7 +248,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
     count = list_tiles<OUT>(a, tiles, own, rank, count);
     count = list_tiles<GLU>(a, tiles, inner, rank, count);
     count = list_tiles<DOWN>(a, tiles, own, rank, count);
-    u32 head_count = list_tiles<HEAD>(a, head_tiles, of_head, rank, 0);
+    u32 head_count = 0;
+    for (u32 k = 0; k < HEAD_ROUNDS; ++k)
+        head_count = list_tiles<HEAD>(a, head_tiles, of_head.part(k, HEAD_ROWS), rank, head_count);
     fill_list(tiles, count), fill_list(head_tiles, head_count);
     if (lane == 0) shared.counts[warp][0] = count, shared.counts[warp][1] = head_count;
     __syncthreads();
@@ -246,12 +259,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
     u8* region = memory + SHARED_BYTES;
     // In a cluster whose other sequence is not there, a warp computes something for it.
     bool is_real = sequence / SHARING * SHARING < a.m, is_wanted = sequence < a.m;
-    Worker w = {a,     shared, region, Stream(a, shared, shared_address(region + REGION + threadIdx.x * 16)),
-                warp,  lane,   owner,  rank,
-                sequence, own, inner,  of_head,
-                is_real, 0,
-        0,      {},
-                {}};
+    Stream stream(a, shared, shared_address(region + REGION + threadIdx.x * 16));
+    Worker w = {a, shared, region, stream, warp, lane, owner, rank, sequence, own, is_real};
     // There are no sums yet that somebody reads.
     w.have_read_sums();
     float* state = is_wanted ? a.states[sequence] : a.spare_state;

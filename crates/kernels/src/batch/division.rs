@@ -37,31 +37,36 @@ const fn size(teams: usize, operands: usize, together: usize, sharing: usize) ->
 
 /// In the order of what they have room for: the fewest teams that have, for each reads all weights. Of those that have room
 /// for as many the first that fits is used.
-pub(super) const SIZES: [Size; 6] = [
+pub(super) const SIZES: [Size; 7] = [
     size(1, 1, 1, 1),
     size(1, 2, 1, 1),
     size(2, 2, 1, 1),
     size(4, 2, 4, 2),
     size(4, 2, 4, 1),
+    size(8, 2, 4, 2),
     size(8, 2, 4, 1),
 ];
 /// Tiles on their way to a warp: as many as fit.
-const STAGES: [usize; 4] = [16, 8, 4, 2];
+const STAGES: [usize; 3] = [16, 8, 4];
+/// In how many rounds the head may be multiplied, if there is no room for all its sums.
+const ROUNDS: [usize; 3] = [1, 2, 4];
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Division {
     pub size: Size,
     /// Blocks of a team, each of which owns channels.
     pub owners: usize,
+    rounds: usize,
     stages: usize,
     pub shared_bytes: usize,
 }
 
-/// Of a block's phases: columns of tiles, and rows of each layer, at most.
+/// Of a block's phases: columns of tiles, and rows of each layer, or round, at most.
 struct Tiles {
     columns: [usize; PHASES],
     rows: [usize; PHASES],
     size: Size,
+    rounds: usize,
 }
 
 /// How a phase's rows of tiles are multiplied.
@@ -77,7 +82,7 @@ struct Sets {
 }
 
 impl Tiles {
-    fn new(shape: Shape, owners: usize, size: Size) -> Self {
+    fn new(shape: Shape, owners: usize, size: Size, rounds: usize) -> Self {
         let Shape { width, inner, vocab, .. } = shape;
         // The blocks of a cluster divide rows among them, or K.
         let is_by_rows = |phase| phase == GLU || phase == HEAD;
@@ -88,8 +93,9 @@ impl Tiles {
         for (phase, columns) in columns.iter_mut().enumerate() {
             *columns = if is_by_rows(phase) { *columns } else { columns.div_ceil(size.sharing) };
         }
-        let rows = [width_groups, width_groups, 2 * inner_groups, width_groups, head_groups];
-        Self { columns, rows, size }
+        let head_rows = head_groups.div_ceil(rounds);
+        let rows = [width_groups, width_groups, 2 * inner_groups, width_groups, head_rows];
+        Self { columns, rows, size, rounds }
     }
 
     fn sets(&self, phase: usize) -> Sets {
@@ -101,7 +107,9 @@ impl Tiles {
         let most = self.columns[phase].max(together);
         let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
         let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
-        let parts = if shared == 0 { 1 } else { powers.filter(fits).last().unwrap_or(1) };
+        // Of layers that are multiplied together there are enough sets.
+        let is_whole = shared == 0 || passes < LAYERS[phase];
+        let parts = if is_whole { 1 } else { powers.filter(fits).last().unwrap_or(1) };
         Sets { whole: sets - shared, shared, parts, groups, passes }
     }
 
@@ -134,8 +142,8 @@ impl Tiles {
         let vectors = (4 * own).max(TILE_ROWS * self.rows[GLU] / 2);
         let inboxes = if self.size.sharing > 1 { SLOTS } else { 1 };
         let list = |tiles: usize| tiles.max(stages) + stages + 1;
-        let lists =
-            list((0..HEAD).map(|phase| self.of_warp(phase)).sum()) + list(self.of_warp(HEAD));
+        let lists = list((0..HEAD).map(|phase| self.of_warp(phase)).sum())
+            + list(self.rounds * self.of_warp(HEAD));
         let bytes = 2 * 4 * vectors
             + 8 * (1 + SLOTS)
             + inboxes * 3 * own.div_ceil(64) * 32 * 8
@@ -158,18 +166,24 @@ impl Division {
         shared_bytes: usize,
     ) -> Option<Self> {
         // The fewest owners whose busiest one has as few tiles of a layer as with all of them.
-        let busiest = |owners: usize| Tiles::new(shape, owners, size).of_layer();
+        let tiles = |owners: usize, rounds: usize| Tiles::new(shape, owners, size, rounds);
+        let busiest = |owners: usize| tiles(owners, 1).of_layer();
         let most = (multiprocessors / size.teams).min(shape.width.div_ceil(TILE_ROWS));
         let owners = (1..=most).min_by_key(|&owners| (busiest(owners), owners))?;
-        let tiles = Tiles::new(shape, owners, size);
-        let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
-        let bytes =
-            |stages: usize| Some(tiles.first_bytes(stages)? + region + stages * SLOTS * TILE_BYTES);
-        STAGES
-            .into_iter()
-            .filter_map(|stages| Some((stages, bytes(stages)?)))
-            .find(|&(_, bytes)| bytes <= shared_bytes)
-            .map(|(stages, shared_bytes)| Self { size, owners, stages, shared_bytes })
+        let with = |rounds: usize, stages: usize| {
+            let tiles = tiles(owners, rounds);
+            let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
+            let bytes = tiles.first_bytes(stages)? + region + stages * SLOTS * TILE_BYTES;
+            (bytes <= shared_bytes).then_some(Self {
+                size,
+                owners,
+                rounds,
+                stages,
+                shared_bytes: bytes,
+            })
+        };
+        let choices = ROUNDS.into_iter().flat_map(|r| STAGES.map(|stages| (r, stages)));
+        choices.into_iter().find_map(|(rounds, stages)| with(rounds, stages))
     }
 
     /// Sequences that it takes.
@@ -186,7 +200,7 @@ impl Division {
         self.size.teams * self.owners
     }
 
-    pub fn constants(&self, shape: Shape) -> [Constant; 10] {
+    pub fn constants(&self, shape: Shape) -> [Constant; 11] {
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
@@ -196,6 +210,7 @@ impl Division {
             ("NUM_TOGETHER", self.size.together),
             ("NUM_SHARING", self.size.sharing),
             ("NUM_OWNERS", self.owners),
+            ("NUM_ROUNDS", self.rounds),
             ("NUM_STAGES", self.stages),
             // The source compares it with its own.
             ("NUM_SHARED_BYTES", self.shared_bytes),
@@ -252,9 +267,9 @@ mod tests {
     #[test]
     fn published_sizes_are_divided_evenly() {
         for (width, inner, owners) in [
-            (1024, 2816, [64, 64, 64, 32, 32, 16]),
-            (2048, 5632, [128, 128, 64, 32, 32, 16]),
-            (2560, 6912, [108, 108, 62, 0, 32, 0]),
+            (1024, 2816, [64, 64, 64, 32, 32, 16, 16]),
+            (2048, 5632, [128, 128, 64, 32, 32, 16, 16]),
+            (2560, 6912, [108, 108, 62, 0, 32, 0, 0]),
         ] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
             for (size, owners) in SIZES.into_iter().zip(owners) {

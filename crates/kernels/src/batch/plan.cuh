@@ -10,6 +10,7 @@
 #define NUM_OPERANDS 2
 #define NUM_TOGETHER 4
 #define NUM_SHARING 2
+#define NUM_ROUNDS 1
 #define NUM_STAGES 4
 #endif
 
@@ -49,6 +50,11 @@ struct Own {
         u32 begin = is_even ? owner * (all / OWNERS) : all * owner / OWNERS;
         return {begin, is_even ? all / OWNERS : all * (owner + 1) / OWNERS - begin};
     }
+    // Of so many in turn.
+    __device__ __forceinline__ Own part(u32 number, u32 size) const {
+        u32 first = min(number * size, groups);
+        return {begin + first, min(size, groups - first)};
+    }
 };
 
 // Columns of tiles that a block multiplies.
@@ -76,7 +82,10 @@ static_assert(OWN_VECTORS <= 4 * THREADS, "each thread brings four");
 // Four warps multiply four rows of tiles together (warpgroup instructions), or, where blocks have few rows, each warp one.
 // Such sets of rows that are as many as groups of warps have a group each; the groups share K of the rest.
 constexpr u32 GROUP = NUM_TOGETHER, GROUPS = WARPS / GROUP;
-__device__ constexpr u32 rows_of(u32 phase) { return most_groups_of(phase) * (phase == GLU ? 2 : 1); }  // of a layer
+// The head's rows are multiplied in rounds, if there is no room for all their sums.
+constexpr u32 HEAD_ROUNDS = NUM_ROUNDS, HEAD_ROWS = parts(most_groups_of(HEAD), HEAD_ROUNDS);
+// Of a layer, or a round.
+__device__ constexpr u32 rows_of(u32 phase) { return phase == HEAD ? HEAD_ROWS : most_groups_of(phase) * (phase == GLU ? 2 : 1); }
 __device__ constexpr u32 layer_sets_of(u32 phase) { return parts(rows_of(phase), GROUP); }
 // Layers are multiplied one after the other, or together.
 __device__ constexpr u32 passes_of(u32 phase) { return GROUP > 1 ? 1 : layers_of(phase); }
@@ -84,7 +93,8 @@ __device__ constexpr u32 sets_of(u32 phase) { return layer_sets_of(phase) * (lay
 __device__ constexpr u32 whole_sets_of(u32 phase) { return sets_of(phase) / GROUPS * GROUPS; }
 __device__ constexpr u32 shared_sets_of(u32 phase) { return sets_of(phase) % GROUPS; }
 __device__ constexpr u32 parts_of(u32 phase) {
-    if (shared_sets_of(phase) == 0) return 1;
+    // Of layers that are multiplied together there are enough sets.
+    if (shared_sets_of(phase) == 0 || passes_of(phase) < layers_of(phase)) return 1;
     u32 most = 1;
     while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(most_columns_of(phase), GROUP)) most *= 2;
     return most;
@@ -98,7 +108,7 @@ __device__ constexpr u32 tiles_of(u32 phase) {
     u32 whole = whole_sets_of(phase) / GROUPS, shared = pass_runs_of(phase) - whole;
     return passes_of(phase) * (whole * most_columns_of(phase) + shared * parts(most_columns_of(phase), parts_of(phase)));
 }
-constexpr u32 LAYER_TILES = tiles_of(MIX) + tiles_of(OUT) + tiles_of(GLU) + tiles_of(DOWN), HEAD_TILES = tiles_of(HEAD);
+constexpr u32 LAYER_TILES = tiles_of(MIX) + tiles_of(OUT) + tiles_of(GLU) + tiles_of(DOWN), HEAD_TILES = HEAD_ROUNDS * tiles_of(HEAD);
 constexpr u32 STAGES = NUM_STAGES;  // tiles on their way to a warp
 // In a list of a warp's tiles there are at least as many as are on their way; behind it come those that follow, and one word more.
 constexpr u32 LAYER_LIST = larger_of(LAYER_TILES, STAGES) + STAGES + 1, HEAD_LIST = larger_of(HEAD_TILES, STAGES) + STAGES + 1;

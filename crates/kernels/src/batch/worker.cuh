@@ -88,16 +88,19 @@ struct Worker {
     u8* region;
     Stream stream;
     u32 warp, lane, owner, rank, sequence;
-    Own own, inner, head;
-    bool is_real;            // a warp without a sequence only multiplies
-    u32 turn;                // of own vectors, and the parity of `sums_read`
-    u32 inbox_turn;          // the parity of the inbox's barrier
-    float step[SHARING][3];  // of the last quantised rows: R max|u| / 127 / 64
-    int total[SHARING][3];   // 64 times the sums of their integers, those that were received
+    Own own;
+    bool is_real;                 // a warp without a sequence only multiplies
+    u32 turn = 0;                 // of own vectors, and the parity of `sums_read`
+    u32 inbox_turn = 0;           // the parity of the inbox's barrier
+    float step[SHARING][3] = {};  // of the last quantised rows: R max|u| / 127 / 64
+    int total[SHARING][3] = {};   // 64 times the sums of their integers, those that were received
 
+    // Computed again where they are needed: registers are few.
+    __device__ __forceinline__ Own inner() const { return Own::of<MAKERS>(opaque(owner) * SHARING + rank, INNER); }
+    __device__ __forceinline__ Own head() const { return Own::of<MAKERS>(opaque(owner) * SHARING + rank, VOCAB); }
     template <u32 PHASE>
-    __device__ __forceinline__ const Own& own_input() const {
-        return PHASE == DOWN ? inner : own;
+    __device__ __forceinline__ Own own_input() const {
+        return PHASE == DOWN ? inner() : own;
     }
     // The warp's sequence, or that of the same warp in the other block of the cluster.
     __device__ __forceinline__ u32 sequence_of(u32 which) const { return sequence ^ which; }
@@ -423,6 +426,14 @@ struct Worker {
         __syncthreads();
 #pragma unroll 1
         for (u32 j = 0; j < passes_of(PHASE); ++j) product<PHASE>(j);
+        __syncthreads();
+    }
+
+    // Multiplies the same by more rows, when all warps have read the sums.
+    template <u32 PHASE>
+    __device__ __forceinline__ void multiply_again() {
+        __syncthreads();
+        product<PHASE>(0);
         __syncthreads();
     }
 
