@@ -107,8 +107,8 @@ impl Tiles {
         let most = self.columns[phase].max(together);
         let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
         let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
-        // Of layers that are multiplied together there are enough sets.
-        let is_whole = shared == 0 || passes < LAYERS[phase];
+        // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
+        let is_whole = shared == 0 || self.size.sharing > 1 && passes < LAYERS[phase];
         let parts = if is_whole { 1 } else { powers.filter(fits).last().unwrap_or(1) };
         Sets { whole: sets - shared, shared, parts, groups, passes }
     }

@@ -93,8 +93,8 @@ __device__ constexpr u32 sets_of(u32 phase) { return layer_sets_of(phase) * (lay
 __device__ constexpr u32 whole_sets_of(u32 phase) { return sets_of(phase) / GROUPS * GROUPS; }
 __device__ constexpr u32 shared_sets_of(u32 phase) { return sets_of(phase) % GROUPS; }
 __device__ constexpr u32 parts_of(u32 phase) {
-    // Of layers that are multiplied together there are enough sets.
-    if (shared_sets_of(phase) == 0 || passes_of(phase) < layers_of(phase)) return 1;
+    // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
+    if (shared_sets_of(phase) == 0 || SHARING > 1 && passes_of(phase) < layers_of(phase)) return 1;
     u32 most = 1;
     while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(most_columns_of(phase), GROUP)) most *= 2;
     return most;
@@ -271,7 +271,10 @@ struct Stream {
     // Goes on to a layer, whose first tiles are on their way. Behind it comes the next one, unless it is the end.
     __device__ __forceinline__ void turn_to(u32 layer, bool is_end) {
         // Those that only fill the last list up.
-        for (u32 k = count(layer == 0 ? a.layers : layer - 1); k < STAGES; ++k) fetch();
+        for (u32 k = count(layer == 0 ? a.layers : layer - 1); k < STAGES; ++k) {
+            wait<STAGES - 1>();
+            fetch();
+        }
         base = first_tile(layer);
         end_list(layer, layer == a.layers ? 0 : layer + 1, is_end);
         at = list(layer) + STAGES, next = *at;
@@ -300,10 +303,15 @@ private:
         __syncwarp();
     }
     __device__ __forceinline__ u32 place(u32 slot) const { return ring + slot * (WARPS * TILE_BYTES); }
-    // When no more than some of those behind it are on their way.
+    // Until no more than the last ones are on their way.
+    template <u32 LAST>
+    __device__ __forceinline__ static void wait() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(LAST) : "memory");
+    }
+    // With so many behind it.
     template <u32 BEHIND>
     __device__ __forceinline__ uint4 read(u32 slot) const {
-        asm volatile("cp.async.wait_group %0;" ::"n"(BEHIND) : "memory");
+        wait<BEHIND>();
         uint4 v;
         asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
