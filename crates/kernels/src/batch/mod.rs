@@ -1,4 +1,4 @@
-//! Steps of a batch of sequences, a token of each, in one launch: a persistent grid that walks through all layers.
+//! Steps of a batch of sequences, a token of each, in one launch or two: a persistent grid that walks through all layers.
 //!
 //! The sources tell how it works. Floats are multiplied in another order than by the kernels that take a launch for each product,
 //! and the CPU: logits differ as those of two correct evaluations do (docs/gpu.md).
