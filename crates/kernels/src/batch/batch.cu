@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     u32 owner = blockIdx.x / TEAMS, sequence = blockIdx.x % TEAMS + warp * TEAMS, rank = blockIdx.x % SHARING;
     if (threadIdx.x == 0) {
-        make_barrier(shared_address(&shared.sums_read), WARPS);
+        make_barrier(shared_address(&shared.sums_read), THREADS);
         for (u32 k = 0; k < WARPS; ++k) make_barrier(shared_address(&shared.inbox_full[k]), 1);
         fence_barriers();
     }

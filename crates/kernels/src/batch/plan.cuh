@@ -296,6 +296,7 @@ private:
     // Puts the first tiles of the layer that follows behind a layer's list, or none.
     __device__ __forceinline__ void end_list(u32 layer, u32 following, bool is_end) {
         u32 lane = threadIdx.x % 32;
+        __syncwarp();
         if (lane < STAGES) {
             u32 tile = list(following)[lane], to = max(count(layer), STAGES) + lane;
             list(layer)[to] = is_end || tile == NO_TILE ? NO_TILE : tile + first_tile(following) - first_tile(layer);

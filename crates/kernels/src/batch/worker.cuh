@@ -113,6 +113,18 @@ struct Worker {
 
     // ---- The exchange ----
 
+    // One lane waits, and remembers how long.
+    __device__ __forceinline__ void be_patient(u32 which) const {
+        if (lane == 0) Patience{shared.patience[warp][which]}.wait();
+        __syncwarp();
+    }
+    __device__ __forceinline__ void learn_patience(u32 which, u32 early_looks) const {
+        if (lane != 0) return;
+        Patience patience = {shared.patience[warp][which]};
+        patience.learn(early_looks);
+        shared.patience[warp][which] = patience.cycles;
+    }
+
     // Tells the team the largest |u| of own channels and the sum of squares, waits for those of the others, and leaves the row's
     // step and factor, 127 / max|u|.
     template <u32 PHASE, u32 P, typename Meanwhile>
@@ -144,8 +156,7 @@ struct Worker {
             if (lane == 0) send4(messages(k) + maker * 4, mine, round);
         }
         meanwhile();
-        Patience patience = {shared.patience[warp][PHASE]};
-        patience.wait();
+        be_patient(PHASE);
         float4 v[KNOWN][LOADS];
         u32 mask = mask_of(round);
         auto has = [&](u32 i) { return (i + 1) * 32 <= FROM || lane + 32 * i < FROM; };
@@ -165,11 +176,10 @@ struct Worker {
                     any |= one;
                 }
             if (!__any_sync(ALL_LANES, any)) {
-                patience.learn(early_looks);
+                learn_patience(PHASE, early_looks);
                 break;
             }
         }
-        if (lane == 0) shared.patience[warp][PHASE] = patience.cycles;
 #pragma unroll
         for (u32 k = 0; k < KNOWN; ++k) {
             float4 all = make_float4(0, 0, 0, 0);
@@ -253,8 +263,7 @@ struct Worker {
         constexpr u32 LAYERS = layers_of(PHASE), PIECES = TILE_COLS / 16, LOADS = parts(most_columns_of(PHASE) * PIECES, 32);
         u32 lane = opaque(this->lane);
         Columns<PHASE> columns(rank);
-        Patience patience = {shared.patience[warp][PHASES + PHASE]};
-        patience.wait();
+        be_patient(PHASES + PHASE);
         uint4 v[SHARING][LAYERS][LOADS];
         u32 count = columns.count * PIECES;
         auto has = [&](u32 i) { return lane + 32 * i < count; };
@@ -280,11 +289,10 @@ struct Worker {
                         any |= one;
                     }
             if (!__any_sync(ALL_LANES, any)) {
-                patience.learn(early_looks);
+                learn_patience(PHASES + PHASE, early_looks);
                 break;
             }
         }
-        if (lane == 0) shared.patience[warp][PHASES + PHASE] = patience.cycles;
         // Codes are weights + 1.
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k)
@@ -499,8 +507,5 @@ struct Worker {
         return pair_at(&shared.vectors[turn][which * OWN], pair);
     }
 
-    __device__ __forceinline__ void have_read_sums() {
-        __syncwarp();
-        if (lane == 0) arrive(shared_address(&shared.sums_read));
-    }
+    __device__ __forceinline__ void have_read_sums() const { arrive(shared_address(&shared.sums_read)); }
 };

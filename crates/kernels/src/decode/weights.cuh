@@ -39,7 +39,7 @@ __device__ __forceinline__ void make_ring(Shared& shared) {
 #pragma unroll 1
     for (u32 k = 0; k < STAGES; ++k) {
         make_barrier(shared_address(&shared.full[k]), 1);
-        make_barrier(shared_address(&shared.empty[k]), WARPS);
+        make_barrier(shared_address(&shared.empty[k]), THREADS);
     }
     fence_barriers();
 }
@@ -121,12 +121,11 @@ struct Rows {
     // A stage of so many rows is not needed any more.
     template <u32 PHASE>
     __device__ __forceinline__ void release(u32 rows) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(base + SHARED_AT(empty) + 8 * place.stage);
+        arrive(base + SHARED_AT(empty) + 8 * place.stage);
         place.advance(rows * col_tiles_of(PHASE));
     }
 
-    // The same for all stages of a phase that lie together: a lane for each.
+    // The same for all stages of a phase that lie together: a lane looks at each.
     template <u32 PHASE>
     __device__ __forceinline__ void take_all(u32 rows) {
         place.align(tiles_together(PHASE));
@@ -137,9 +136,8 @@ struct Rows {
 
     template <u32 PHASE>
     __device__ __forceinline__ void release_all(u32 rows) {
-        u32 count = stages<PHASE>(rows), stage = place.stage + threadIdx.x % 32;
-        __syncwarp();
-        if (threadIdx.x % 32 < count) arrive(base + SHARED_AT(empty) + 8 * (stage % STAGES));
+        u32 count = stages<PHASE>(rows);
+        for (u32 k = 0; k < count; ++k) arrive(base + SHARED_AT(empty) + 8 * ((place.stage + k) % STAGES));
         place.parity ^= (place.stage + count) / STAGES;
         place.stage = (place.stage + count) % STAGES;
         place.tile += rows * col_tiles_of(PHASE);
