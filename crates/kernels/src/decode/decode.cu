@@ -54,7 +54,7 @@ struct Squares {
     }
 
     // Waits for them, and leaves this lane's part of their sum.
-    __device__ __forceinline__ void post(const Looks& looks, u32 round, u32 to) {
+    __device__ __forceinline__ void post(const Looks& looks, u32 round, u32 base, u32 turn) {
         u32 any, mask = mask_of(round);
         do {
             any = 0;
@@ -68,8 +68,8 @@ struct Squares {
         float part = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < LOADS; ++i) part += without_round(value[i]);
-        store_shared(to, 0, __float_as_uint(part));
-        squares_are_posted();
+        store_shared(base + SHARED_AT(squares) + 4 * (turn * THREADS + threadIdx.x), 0, __float_as_uint(part));
+        squares_are_posted(base);
     }
 };
 
@@ -184,13 +184,12 @@ __device__ __forceinline__ void take_first(Rows& way, u32 rows, EarlyTiles<PHASE
     u32 layer_rows = rows / S::LAYERS;
     if constexpr (S::EARLY) {
         way.take_all<PHASE>(rows);
-        // Rows that a block does not have are others, whose sums nobody reads.
 #pragma unroll
         for (u32 j = 0; j < S::LAYERS; ++j)
 #pragma unroll
             for (u32 r = 0; r < S::MOST_ROWS; ++r)
 #pragma unroll
-                for (u32 k = 0; k < S::COLUMNS; ++k) early.tile[j][r][k] = way.tile<PHASE>(j * layer_rows + r, k);
+                for (u32 k = 0; k < S::COLUMNS; ++k) early.tile[j][r][k] = way.tile<PHASE>(j * layer_rows + r, k, rows - 1);
         way.release_all<PHASE>(rows);
     } else {
         way.take<PHASE>(0);
@@ -220,7 +219,7 @@ __device__ __forceinline__ void leave_sums(const int2 (&parts)[N], int total, u3
 }
 
 // Leaves this warp's part of a phase's product: [layer][row][quad of warps][channel of the row][warp of the quad]. A lane's
-// first place is `to`. Rows that a block does not have are multiplied with what lies there, and nobody reads their sums.
+// first place is `to`. In place of rows that a block does not have its last one is multiplied again, and nobody reads those sums.
 template <u32 PHASE>
 __device__ __forceinline__ void product(const Activations<PHASE>& activations, const EarlyTiles<PHASE>& early, u32 to,
                                         u32 rows, Rows& way) {
@@ -262,7 +261,8 @@ __device__ __forceinline__ void product(const Activations<PHASE>& activations, c
 #pragma unroll
                 for (u32 r = 0; r < S::ROWS; ++r)
 #pragma unroll
-                    for (u32 k = 0; k < COLUMNS; ++k) tiles[r][k] = way.tile<PHASE>((S::ONE_STAGE ? j * layer_rows : 0) + r, k);
+                    for (u32 k = 0; k < COLUMNS; ++k)
+                        tiles[r][k] = way.tile<PHASE>((S::ONE_STAGE ? j * layer_rows : 0) + r, k, (S::ONE_STAGE ? rows : count) - 1);
 #pragma unroll
                 for (u32 r = 0; r < S::ROWS; ++r) of_stage[r] = part(tiles[r]);
                 if (!S::ONE_STAGE) way.release<PHASE>(count);
@@ -287,10 +287,6 @@ constexpr u32 SUMS = larger_of(larger_of(3 * most_rows_of(MIX), most_rows_of(GLU
 #ifdef NUM_SHARED_BYTES
 static_assert(SHARED_BYTES + RING_TILES * TILE_BYTES + 4 * (SUMS + WARPS * WARP_WORDS + 2 * 4 * OWN_FLOATS) == NUM_SHARED_BYTES,
               "the host computes this number");
-// Behind the last row of the ring a warp may read as many tiles as its columns are more than there are.
-constexpr u32 TILES_BEHIND =
-    larger_of(columns_of(MIX) * WARPS - col_tiles_of(MIX), columns_of(DOWN) * WARPS - col_tiles_of(DOWN));
-static_assert(TILES_BEHIND * TILE_BYTES <= 4 * (SUMS + WARPS * WARP_WORDS), "it would read behind shared memory");
 static_assert(place_of(PHASES) == NUM_EXCHANGE_FLOATS, "the host computes this number");
 #endif
 
@@ -337,15 +333,13 @@ struct Walker {
         way.begin<PHASE>(a, layer);
         receive<PHASE>(looks, way.base, round, turn, patience[PHASE], norms, activations,
                        [&] { take_first<PHASE>(way, rows, early); });
-        activations.squares.post(looks, round, way.base + SHARED_AT(squares) + 4 * (turn * THREADS + threadIdx.x));
+        activations.squares.post(looks, round, way.base, turn);
         product<PHASE>(activations, early, sums, rows, way);
+        wait_for_sums();
         if (reads_sums) {
-            wait_for_sums();
             float r = __uint_as_float(load_shared(way.base + 4 * turn, SHARED_AT(row_factor)));
 #pragma unroll
             for (u32 j = 0; j < layers_of(PHASE); ++j) factor[j] = activations.step[j] * r;
-        } else {
-            sums_are_added();
         }
     }
 
@@ -383,7 +377,7 @@ extern "C" __global__ void __launch_bounds__(ALL_THREADS, 1) decode(const __grid
     int* sums = (int*)(ring + RING_TILES * TILE_BYTES);
     u32* all_words = (u32*)(sums + SUMS);
     plan.make(a);
-    if (threadIdx.x == THREADS) make_ring(shared);
+    if (threadIdx.x == THREADS) make_barriers(shared);
     // Parts of warps that do not exist stay 0.
     for (u32 k = threadIdx.x; k < SUMS; k += ALL_THREADS) sums[k] = 0;
     __syncthreads();

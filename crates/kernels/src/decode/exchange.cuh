@@ -37,12 +37,18 @@ __device__ __noinline__ u32 receive_token(const Args& a, u32 round) {
 
 // ---- Barriers of a block, and the serving warp: what the block's channels need behind a phase ----
 
-// Warps that do not read a product's sums need not wait for them.
-__device__ __forceinline__ void sums_are_added() { asm volatile("bar.arrive 1, %0;" ::"n"(THREADS + 32) : "memory"); }
 __device__ __forceinline__ void wait_for_sums() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS + 32) : "memory"); }
 // Warps that multiply go on while the serving one adds.
-__device__ __forceinline__ void squares_are_posted() { asm volatile("bar.arrive 3, %0;" ::"n"(THREADS + 32) : "memory"); }
-__device__ __forceinline__ void wait_for_squares() { asm volatile("bar.sync 3, %0;" ::"n"(THREADS + 32) : "memory"); }
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void squares_are_posted(u32 base) { arrive(base + SHARED_AT(squares_posted)); }
+__device__ __forceinline__ void wait_for_squares(u32 base, u32 turn) {
+    wait_for(base + SHARED_AT(squares_posted), turn ^ 1);
+    __syncwarp();
+}
+#else
+__device__ __forceinline__ void squares_are_posted(u32) { asm volatile("bar.arrive 3, %0;" ::"n"(THREADS + 32) : "memory"); }
+__device__ __forceinline__ void wait_for_squares(u32, u32) { asm volatile("bar.sync 3, %0;" ::"n"(THREADS + 32) : "memory"); }
+#endif
 __device__ __forceinline__ void sync_workers() { asm volatile("bar.sync 2, %0;" ::"n"(THREADS) : "memory"); }
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -95,7 +101,7 @@ __device__ __forceinline__ void serve(const Args& a, Shared& shared, float* own_
 #pragma unroll 1
     for (;;) {
         turn ^= 1;
-        wait_for_squares();
+        wait_for_squares(shared_address(&shared), turn);
         float r = row_factor(a, shared.squares[turn], step == steps ? (u32)HEAD : step % 4);
         if (threadIdx.x % 32 == 0) shared.row_factor[turn] = r;
         wait_for_copies();

@@ -61,8 +61,7 @@ constexpr u32 EARLY_TILES = NUM_TENSOR_CORES ? 16 : 6;
 __device__ constexpr bool is_early(u32 phase) {
     return layers_of(phase) * layer_stages_of(phase) * stage_rows_of(phase) * columns_of(phase) <= EARLY_TILES;
 }
-// Tiles that lie together, of such a phase or of a stage, as many as there are at most: nothing behind them is in the way of
-// a warp that reads rows which its block does not have.
+// Tiles that lie together, of such a phase or of a stage, as many as there are at most.
 __device__ constexpr u32 tiles_together(u32 phase) {
     u32 rows = is_early(phase) || is_one_stage(phase) ? layers_of(phase) * layer_stages_of(phase) : 1;
     return rows * stage_rows_of(phase) * col_tiles_of(phase);
@@ -201,6 +200,7 @@ struct Shared {
     Plan plan;
     u64 keys[WARPS];                          // the largest of a warp's logits
     u64 full[STAGES], empty[STAGES];          // barriers of the ring
+    u64 squares_posted;                       // a barrier
     u32 stage_tiles[STAGES];
     float squares[2][THREADS];                // parts of sums of squares
     float row_factor[2];                      // R of a phase's row

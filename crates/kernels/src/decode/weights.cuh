@@ -35,12 +35,13 @@ __device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
 }
 
 // By one thread, before the others begin.
-__device__ __forceinline__ void make_ring(Shared& shared) {
+__device__ __forceinline__ void make_barriers(Shared& shared) {
 #pragma unroll 1
     for (u32 k = 0; k < STAGES; ++k) {
         make_barrier(shared_address(&shared.full[k]), 1);
         make_barrier(shared_address(&shared.empty[k]), THREADS);
     }
+    make_barrier(shared_address(&shared.squares_posted), THREADS);
     fence_barriers();
 }
 
@@ -151,16 +152,17 @@ struct Rows {
         return layer_stages_of(PHASE) == 1 ? LAYERS : LAYERS * ((rows / LAYERS + ROWS - 1) / ROWS);
     }
 
-    // The warp's tile k of a row, counted from the first one taken. Behind the last column lies another one, to be multiplied
-    // by zeros.
+    // The warp's tile k of a row, counted from the first one taken. Behind the last column and row those again.
     template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 row, u32 k) const {
-        return load_shared_4(lane_at + (place.tile + row * col_tiles_of(PHASE) + k * WARPS) * TILE_BYTES, 0);
+    __device__ __forceinline__ uint4 tile(u32 row, u32 k, u32 last_row) const {
+        u32 column = k * WARPS, warp = threadIdx.x / 32;
+        if (column + WARPS > col_tiles_of(PHASE)) column = min(column + warp, col_tiles_of(PHASE) - 1) - warp;
+        return load_shared_4(lane_at + (place.tile + min(row, last_row) * col_tiles_of(PHASE) + column) * TILE_BYTES, 0);
     }
 };
 #else
 // Older devices read weights where they need them.
-__device__ __forceinline__ void make_ring(Shared&) {}
+__device__ __forceinline__ void make_barriers(Shared&) {}
 
 __device__ __forceinline__ void fetch_weights(const Args&, Shared&, u8*) {}
 
@@ -185,7 +187,7 @@ struct Rows {
 
     // The warp's tile k of a row. Behind the last ones those again.
     template <u32 PHASE>
-    __device__ __forceinline__ uint4 tile(u32 row, u32 k) const {
+    __device__ __forceinline__ uint4 tile(u32 row, u32 k, u32) const {
         const Part& part = shared.plan.part[PHASE];
         u32 column = min(threadIdx.x / 32 + k * WARPS, col_tiles_of(PHASE) - 1);
         u32 at = part.row_at(min(first + row, part.rows - 1)) * col_tiles_of(PHASE) + column;
