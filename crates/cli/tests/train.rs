@@ -241,7 +241,7 @@ fn a_tiny_model_learns_is_packed_and_writes() {
             .current_dir(root())
             .args(["train", "configs/tiny.toml", "--set"])
             .arg(format!("run.directory={}", run.display()))
-            .args(["--set", "run.steps=120", "--set", "evaluation.every=120"]),
+            .args(["--set", "run.steps=60", "--set", "evaluation.every=60"]),
     );
     let (losses, _) = result(&run);
     let last: f64 = losses[losses.len() - 1].split(' ').nth(3).unwrap().parse().unwrap();
@@ -264,7 +264,7 @@ fn a_tiny_model_learns_is_packed_and_writes() {
     assert_eq!(text, write(&run.join("model")));
 }
 
-/// Validation loss that 120 steps of `configs/tiny.toml` must get below.
+/// Validation loss that 60 steps of `configs/tiny.toml` must get below.
 const LEARNT: f64 = 4.0;
 
 #[test]

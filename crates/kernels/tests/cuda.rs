@@ -1,5 +1,8 @@
 //! The CUDA kernels: they compile without a GPU, and on one they agree with a naive reference.
 
+use std::sync::Mutex;
+use std::thread;
+
 use mmfree_kernels::cuda::{self, Buffer, CudaError, Device};
 use mmfree_kernels::memory::WeightArena;
 use mmfree_kernels::mlgru;
@@ -19,38 +22,52 @@ fn every_kernel_compiles_within_its_register_budget() {
         eprintln!("!!! SKIPPED, kernels NOT COMPILED: no libnvrtc");
         return;
     }
-    let mut checked = Vec::new();
-    for architecture in ["sm_80", "sm_90a"] {
-        for source in cuda::SOURCES {
-            if source.hopper_only && architecture != "sm_90a" {
-                continue;
-            }
-            let compiled = cuda::compile_for(source, architecture).expect("compiles");
-            assert!(!compiled.code.is_empty());
-            // "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...".
-            assert!(!compiled.log.contains("serialized"), "{}: {}", source.name, compiled.log);
-            let kernels = compiled.log.matches("Compiling entry function").count();
-            println!("{} for {architecture}: {kernels} kernels", source.name);
-            let mut kernel = "";
-            for line in compiled.log.lines() {
-                if let Some((_, name)) = line.split_once("Compiling entry function '") {
-                    kernel = name.split('\'').next().unwrap_or_default();
+    let architectures = ["sm_80", "sm_90a"];
+    let jobs = architectures.iter().flat_map(|&on| cuda::SOURCES.map(|source| (source, on)));
+    // Seconds each, so every processor takes the next one.
+    let jobs = Mutex::new(jobs.filter(|(source, on)| !source.hopper_only || *on == "sm_90a"));
+    let checked = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                let next = || jobs.lock().expect("no other thread failed").next();
+                while let Some((source, architecture)) = next() {
+                    let found = checked_kernels(source, architecture);
+                    checked.lock().expect("no other thread failed").extend(found);
                 }
-                let spilled = number_before(line, " bytes spill stores");
-                assert!(spilled <= MAX_SPILLED_BYTES, "{kernel} {architecture}: {line}");
-                // Counts on older devices differ by a few; there no launch depends on them.
-                let used = number_before(line, " registers");
-                let budget = REGISTERS.iter().find(|(name, _)| *name == kernel);
-                if let (Some((_, budget)), "sm_90a") = (budget, architecture) {
-                    assert!(used <= *budget, "{kernel}: {used} registers, {budget} at most");
-                    checked.extend((used > 0).then_some(kernel.to_owned()));
-                }
-            }
+            });
         }
-    }
+    });
+    let checked = checked.into_inner().expect("no thread failed");
     for (kernel, _) in REGISTERS {
         assert!(checked.iter().any(|name| name == kernel), "{kernel} was not compiled");
     }
+}
+
+/// Compiles a source; those of its kernels whose registers were compared with their budget.
+fn checked_kernels(source: cuda::Source, architecture: &str) -> Vec<String> {
+    let compiled = cuda::compile_for(source, architecture).expect("compiles");
+    assert!(!compiled.code.is_empty());
+    // "Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...".
+    assert!(!compiled.log.contains("serialized"), "{}: {}", source.name, compiled.log);
+    let kernels = compiled.log.matches("Compiling entry function").count();
+    println!("{} for {architecture}: {kernels} kernels", source.name);
+    let (mut checked, mut kernel) = (Vec::new(), "");
+    for line in compiled.log.lines() {
+        if let Some((_, name)) = line.split_once("Compiling entry function '") {
+            kernel = name.split('\'').next().unwrap_or_default();
+        }
+        let spilled = number_before(line, " bytes spill stores");
+        assert!(spilled <= MAX_SPILLED_BYTES, "{kernel} {architecture}: {line}");
+        // Counts on older devices differ by a few; there no launch depends on them.
+        let used = number_before(line, " registers");
+        let budget = REGISTERS.iter().find(|(name, _)| *name == kernel);
+        if let (Some((_, budget)), "sm_90a") = (budget, architecture) {
+            assert!(used <= *budget, "{kernel}: {used} registers, {budget} at most");
+            checked.extend((used > 0).then_some(kernel.to_owned()));
+        }
+    }
+    checked
 }
 
 /// Registers a thread of some kernels on Hopper, at most: what their launches count on, or what lets enough blocks share a

@@ -404,18 +404,19 @@ fn bit_linear_passes_gradients_straight_through() {
                 assert!((sum - 1.0 - alone).abs() <= 1e-6 * size, "{sum} is not 1 + {alone}");
             }
         }
-        // What the quantised layer would give if its quantisers were the identity with these trits.
+        // What the quantised layer would give if its quantisers were the identity with these trits. That is linear in the
+        // normed inputs: their coefficients are summed up once, and not again for each of the differences.
         let (norm64, x64) = (widen(&norm), widen(&x));
-        let product = |normed: &[f64]| -> f64 {
-            let mut sum = 0.0;
-            for (normed, dy) in normed.chunks(k).zip(dy.chunks(n)) {
-                for (trits, &dy) in trits.chunks(k).zip(dy) {
-                    let y: f64 = normed.iter().zip(trits).map(|(x, &t)| x * f64::from(t)).sum();
-                    sum += f64::from(dy) * y * f64::from(scale);
+        let mut coefficients = vec![0.0f64; m * k];
+        for (row, dy) in coefficients.chunks_mut(k).zip(dy.chunks(n)) {
+            for (trits, &dy) in trits.chunks(k).zip(dy) {
+                for (sum, &trit) in row.iter_mut().zip(trits) {
+                    *sum += f64::from(dy) * f64::from(trit) * f64::from(scale);
                 }
             }
-            sum
-        };
+        }
+        let product =
+            |normed: &[f64]| -> f64 { normed.iter().zip(&coefficients).map(|(x, c)| x * c).sum() };
         are_derivatives("dx", &dx, &x, |x| product(&rms_norm_f64(x, &norm64, 1e-6)));
         are_derivatives("dw_n", &d_norm, &norm, |w| product(&rms_norm_f64(&x64, w, 1e-6)));
         let mut expected = vec![0.0f64; n * k];

@@ -56,6 +56,6 @@ fn decoding_allocates_nothing() {
         }
         ALLOCATIONS.load(Ordering::Relaxed) - before
     };
-    let least = (0..10).map(|_| allocations()).min();
-    assert_eq!(least, Some(0), "allocations while decoding 20 tokens");
+    let counts: Vec<_> = (0..10).map(|_| allocations()).take_while(|&count| count > 0).collect();
+    assert!(counts.len() < 10, "allocations while decoding 20 tokens, again and again: {counts:?}");
 }

@@ -21,8 +21,9 @@ impl Kernels for Scalar {
         for (at, words) in words.iter().enumerate() {
             for (sums, input) in sums.iter_mut().zip(inputs) {
                 let input = &input[at * WORD_TRITS..][..WORD_TRITS];
-                for (sum, &word) in sums.iter_mut().zip(words) {
-                    for (k, &q) in input.iter().enumerate() {
+                // Rows innermost: a compiler can compute them side by side.
+                for (k, &q) in input.iter().enumerate() {
+                    for (sum, &word) in sums.iter_mut().zip(words) {
                         *sum += i32::from(q) * i32::from(decode_trit(word, k) + 1);
                     }
                 }
