@@ -141,9 +141,7 @@ fn print_table(report: &Report) -> anyhow::Result<()> {
             line!("energy of decoding     {joules:>10.3}  J a token, {of}")
         }
         None => {
-            line!(
-                "energy of decoding        unknown: no readable counter (RAPL, NVML), or too short a run"
-            )
+            line!("energy of decoding        unknown: no readable counter (RAPL, NVML)")
         }
     }
     Ok(())

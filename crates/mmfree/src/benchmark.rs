@@ -20,6 +20,8 @@ use crate::state::State;
 pub const DISTINCT_TOKENS: usize = 1024;
 /// NVML's energy counter moves about every 0.1 s.
 const GPU_ENERGY_MIN_SECONDS: f64 = 1.0;
+/// Where runs are shorter, so many of them are counted that they take as long as this.
+const GPU_ENERGY_SECONDS: f64 = 2.0;
 /// Many times the cache of a GPU.
 const DEVICE_READ_BUFFER_BYTES: usize = 4 << 30;
 /// Larger than any cache that a few cores share.
@@ -152,34 +154,46 @@ pub fn run(
         None => EnergyCounters::find(),
     };
 
-    let once = |engine: &mut Engine| -> Result<Timings> {
-        let mut state = State::new(&model);
-        let start = Instant::now();
-        engine.prefill(&mut state, prompt, &AtomicBool::new(false))?;
-        let prefill_s = start.elapsed().as_secs_f64();
-        let mut others = vec![State::new(&model); options.batch - 1];
-        let energy_before = energy.read();
-        let start = Instant::now();
-        match (options.batch, gpu.is_some()) {
-            (1, false) => {
+    let decode = |engine: &mut Engine, states: &mut [State]| -> Result<()> {
+        match (states, gpu.is_some()) {
+            ([state], false) => {
                 for &token in continuation {
-                    engine.decode(&mut state, token)?;
+                    engine.decode(state, token)?;
                 }
             }
             // As generation runs: a token that was chosen on the GPU is fed without a look from the host.
-            (1, true) => drop(engine.greedy(&mut state, continuation[0], continuation.len())?),
-            (batch, _) => {
-                let mut states: Vec<_> = others.iter_mut().chain([&mut state]).collect();
-                engine.greedy_batch(
-                    &mut states,
-                    &vec![continuation[0]; batch],
-                    continuation.len(),
-                )?;
+            ([state], true) => drop(engine.greedy(state, continuation[0], continuation.len())?),
+            (states, _) => {
+                let tokens = vec![continuation[0]; states.len()];
+                let mut states: Vec<_> = states.iter_mut().collect();
+                engine.greedy_batch(&mut states, &tokens, continuation.len())?;
             }
         }
+        Ok(())
+    };
+    let once = |engine: &mut Engine| -> Result<Timings> {
+        let mut states = vec![State::new(&model); options.batch];
+        let start = Instant::now();
+        engine.prefill(&mut states[0], prompt, &AtomicBool::new(false))?;
+        let prefill_s = start.elapsed().as_secs_f64();
+        let energy_before = energy.read();
+        let start = Instant::now();
+        decode(engine, &mut states)?;
         let decode_s = start.elapsed().as_secs_f64();
         let joules = energy.joules_since(energy_before.as_deref(), decode_s);
         Ok(Timings { prefill_s, decode_s, joules })
+    };
+    // Of a run, over so many that a GPU's counter has moved often enough.
+    let joules_of_many = |engine: &mut Engine| -> Result<Option<f64>> {
+        let Some(before) = energy.read() else { return Ok(None) };
+        let mut states = vec![State::new(&model); options.batch];
+        let (start, mut runs) = (Instant::now(), 0.0);
+        while start.elapsed().as_secs_f64() < GPU_ENERGY_SECONDS {
+            decode(engine, &mut states)?;
+            runs += 1.0;
+        }
+        let joules = energy.joules_since(Some(&before), start.elapsed().as_secs_f64());
+        Ok(joules.map(|joules| joules / runs))
     };
 
     progress(0);
@@ -211,6 +225,10 @@ pub fn run(
     let decode = Spread::of(decode_speeds);
     let read_bandwidth = Spread::of(bandwidths);
     let joules: Option<Vec<f64>> = runs.iter().map(|run| run.joules).collect();
+    let joules = match joules {
+        Some(joules) => Some(Spread::of(joules).median),
+        None => joules_of_many(&mut engine)?,
+    };
     Ok(Report {
         model: name.to_owned(),
         version: env!("CARGO_PKG_VERSION"),
@@ -232,7 +250,7 @@ pub fn run(
         share_of_read_bandwidth: share.median,
         peak_rss_bytes,
         peak_device_bytes,
-        joules_per_token: joules.map(|joules| Spread::of(joules).median / decode_tokens),
+        joules_per_token: joules.map(|joules| joules / decode_tokens),
         state_bytes: std::mem::size_of_val(State::new(&model).hidden()),
     })
 }
