@@ -6,8 +6,9 @@
 // squares, and with those of all it quantises its channels and sends them; and it waits for the whole row, for the next product.
 // So rows need no blocks of their own, and there is no barrier of the grid: data tell that they have come.
 //
-// The weights that a block needs are read once for its 16 sequences, by teams one after the other mostly from the L2 cache. u and R
-// are those of the decoding kernel: floats are multiplied in another order than on the CPU.
+// The weights that a block needs are read once for its 16 sequences, or the 32 of two teams whose blocks share a product, by teams one
+// after the other mostly from the L2 cache. u and R are those of the decoding kernel: floats are multiplied in another order than on
+// the CPU.
 
 __device__ __forceinline__ float embedding(const Args& a, u32 token, u32 k) {
     return embedding_at(a.embeddings, a.embedding_type, (size_t)token * WIDTH + k);
