@@ -205,15 +205,7 @@ impl BatchDecoder {
         let (mut history, mut not_finite) = (vec![0; count * tokens.len()], [0]);
         self.history.read(0, &mut history)?;
         self.not_finite.read(0, &mut not_finite)?;
-        // Of each part it is [count, part].
-        let mut chosen = Vec::with_capacity(history.len());
-        for step in 0..count {
-            for part in &parts {
-                let at = count * part.start + step * part.len();
-                chosen.extend_from_slice(&history[at..][..part.len()]);
-            }
-        }
-        Ok((not_finite[0] == 0).then_some(chosen))
+        Ok((not_finite[0] == 0).then(|| by_steps(&history, &parts, count)))
     }
 
     /// Makes room for so many steps that begin with some tokens, and compiles at the first use.
@@ -322,6 +314,17 @@ impl BatchDecoder {
     }
 }
 
+/// What `count` steps of all sequences chose, [count, M], of what the steps of each part did, [count, part] one behind the other.
+fn by_steps(history: &[u32], parts: &[Range<usize>], count: usize) -> Vec<u32> {
+    let of_step = |step| {
+        parts.iter().flat_map(move |part| {
+            let at = count * part.start + step * part.len();
+            &history[at..][..part.len()]
+        })
+    };
+    (0..count).flat_map(of_step).copied().collect()
+}
+
 /// The first kernel that has room for so many sequences.
 fn kernel_for(
     kernels: &mut [(Division, Option<BatchKernel>)],
@@ -334,6 +337,14 @@ fn kernel_for(
 mod tests {
     use super::*;
     use crate::cuda::{compile_with, is_compiler_present};
+
+    #[test]
+    fn steps_of_parts_become_steps_of_all() {
+        // Sequences 0 to 4 in two parts, three steps: tens are steps, ones are sequences.
+        let history = [0, 1, 10, 11, 20, 21, 2, 3, 4, 12, 13, 14, 22, 23, 24];
+        let expected = [0, 1, 2, 3, 4, 10, 11, 12, 13, 14, 20, 21, 22, 23, 24];
+        assert_eq!(by_steps(&history, &[0..2, 2..5], 3), expected);
+    }
 
     #[test]
     fn every_size_compiles_without_spilling_or_serialising() {

@@ -235,7 +235,9 @@ struct Worker {
                     send_word(to + place_of_word(word + 2), high[j][p]);
                 }
             }
-        // All have read what was sent before the last product; and of those before, when all messages of both blocks have come.
+        // Whose messages have come has done the product before this one, and so has read its rows: the team those of its own
+        // sequences. The last product's rows are of both teams, so they wait for the first phase in which the messages of both are
+        // seen.
         if (PHASE == OUT) clear_row<MIX>(round);
         if (PHASE == GLU) clear_row<OUT>(round), clear_row<DOWN>(round - 1);
         if (PHASE == DOWN) clear_row<GLU>(round);

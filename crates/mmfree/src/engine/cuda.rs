@@ -1,7 +1,7 @@
-//! The engine on a GPU. The same bits as on the processor, but for tokens that take one launch.
+//! The engine on a GPU. The same bits as on the processor, but for tokens whose whole step is one launch.
 //!
-//! Tokens of one sequence take one launch ([`Decoder`]), and so does a token of each of many sequences
-//! ([`BatchDecoder`]). Everything else goes through the blocks with one launch for each product and one for what lies
+//! Tokens of one sequence take one launch ([`Decoder`]), and so does a token of each of up to 128 sequences
+//! ([`BatchDecoder`]; twice as many take two). Everything else goes through the blocks with one launch for each product and one for what lies
 //! between two products.
 
 use std::ops::Range;
