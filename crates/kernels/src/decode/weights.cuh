@@ -126,13 +126,21 @@ struct Rows {
         place.advance(rows * col_tiles_of(PHASE));
     }
 
-    // The same for all stages of a phase that lie together: a lane looks at each.
+    // The same for all stages of a phase that lie together. Each lane asks about each of them, for it reads from all.
     template <u32 PHASE>
     __device__ __forceinline__ void take_all(u32 rows) {
         place.align(tiles_together(PHASE));
-        u32 stage = place.stage + min(threadIdx.x % 32, stages<PHASE>(rows) - 1);
-        u32 barrier = base + SHARED_AT(full) + 8 * (stage % STAGES), parity = place.parity ^ stage / STAGES;
-        while (!__all_sync(ALL_LANES, is_over(barrier, parity))) {}
+        u32 last = stages<PHASE>(rows) - 1;
+        bool arrived;
+        do {
+            arrived = true;
+#pragma unroll
+            for (u32 k = 0; k < layers_of(PHASE) * layer_stages_of(PHASE); ++k) {
+                u32 stage = place.stage + min(k, last);
+                arrived &= is_over(base + SHARED_AT(full) + 8 * (stage % STAGES), place.parity ^ stage / STAGES);
+            }
+        } while (!arrived);
+        __syncwarp();
     }
 
     template <u32 PHASE>
