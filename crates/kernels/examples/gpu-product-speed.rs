@@ -6,7 +6,7 @@
 
 use mmfree_kernels::bandwidth::cuda::DeviceReadBuffer;
 use mmfree_kernels::cuda::{Buffer, Device};
-use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums, TILE_WORDS, TileMatrix};
+use mmfree_kernels::ternary_gemm::cuda::{Gemm, Products, Quantized, Sums, TILE_WORDS, TileMatrix};
 
 /// Shapes [N, K] and tokens.
 const CASES: [(usize, usize, usize); 19] = [
@@ -63,8 +63,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         let q: Vec<i8> = (0..tokens * cols).map(|i| (i % 255) as u8 as i8).collect();
         let (mut input, mut sums) = (Quantized::new(&device)?, Sums::new(&device)?);
-        input.assign(1, tokens, cols, &q)?;
-        sums.begin(tokens, matrix.columns())?;
+        let products = Products::of(&device, tokens, cols);
+        input.assign(products, 1, tokens, cols, &q)?;
+        sums.begin(products, tokens, matrix.columns())?;
         let mut cycles = |count| {
             device.time(|| {
                 device.repeat(count, || {

@@ -10,7 +10,7 @@ use mmfree_kernels::mlgru::cuda::{Layer, Recurrence, Sequences};
 use mmfree_kernels::pool::Pool;
 use mmfree_kernels::swiglu;
 use mmfree_kernels::ternary::{Layout, TernaryMatrix};
-use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums, TILE_WORDS, TileMatrix};
+use mmfree_kernels::ternary_gemm::cuda::{Gemm, Products, Quantized, Sums, TILE_WORDS, TileMatrix};
 use mmfree_kernels::tier::Backend;
 use mmfree_kernels::training::{Training, View, ViewMut};
 
@@ -146,6 +146,14 @@ impl Random {
     }
 }
 
+/// How so many rows of activations are multiplied: a batch in both ways that it may be.
+fn products_for(device: &Device, rows: usize, width: usize) -> Vec<Products> {
+    match Products::of(device, rows, width) {
+        Products::Batch => vec![Products::Batch, Products::Prompt],
+        one => vec![one],
+    }
+}
+
 #[test]
 fn products_are_exact() {
     let Some(device) = device() else { return };
@@ -209,25 +217,22 @@ fn products_are_exact() {
                 gemm.upload(&matrix.expect("packs"), &mut staging, &mut tiles, first)
                     .expect("fits");
             }
-            let mut input = Quantized::new(&device).expect("memory");
-            input.assign(layers, m, k, &q).expect("fits");
-            let mut sums = Sums::new(&device).expect("memory");
-            sums.begin(m, place.columns()).expect("memory");
-            gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
-            let found = sums.read(m).expect("reads");
-            for layer in 0..layers {
-                for row in 0..m {
-                    let q = &q[(layer * m + row) * k..][..k];
-                    for out in 0..n {
-                        let t = &trits[(layer * n + out) * k..][..k];
+            for products in products_for(&device, m, k) {
+                let mut input = Quantized::new(&device).expect("memory");
+                input.assign(products, layers, m, k, &q).expect("fits");
+                let mut sums = Sums::new(&device).expect("memory");
+                sums.begin(products, m, place.columns()).expect("memory");
+                gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
+                let found = sums.read(m).expect("reads");
+                for (at, q) in q.chunks_exact(k).enumerate() {
+                    let (layer, row) = (at / m, at % m);
+                    let found = &found[row * sums.stride() + layer * place.segment_tiles * 16..];
+                    let trits = trits[layer * n * k..][..n * k].chunks_exact(k);
+                    for (out, (t, &sum)) in trits.zip(found).enumerate() {
                         let expected: i32 =
                             q.iter().zip(t).map(|(&q, &t)| i32::from(q) * i32::from(t)).sum();
-                        let column = layer * place.segment_tiles * 16 + out;
-                        let sum = found[row * sums.stride() + column];
-                        assert_eq!(
-                            sum, expected,
-                            "{layers} x {m} x {n} x {k}: {layer} {row} {out}"
-                        );
+                        let what = format_args!("{products:?} {layers} x {m} x {n} x {k}");
+                        assert_eq!(sum, expected, "{what}: {layer} {row} {out}");
                     }
                 }
             }
@@ -242,7 +247,7 @@ fn gated_products_have_the_bits_of_the_processor() {
     let gemm = Gemm::new(&device).expect("compiles");
     let (backend, pool) = (Backend::detect(), Pool::new(std::num::NonZeroUsize::MIN));
     let mut random = Random(11);
-    // An odd number of channels; few tokens; whole tiles and then, on an H200, 48 tokens or half of the rows; 80 and 96 tokens.
+    // An odd number of channels; few tokens, in both ways; whole tiles and then, on an H200, 48 tokens or half of the rows; 80 and 96 tokens.
     for (m, width, k) in [
         (300, 336, 700),
         (300, 340, 100),
@@ -271,33 +276,35 @@ fn gated_products_have_the_bits_of_the_processor() {
             let mut tiles = Buffer::zeros(&device, place.tiles() * TILE_WORDS).expect("memory");
             let mut staging = Buffer::zeros(&device, 1).expect("memory");
             gemm.upload(&matrix, &mut staging, &mut tiles, 0).expect("fits");
-            let mut input = Quantized::new(&device).expect("memory");
-            input.assign(1, m, k, &q).expect("fits");
-            let mut sums = Sums::new(&device).expect("memory");
-            sums.begin(m, place.columns()).expect("memory");
-            gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
-            let expected_sums = sums.read(m).expect("reads");
-            sums.begin(m, place.columns()).expect("memory");
-            gemm.multiply_gated_unit(&tiles, (place, width), &input, gamma, &mut sums)
-                .expect("runs");
-            let found = sums.read(m).expect("reads");
-            if !gemm.gates_at_once(width, m) {
-                assert_eq!(found, expected_sums, "{m} x {width} x {k}");
-                continue;
-            }
-            let ab: Vec<f32> = expected_sums
-                .chunks_exact(place.columns())
-                .flat_map(|row| row[..2 * width].iter().map(|&sum| sum as f32 * gamma))
-                .collect();
-            let mut expected = vec![0.0; m * width];
-            swiglu::forward(backend, &pool, &ab, width, &mut expected);
-            for (at, (&found, expected)) in found.iter().zip(&expected).enumerate() {
-                let found = f32::from_bits(found as u32);
-                assert_eq!(
-                    found.to_bits(),
-                    expected.to_bits(),
-                    "{m} x {width} x {k}, {gamma}: {at}: {found} for {expected}"
-                );
+            for products in products_for(&device, m, k) {
+                let mut input = Quantized::new(&device).expect("memory");
+                input.assign(products, 1, m, k, &q).expect("fits");
+                let mut sums = Sums::new(&device).expect("memory");
+                sums.begin(products, m, place.columns()).expect("memory");
+                gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
+                let expected_sums = sums.read(m).expect("reads");
+                sums.begin(products, m, place.columns()).expect("memory");
+                gemm.multiply_gated_unit(&tiles, (place, width), &input, gamma, &mut sums)
+                    .expect("runs");
+                let found = sums.read(m).expect("reads");
+                if !products.gate_at_once(width) {
+                    assert_eq!(found, expected_sums, "{products:?} {m} x {width} x {k}");
+                    continue;
+                }
+                let ab: Vec<f32> = expected_sums
+                    .chunks_exact(place.columns())
+                    .flat_map(|row| row[..2 * width].iter().map(|&sum| sum as f32 * gamma))
+                    .collect();
+                let mut expected = vec![0.0; m * width];
+                swiglu::forward(backend, &pool, &ab, width, &mut expected);
+                for (at, (&found, expected)) in found.iter().zip(&expected).enumerate() {
+                    let found = f32::from_bits(found as u32);
+                    assert_eq!(
+                        found.to_bits(),
+                        expected.to_bits(),
+                        "{m} x {width} x {k}, {gamma}: {at}: {found} for {expected}"
+                    );
+                }
             }
         }
     }
@@ -327,9 +334,10 @@ fn the_recurrence_has_the_bits_of_the_processor() {
             gemm.upload(&matrix, &mut staging, &mut tiles, first).expect("fits");
         }
         let mut input = Quantized::new(&device).expect("memory");
-        input.assign(3, m, k, &q).expect("fits");
+        let products = Products::of(&device, m, k);
+        input.assign(products, 3, m, k, &q).expect("fits");
         let mut sums = Sums::new(&device).expect("memory");
-        sums.begin(m, place.columns()).expect("memory");
+        sums.begin(products, m, place.columns()).expect("memory");
         gemm.multiply(&tiles, place, &input, &mut sums).expect("runs");
         let (all, f_offset) = (sums.read(m).expect("reads"), place.segment_tiles * 16);
         let values = |column: usize, gamma: f32| -> Vec<f32> {

@@ -7,7 +7,9 @@ use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
 // As in the source.
 const TILE_BYTES: usize = 512;
-const MATRIX_BYTES: usize = 128 + 16;
+const MATRIX_BYTES: usize = 128;
+/// Behind a matrix for warpgroups, for its banks.
+const PAD_BYTES: usize = 16;
 /// Layers that share a phase, each with activations of its own.
 const LAYERS: [usize; PHASES] = [3, 1, 1, 1, 1];
 const GLU: usize = 2;
@@ -15,8 +17,8 @@ const HEAD: usize = 4;
 /// A word of quantised channels that has not been sent: integers are never -128.
 const NOTHING: u32 = 0x8080_8080;
 
-/// Sequences that a block has room for, and warps.
-pub(super) const SLOTS: usize = 16;
+/// Of a block.
+pub(super) const WARPS: usize = 16;
 
 /// How many sequences take part in a step, and how they are multiplied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,23 +33,32 @@ pub(super) struct Size {
     pub sharing: usize,
 }
 
+impl Size {
+    /// Sequences that a block has room for.
+    fn slots(self) -> usize {
+        8 * self.operands
+    }
+}
+
 const fn size(teams: usize, operands: usize, together: usize, sharing: usize) -> Size {
     Size { teams, operands, together, sharing }
 }
 
 /// In the order of what they have room for: the fewest teams that have, for each reads all weights. Of those that have room
 /// for as many the first that fits is used.
-pub(super) const SIZES: [Size; 7] = [
+const SIZES: [Size; 9] = [
     size(1, 1, 1, 1),
     size(1, 2, 1, 1),
+    size(2, 1, 1, 1),
     size(2, 2, 1, 1),
+    size(4, 1, 1, 1),
     size(4, 2, 4, 2),
     size(4, 2, 4, 1),
     size(8, 2, 4, 2),
     size(8, 2, 4, 1),
 ];
 /// Tiles on their way to a warp: as many as fit.
-const STAGES: [usize; 3] = [16, 8, 4];
+const STAGES: [usize; 5] = [16, 8, 6, 5, 4];
 /// In how many rounds the head may be multiplied, if there is no room for all its sums.
 const ROUNDS: [usize; 3] = [1, 2, 4];
 
@@ -101,7 +112,7 @@ impl Tiles {
     fn sets(&self, phase: usize) -> Sets {
         let together = self.size.together;
         let passes = if together > 1 { 1 } else { LAYERS[phase] };
-        let groups = SLOTS / together;
+        let groups = WARPS / together;
         let sets = self.rows[phase].div_ceil(together) * (LAYERS[phase] / passes);
         let shared = sets % groups;
         let most = self.columns[phase].max(together);
@@ -116,8 +127,10 @@ impl Tiles {
     fn region_bytes(&self, phase: usize) -> usize {
         let Size { together, sharing, .. } = self.size;
         let Sets { whole, shared, parts, passes, .. } = self.sets(phase);
-        let inputs = LAYERS[phase] * self.columns[phase] * sharing * SLOTS * MATRIX_BYTES;
-        let sum_words = sharing * SLOTS * TILE_ROWS + 16;
+        let matrix_bytes = MATRIX_BYTES + if together > 1 { PAD_BYTES } else { 0 };
+        let inputs =
+            LAYERS[phase] * self.columns[phase] * sharing * self.size.slots() * matrix_bytes;
+        let sum_words = sharing * self.size.slots() * TILE_ROWS + 16;
         inputs + passes * together * (whole + shared * parts) * 4 * sum_words
     }
 
@@ -140,15 +153,15 @@ impl Tiles {
         let own = TILE_ROWS * self.rows[0];
         // Each thread brings four floats of the vectors.
         let vectors = (4 * own).max(TILE_ROWS * self.rows[GLU] / 2);
-        let inboxes = if self.size.sharing > 1 { SLOTS } else { 1 };
+        let inboxes = if self.size.sharing > 1 { WARPS * 3 * own.div_ceil(64) } else { 1 };
         let list = |tiles: usize| tiles.max(stages) + stages + 1;
         let lists = list((0..HEAD).map(|phase| self.of_warp(phase)).sum())
             + list(self.rounds * self.of_warp(HEAD));
         let bytes = 2 * 4 * vectors
-            + 8 * (1 + SLOTS)
-            + inboxes * 3 * own.div_ceil(64) * 32 * 8
-            + 4 * SLOTS * (2 * PHASES + lists + 2);
-        (vectors <= 4 * 32 * SLOTS).then(|| bytes.next_multiple_of(128))
+            + 8 * (1 + WARPS)
+            + inboxes * 32 * 8
+            + 4 * WARPS * (2 * PHASES + lists + 2);
+        (vectors <= 4 * 32 * WARPS).then(|| bytes.next_multiple_of(128))
     }
 }
 
@@ -158,13 +171,18 @@ fn inputs(Shape { width, inner, .. }: Shape) -> [usize; PHASES] {
 }
 
 impl Division {
+    /// For more and more sequences, whatever fits.
+    pub fn all(shape: Shape, multiprocessors: usize, shared_bytes: usize) -> Vec<Self> {
+        let mut all: Vec<Self> = SIZES
+            .into_iter()
+            .filter_map(|size| Self::new(shape, size, multiprocessors, shared_bytes))
+            .collect();
+        all.dedup_by_key(|division| division.sequences());
+        all
+    }
+
     /// `None` if a model's rows do not fit.
-    pub fn new(
-        shape: Shape,
-        size: Size,
-        multiprocessors: usize,
-        shared_bytes: usize,
-    ) -> Option<Self> {
+    fn new(shape: Shape, size: Size, multiprocessors: usize, shared_bytes: usize) -> Option<Self> {
         // The fewest owners whose busiest one has as few tiles of a layer as with all of them.
         let tiles = |owners: usize, rounds: usize| Tiles::new(shape, owners, size, rounds);
         let busiest = |owners: usize| tiles(owners, 1).of_layer();
@@ -173,7 +191,7 @@ impl Division {
         let with = |rounds: usize, stages: usize| {
             let tiles = tiles(owners, rounds);
             let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
-            let bytes = tiles.first_bytes(stages)? + region + stages * SLOTS * TILE_BYTES;
+            let bytes = tiles.first_bytes(stages)? + region + stages * WARPS * TILE_BYTES;
             (bytes <= shared_bytes).then_some(Self {
                 size,
                 owners,
@@ -186,14 +204,9 @@ impl Division {
         choices.into_iter().find_map(|(rounds, stages)| with(rounds, stages))
     }
 
-    /// Sequences that it takes.
-    pub fn most_sequences(&self) -> usize {
-        8 * self.size.operands * self.size.teams
-    }
-
-    /// Sequences that blocks have room for.
-    pub fn slots(&self) -> usize {
-        SLOTS * self.size.teams
+    /// Sequences that there is room for.
+    pub fn sequences(&self) -> usize {
+        self.size.slots() * self.size.teams
     }
 
     pub fn blocks(&self) -> usize {
@@ -224,12 +237,12 @@ impl Division {
 
     /// Floats of the messages: of each phase four from each maker to each sequence.
     pub fn messages(&self) -> usize {
-        4 * PHASES * self.slots() * self.makers()
+        4 * PHASES * self.sequences() * self.makers()
     }
 
     /// Keys: of each maker to each sequence.
     pub fn keys(&self) -> usize {
-        self.slots() * self.makers()
+        self.sequences() * self.makers()
     }
 
     /// What the quantised rows are before any has been sent, in words of four channels: of each phase two places of
@@ -244,7 +257,8 @@ impl Division {
             row
         };
         let rows = inputs(shape).into_iter().zip(LAYERS);
-        rows.flat_map(|(inputs, layers)| row(inputs).repeat(2 * layers * self.slots())).collect()
+        rows.flat_map(|(inputs, layers)| row(inputs).repeat(2 * layers * self.sequences()))
+            .collect()
     }
 
     /// Words that become a row of a matrix, or an operand of one warp, lie side by side.
@@ -266,20 +280,24 @@ mod tests {
 
     #[test]
     fn published_sizes_are_divided_evenly() {
-        for (width, inner, owners) in [
-            (1024, 2816, [64, 64, 64, 32, 32, 16, 16]),
-            (2048, 5632, [128, 128, 64, 32, 32, 16, 16]),
-            (2560, 6912, [108, 108, 62, 0, 32, 0, 0]),
+        // Sequences and owners. Clusters do not fit 2.7B; blocks of 16 sequences do not fit 7B and 13B.
+        for (width, inner, expected) in [
+            (1024, 2816, &[(8, 64), (16, 64), (32, 64), (64, 32), (128, 16)][..]),
+            (2048, 5632, &[(8, 128), (16, 128), (32, 64), (64, 32), (128, 16)]),
+            (2560, 6912, &[(8, 108), (16, 108), (32, 62), (64, 32)]),
+            (4096, 11008, &[(8, 128), (16, 64), (32, 33)]),
+            (5120, 13824, &[(8, 124), (16, 64), (32, 32)]),
         ] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
-            for (size, owners) in SIZES.into_iter().zip(owners) {
-                let division = Division::new(shape, size, HOPPER.0, HOPPER.1);
-                assert_eq!(division.is_some(), owners > 0, "{width}: {size:?}");
-                let Some(division) = division else { continue };
-                assert_eq!(division.owners, owners, "{width}: {size:?}");
+            let all = Division::all(shape, HOPPER.0, HOPPER.1);
+            let found: Vec<_> = all.iter().map(|one| (one.sequences(), one.owners)).collect();
+            assert_eq!(found, expected, "{width}");
+            for division in all {
                 assert!(division.blocks() <= HOPPER.0);
                 assert!(division.shared_bytes <= HOPPER.1);
                 assert!(division.stages >= 4, "{width}: {division:?}");
+                let has_clusters = division.size.sharing > 1;
+                assert_eq!(has_clusters, division.sequences() > 32 && width < 2560);
             }
         }
     }
@@ -287,17 +305,16 @@ mod tests {
     #[test]
     fn sizes_that_do_not_fit_are_refused() {
         let shape = |width, inner, vocab| Shape { layers: 2, width, inner, vocab };
-        for shape in [shape(5120, 13824, 32000), shape(128, 160, 4_000_000)] {
-            assert!(Division::new(shape, SIZES[4], HOPPER.0, HOPPER.1).is_none());
-        }
-        assert!(Division::new(shape(2048, 5632, 32000), SIZES[4], HOPPER.0, 1 << 16).is_none());
+        let all = |shape, bytes| Division::all(shape, HOPPER.0, bytes);
+        assert_eq!(all(shape(128, 160, 4_000_000), HOPPER.1), []);
+        assert_eq!(all(shape(16384, 43008, 32000), HOPPER.1), []);
+        assert_eq!(all(shape(2048, 5632, 32000), 1 << 16), []);
     }
 
     #[test]
     fn every_channel_has_a_place_of_its_own() {
         let shape = Shape { layers: 1, width: 256, inner: 336, vocab: 100 };
-        for size in SIZES {
-            let division = Division::new(shape, size, HOPPER.0, HOPPER.1).expect("fits");
+        for division in Division::all(shape, HOPPER.0, HOPPER.1) {
             let mut places: Vec<usize> = (0..96).map(|word| division.place_of_word(word)).collect();
             places.sort_unstable();
             assert!(places.into_iter().eq(0..96));

@@ -14,7 +14,7 @@ use crate::mlgru::cuda::Sequences;
 use crate::sampling::{Next, Sampling};
 use crate::ternary_gemm::cuda::{TILE_COLS, TILE_ROWS};
 
-use division::{Division, SIZES, SLOTS};
+use division::{Division, WARPS};
 
 pub(crate) const SOURCE: Source = Source {
     name: "batch",
@@ -28,8 +28,10 @@ pub(crate) const SOURCE: Source = Source {
     contracts: false,
 };
 
-/// Sequences of a batch. One alone is decoded otherwise, more take a launch for each product.
+/// Sequences of a step, if they fit: one alone is decoded otherwise, more take a launch for each product.
 pub const SEQUENCES: RangeInclusive<usize> = 2..=256;
+/// Sequences of a launch from which on two launches are faster than one for each product.
+const WORTH_TWO_LAUNCHES: usize = 64;
 
 // As in the source.
 const PHASES: usize = 5;
@@ -103,11 +105,8 @@ impl BatchDecoder {
     ) -> Result<Option<Self>, CudaError> {
         let shape = weights.shape();
         let (multiprocessors, shared_bytes) = (device.multiprocessors(), device.shared_bytes());
-        let kernels: Vec<_> = SIZES
-            .into_iter()
-            .filter_map(|size| Division::new(shape, size, multiprocessors, shared_bytes))
-            .map(|division| (division, None))
-            .collect();
+        let divisions = Division::all(shape, multiprocessors, shared_bytes);
+        let kernels: Vec<_> = divisions.into_iter().map(|division| (division, None)).collect();
         let has_whole_tiles =
             shape.width.is_multiple_of(TILE_COLS) && shape.inner.is_multiple_of(TILE_ROWS);
         if device.capability() != (9, 0) || !has_whole_tiles || kernels.is_empty() {
@@ -125,15 +124,20 @@ impl BatchDecoder {
         }))
     }
 
-    /// Whether there are kernels for so many sequences.
+    /// Whether it is for so many sequences: they need one launch, or two large ones.
     pub fn takes(&self, count: usize) -> bool {
-        SEQUENCES.contains(&count)
+        let most = self.most_of_a_launch();
+        let launches = if most < WORTH_TWO_LAUNCHES { 1 } else { 2 };
+        SEQUENCES.contains(&count) && count <= launches * most
     }
 
-    /// The sequences of each launch, if there are too many for one.
+    fn most_of_a_launch(&self) -> usize {
+        self.kernels.iter().map(|(division, _)| division.sequences()).max().unwrap_or(0)
+    }
+
+    /// The sequences of each launch.
     fn parts(&self, count: usize) -> Vec<Range<usize>> {
-        let sizes = self.kernels.iter().map(|(division, _)| division.most_sequences());
-        let launches = count.div_ceil(sizes.max().unwrap_or(1));
+        let launches = count.div_ceil(self.most_of_a_launch());
         (0..launches).map(|part| count * part / launches..count * (part + 1) / launches).collect()
     }
 
@@ -305,7 +309,7 @@ impl BatchDecoder {
         let launch = Launch {
             cooperative: true,
             cluster: division.size.sharing,
-            ..Launch::new([division.blocks(), 1, 1], 32 * SLOTS, division.shared_bytes)
+            ..Launch::new([division.blocks(), 1, 1], 32 * WARPS, division.shared_bytes)
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape and the number of sequences.
         unsafe { kernel.kernel.launch(launch, &args)? };
@@ -330,7 +334,7 @@ fn kernel_for(
     kernels: &mut [(Division, Option<BatchKernel>)],
     count: usize,
 ) -> Option<&mut (Division, Option<BatchKernel>)> {
-    kernels.iter_mut().find(|(division, _)| count <= division.most_sequences())
+    kernels.iter_mut().find(|(division, _)| count <= division.sequences())
 }
 
 #[cfg(test)]
@@ -353,15 +357,14 @@ mod tests {
             eprintln!("!!! SKIPPED, batches NOT COMPILED: no libnvrtc");
             return;
         }
-        for (width, inner) in [(256, 336), (2048, 5632)] {
+        for (width, inner) in [(256, 336), (2048, 5632), (2560, 6912)] {
             let shape = Shape { layers: 2, width, inner, vocab: 32000 };
-            for size in SIZES {
-                // Of an H100 or H200.
-                let division = Division::new(shape, size, 132, 232_448).expect("fits");
+            // Of an H100 or H200.
+            for division in Division::all(shape, 132, 232_448) {
                 let compiled = compile_with(SOURCE, &division.constants(shape), "sm_90a");
                 let log = compiled.expect("compiles").log;
-                assert!(log.contains(" 0 bytes spill stores"), "{width}, {size:?}: {log}");
-                assert!(!log.contains("serialized"), "{width}, {size:?}: {log}");
+                assert!(log.contains(" 0 bytes spill stores"), "{width}, {division:?}: {log}");
+                assert!(!log.contains("serialized"), "{width}, {division:?}: {log}");
             }
         }
     }

@@ -15,8 +15,9 @@
 #endif
 
 // Sequences are divided among teams of blocks, channels among the blocks of a team, their owners. A block has a warp for each
-// of its sequences.
-constexpr u32 SLOTS = 16, WARPS = SLOTS, THREADS = 32 * WARPS;
+// of its sequences, and perhaps some that only multiply.
+constexpr u32 WARPS = 16, THREADS = 32 * WARPS, SLOTS = 8 * NUM_OPERANDS;
+static_assert(SLOTS <= WARPS, "a sequence needs a warp");
 constexpr u32 TEAMS = NUM_TEAMS, OWNERS = NUM_OWNERS, SEQUENCES = SLOTS * TEAMS;
 // Two blocks of a cluster, of the same owner and neighbouring teams, multiply for the sequences of both: instructions take nearly as
 // long for twice as many. In some phases each has half of K, and then they exchange sums; in the others half of the rows, and of
@@ -138,9 +139,9 @@ struct Run {
 
 // ---- Memory ----
 
-// Activations in shared memory: of a column of tiles 16 or 32 matrices of 8 sequences by 16 channels for warpgroups, otherwise 16
-// sequences; apart for their banks.
-constexpr u32 MATRIX_BYTES = 128 + 16, COLUMN_BYTES = SHARING * SLOTS * MATRIX_BYTES;
+// Activations in shared memory, of a column of tiles: 16 or 32 matrices of 8 sequences by 16 channels for warpgroups, apart for their
+// banks; otherwise 8 or 16 sequences by 128 channels, of every other one with neighbouring pieces of 16 exchanged, likewise.
+constexpr u32 MATRIX_BYTES = GROUP > 1 ? 128 + 16 : 128, COLUMN_BYTES = SHARING * SLOTS * MATRIX_BYTES;
 __device__ constexpr u32 input_bytes_of(u32 phase) { return layers_of(phase) * most_columns_of(phase) * COLUMN_BYTES; }
 // Behind them, sums of a part of a row of tiles: [sequence][8][2], and some words for the banks.
 constexpr u32 SUM_WORDS = SHARING * SLOTS * TILE_ROWS + 16;
@@ -159,7 +160,7 @@ struct Shared {
     u64 sums_read;                  // a barrier
     u64 inbox_full[WARPS];          // barriers
     // Sums of each layer and pair that the other block of the cluster has made for this one's sequences.
-    int2 inbox[SHARING > 1 ? WARPS : 1][3 * PAIRS][32];
+    int2 inbox[SHARING > 1 ? WARPS : 1][SHARING > 1 ? 3 * PAIRS : 1][32];
     u32 patience[WARPS][2 * PHASES];           // for messages, and for rows
     u32 tiles[WARPS][LAYER_LIST + HEAD_LIST];  // see `list_tiles`
     u32 counts[WARPS][2];                      // of a layer's tiles, and of the head's

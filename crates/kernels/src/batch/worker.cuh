@@ -259,18 +259,21 @@ struct Worker {
         }
     }
 
-    // Waits for the row, and that of the other sequence, and leaves what this block multiplies of them in shared memory.
-    template <u32 PHASE>
+    // Waits for the row, and that of the other sequence, and leaves what this block multiplies of them in shared memory. A wide row
+    // comes in parts, for registers are few: loads from number FIRST on.
+    template <u32 PHASE, u32 FIRST = 0>
     __device__ __forceinline__ void receive_row(u32 round) {
-        constexpr u32 LAYERS = layers_of(PHASE), PIECES = TILE_COLS / 16, LOADS = parts(most_columns_of(PHASE) * PIECES, 32);
-        u32 lane = opaque(this->lane);
+        constexpr u32 LAYERS = layers_of(PHASE), PIECES = TILE_COLS / 16, ALL = parts(most_columns_of(PHASE) * PIECES, 32);
+        constexpr u32 MOST_HELD = 12, AT_ONCE = parts(ALL, parts(SHARING * LAYERS * ALL, MOST_HELD));
+        constexpr u32 LOADS = FIRST + AT_ONCE < ALL ? AT_ONCE : ALL - FIRST;
+        u32 first = opaque(this->lane) + 32 * FIRST;
         Columns<PHASE> columns(rank);
-        be_patient(PHASES + PHASE);
+        if (FIRST == 0) be_patient(PHASES + PHASE);
         uint4 v[SHARING][LAYERS][LOADS];
         u32 count = columns.count * PIECES;
-        auto has = [&](u32 i) { return lane + 32 * i < count; };
+        auto has = [&](u32 i) { return first + 32 * i < count; };
         auto from = [&](u32 k, u32 j, u32 i) {
-            return row<PHASE>(round, k, j) + (columns.begin * PIECES + lane + 32 * i) * 4;
+            return row<PHASE>(round, k, j) + (columns.begin * PIECES + first + 32 * i) * 4;
         };
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k)
@@ -291,7 +294,7 @@ struct Worker {
                         any |= one;
                     }
             if (!__any_sync(ALL_LANES, any)) {
-                learn_patience(PHASES + PHASE, early_looks);
+                if (FIRST == 0) learn_patience(PHASES + PHASE, early_looks);
                 break;
             }
         }
@@ -306,23 +309,28 @@ struct Worker {
                     sum = __dp4a((int)v[k][j][i].x, 0x40404040, __dp4a((int)v[k][j][i].y, 0x40404040, sum));
                     sum = __dp4a((int)v[k][j][i].z, 0x40404040, __dp4a((int)v[k][j][i].w, 0x40404040, sum));
                 }
-                total[k][j] = __reduce_add_sync(ALL_LANES, sum);
+                sum = __reduce_add_sync(ALL_LANES, sum);
+                total[k][j] = FIRST == 0 ? sum : total[k][j] + sum;
             }
-        // Sums of the last phase may lie there.
-        wait_for(shared_address(&shared.sums_read), turn);
-        __syncwarp();
+        if (FIRST == 0) {
+            // Sums of the last phase may lie there.
+            wait_for(shared_address(&shared.sums_read), turn);
+            __syncwarp();
+        }
         constexpr u32 PIECE_BYTES = GROUP > 1 ? MATRIX_BYTES : 16;
         u8* to = region + (GROUP > 1 ? warp / 8 * (8 * MATRIX_BYTES) + warp % 8 * 16 : warp * MATRIX_BYTES);
+        u32 exchanged = GROUP > 1 ? 0 : warp % 2;
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k)
 #pragma unroll
             for (u32 j = 0; j < LAYERS; ++j)
 #pragma unroll
                 for (u32 i = 0; i < LOADS; ++i) {
-                    u32 piece = lane + 32 * i, column = j * most_columns_of(PHASE) + piece / PIECES;
-                    u8* place = to + k * (SLOTS * MATRIX_BYTES) + column * COLUMN_BYTES + piece % PIECES * PIECE_BYTES;
+                    u32 piece = first + 32 * i, column = j * most_columns_of(PHASE) + piece / PIECES;
+                    u8* place = to + k * (SLOTS * MATRIX_BYTES) + column * COLUMN_BYTES + (piece % PIECES ^ exchanged) * PIECE_BYTES;
                     if (has(i)) *(uint4*)place = v[k][j][i];
                 }
+        if constexpr (FIRST + LOADS < ALL) receive_row<PHASE, FIRST + LOADS>(round);
     }
 
     // ---- The product ----
@@ -367,13 +375,14 @@ struct Worker {
     // The same of one row of tiles, by a warp alone.
     __device__ __forceinline__ void multiply_alone(u32 begin, u32 end, const u8* inputs, int (&sums)[2][SUMS]) {
         const u8* from = inputs + begin * COLUMN_BYTES + lane / 4 * MATRIX_BYTES + lane % 4 * 32;
+        u32 exchanged = lane / 4 % 2;
 #pragma unroll 2
         for (u32 column = begin; column < end; ++column, from += COLUMN_BYTES) {
             uint4 q[OPERANDS][2];
 #pragma unroll
             for (u32 n = 0; n < OPERANDS; ++n)
 #pragma unroll
-                for (u32 side = 0; side < 2; ++side) q[n][side] = *(const uint4*)(from + n * 8 * MATRIX_BYTES + side * 16);
+                for (u32 side = 0; side < 2; ++side) q[n][side] = *(const uint4*)(from + n * 8 * MATRIX_BYTES + (side ^ exchanged) * 16);
             u32 codes[4][4];
             unpack(stream.oldest(), codes);
             stream.fetch();

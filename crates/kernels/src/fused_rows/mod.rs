@@ -62,7 +62,7 @@ impl QuantizedArgs {
             sums: q.sums.address(0),
             rows: q.capacity as u32,
             stride: q.stride() as u32,
-            tile_tokens: q.tile_tokens as u32,
+            tile_tokens: q.tile_tokens() as u32,
         }
     }
 }

@@ -46,6 +46,9 @@ pub const BLOCK_ROW_TILES: usize = 8;
 const STAGES: usize = 4;
 /// Products of at most this many tokens may be cut along K: too few blocks otherwise.
 pub const SPLIT_MAX_TOKENS: usize = 256;
+/// From so many activations on, tokens by width, fewer tokens than those take a prompt's product too: measured from D = 1024, where 256
+/// tokens are too few, to 5120, where 96 suffice.
+const PROMPT_ACTIVATIONS: usize = 400_000;
 
 // The product of few tokens, as in its source.
 const FEW_TOKENS: usize = 8;
@@ -71,6 +74,53 @@ fn batch_shared_bytes(col_tiles: usize) -> usize {
     sums_bytes.max(col_tiles * tile_bytes)
 }
 
+/// How the products of a pass are computed: it decides how their activations lie in memory, and whether they are added to sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Products {
+    /// Few tokens, or a device without warpgroup instructions: activations lie row by row.
+    Rows,
+    /// Tiles of 64 tokens by parts of K, on warpgroup instructions.
+    Batch,
+    /// Tiles of 128 or 160 tokens by all of K, likewise.
+    Prompt,
+}
+
+impl Products {
+    /// For so many rows of a model of a width D.
+    pub fn of(device: &Device, rows: usize, width: usize) -> Self {
+        if !has_warpgroup_product(device) || rows <= FEW_TOKENS {
+            Self::Rows
+        } else if rows <= SPLIT_MAX_TOKENS && rows * width < PROMPT_ACTIVATIONS {
+            Self::Batch
+        } else {
+            Self::Prompt
+        }
+    }
+
+    /// Tokens of a tile of activations; 0 where they lie row by row.
+    fn tile_tokens(self) -> usize {
+        match self {
+            Self::Rows => 0,
+            Self::Batch => BATCH_TOKENS,
+            Self::Prompt => PROMPT_TOKENS,
+        }
+    }
+
+    /// Whether products of so many rows are added to the sums that are there.
+    fn add(self, rows: usize) -> bool {
+        match self {
+            Self::Rows => rows <= SPLIT_MAX_TOKENS,
+            Self::Batch => true,
+            Self::Prompt => false,
+        }
+    }
+
+    /// Whether a gated unit of so many channels leaves one column for each channel, not two.
+    pub fn gate_at_once(self, width: usize) -> bool {
+        self == Self::Prompt && width.is_multiple_of(TILE_ROWS)
+    }
+}
+
 /// Quantised activations [layers][M, K] in device memory.
 #[derive(Debug)]
 pub struct Quantized {
@@ -85,9 +135,9 @@ pub struct Quantized {
     pub(crate) layers: usize,
     /// Rows from one layer to the next.
     pub(crate) capacity: usize,
-    /// Tokens of a tile where it is laid out for a warpgroup product,
-    /// [layers][token tile][column tile][8][tile tokens][16], for prompts [tile tokens][8][16], swizzled; 0 where it is not.
-    pub(crate) tile_tokens: usize,
+    /// For which products: [layers][capacity][K], of a batch [layers][token tile][column tile][8][tile tokens][16], of a prompt
+    /// [tile tokens][8][16], swizzled.
+    pub(crate) products: Products,
 }
 
 impl Quantized {
@@ -104,27 +154,36 @@ impl Quantized {
             cols: 0,
             layers: 0,
             capacity: 0,
-            tile_tokens: 0,
+            products: Products::Rows,
         })
     }
 
     /// Gives the activations a shape; what they held is lost.
     ///
     /// # Errors
-    /// No memory.
-    pub fn reshape(&mut self, layers: usize, rows: usize, cols: usize) -> Result<(), CudaError> {
-        let has_tiles = has_warpgroup_product(self.values.device());
-        self.tile_tokens = match rows {
-            _ if !has_tiles || rows <= FEW_TOKENS => 0,
-            ..=SPLIT_MAX_TOKENS => BATCH_TOKENS,
-            _ => PROMPT_TOKENS,
-        };
-        let capacity = rows.next_multiple_of(self.tile_tokens.max(1));
+    /// Products that the device does not have; no memory.
+    pub fn reshape(
+        &mut self,
+        products: Products,
+        layers: usize,
+        rows: usize,
+        cols: usize,
+    ) -> Result<(), CudaError> {
+        if products != Products::Rows && !has_warpgroup_product(self.values.device()) {
+            return Err(CudaError::Shape(format!("activations of {products:?} on this device")));
+        }
+        self.products = products;
+        let capacity = rows.next_multiple_of(self.tile_tokens().max(1));
         self.values.reserve(layers * capacity * cols.next_multiple_of(TILE_COLS))?;
         self.scales.reserve(layers * capacity)?;
         self.sums.reserve(layers * capacity)?;
         (self.layers, self.rows, self.cols, self.capacity) = (layers, rows, cols, capacity);
         Ok(())
+    }
+
+    /// Tokens of a tile; 0 where rows lie one behind the other.
+    pub(crate) fn tile_tokens(&self) -> usize {
+        self.products.tile_tokens()
     }
 
     /// Bytes from one row to the next.
@@ -135,9 +194,10 @@ impl Quantized {
     /// Takes given integers [layers][M, K], for tests; scales are 1.
     ///
     /// # Errors
-    /// A wrong number of values; no memory.
+    /// A wrong number of values; as [`reshape`](Self::reshape).
     pub fn assign(
         &mut self,
+        products: Products,
         layers: usize,
         rows: usize,
         cols: usize,
@@ -146,7 +206,7 @@ impl Quantized {
         if values.len() != layers * rows * cols {
             return Err(CudaError::Shape(format!("{} values", values.len())));
         }
-        self.reshape(layers, rows, cols)?;
+        self.reshape(products, layers, rows, cols)?;
         let stride = self.stride();
         let mut padded = vec![0; layers * self.capacity * stride];
         let mut sums = vec![0; layers * self.capacity];
@@ -165,7 +225,7 @@ impl Quantized {
     /// Where a value lies within its layer.
     fn place(&self, row: usize, k: usize) -> usize {
         let stride = self.stride();
-        let tokens = self.tile_tokens;
+        let tokens = self.tile_tokens();
         if tokens == 0 {
             return row * stride + k;
         }
@@ -219,14 +279,19 @@ impl Sums {
         Ok(Self { values: Buffer::zeros(device, 1)?, stride: 0, adds: false, are_gated: false })
     }
 
-    /// Prepares for the products of a pass over some tokens, with at most `stride` columns. Products of few
-    /// tokens are added to the sums, which are therefore made zero.
+    /// Prepares for the products of a pass over some tokens, with at most `stride` columns. Those that are added to the sums find
+    /// zeros.
     ///
     /// # Errors
     /// No memory.
-    pub fn begin(&mut self, rows: usize, stride: usize) -> Result<(), CudaError> {
+    pub fn begin(
+        &mut self,
+        products: Products,
+        rows: usize,
+        stride: usize,
+    ) -> Result<(), CudaError> {
         self.values.reserve(rows * stride)?;
-        self.adds = rows <= SPLIT_MAX_TOKENS;
+        self.adds = products.add(rows);
         if self.adds {
             self.values.clear()?;
         }
@@ -479,7 +544,7 @@ impl Gemm {
             if sums.adds { wanted.clamp(fewest, col_tiles) } else { 1 }
         };
         let (tokens, threads, shared, splits, kernel) = match &self.warpgroup {
-            Some(kernels) if q.tile_tokens == BATCH_TOKENS => {
+            Some(kernels) if q.products == Products::Batch => {
                 let splits =
                     splits(1, m.div_ceil(BATCH_TOKENS), col_tiles.div_ceil(BATCH_COL_TILES));
                 let shared = batch_shared_bytes(col_tiles.div_ceil(splits));
@@ -499,7 +564,7 @@ impl Gemm {
     }
 
     /// The product of a gated unit of `width` channels, the rows of a and as many of b, for outputs of γ `gamma`: silu(a) ⊙ b where
-    /// [`gates_at_once`](Self::gates_at_once), else the sums of both.
+    /// [`Products::gate_at_once`] says so, else the sums of both.
     ///
     /// # Errors
     /// Shapes that do not fit together; the driver's.
@@ -511,7 +576,7 @@ impl Gemm {
         gamma: f32,
         sums: &mut Sums,
     ) -> Result<(), CudaError> {
-        let Some(kernels) = self.for_prompt(q).filter(|_| self.gates_at_once(width, q.rows)) else {
+        let Some(kernels) = self.for_prompt(q).filter(|_| q.products.gate_at_once(width)) else {
             return self.multiply(tiles, matrix, q, sums);
         };
         if matrix.columns() != 2 * width || q.layers != 1 {
@@ -530,14 +595,8 @@ impl Gemm {
         unsafe { kernels.gated_prompt.launch(self.prompt_launch(), &args) }
     }
 
-    /// Whether [`multiply_gated_unit`](Self::multiply_gated_unit) of so many channels and rows of activations leaves one column for
-    /// each channel, not two.
-    pub fn gates_at_once(&self, width: usize, rows: usize) -> bool {
-        self.warpgroup.is_some() && rows > SPLIT_MAX_TOKENS && width.is_multiple_of(TILE_ROWS)
-    }
-
     fn for_prompt(&self, q: &Quantized) -> Option<&WarpgroupKernels> {
-        self.warpgroup.as_ref().filter(|_| q.tile_tokens == PROMPT_TOKENS)
+        self.warpgroup.as_ref().filter(|_| q.products == Products::Prompt)
     }
 
     fn prompt_launch(&self) -> Launch {
@@ -562,7 +621,7 @@ fn product_args(
         && matrix.row_tiles == q.layers * matrix.segment_tiles
         && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
         && m * columns <= sums.values.len()
-        && (q.tile_tokens != BATCH_TOKENS || sums.adds);
+        && sums.adds == q.products.add(m);
     if !fits {
         return Err(CudaError::Shape(format!(
             "a product of {matrix:?} with {} times {m} rows of {}",

@@ -1,8 +1,8 @@
 //! The engine on a GPU. The same bits as on the processor, but for tokens whose whole step is one launch.
 //!
-//! Tokens of one sequence take one launch ([`Decoder`]), and so does a token of each of up to 128 sequences
-//! ([`BatchDecoder`]; twice as many take two). Everything else goes through the blocks with one launch for each product and one for what lies
-//! between two products.
+//! Tokens of one sequence take one launch ([`Decoder`]), and a token of each of several sequences takes one or two if their rows fit
+//! ([`BatchDecoder`]). Everything else goes through the blocks with one launch for each product and one for what lies between two
+//! products.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use mmfree_kernels::decode::{Decoder, Projection, Shape, Vector, Weights};
 use mmfree_kernels::fused_rows::{EmbeddingType, FusedRows, Norms, Output};
 use mmfree_kernels::mlgru::cuda::{Layer, Recurrence, Sequences};
 use mmfree_kernels::sampling::{Next, Request, Sampling};
-use mmfree_kernels::ternary_gemm::cuda::{Gemm, Quantized, Sums};
+use mmfree_kernels::ternary_gemm::cuda::{Gemm, Products, Quantized, Sums};
 
 use super::{Activation, Draw, Observer, Sequence, Want, check_finite};
 use crate::checkpoint::FloatType;
@@ -195,9 +195,9 @@ impl CudaEngine {
 
     /// Columns of the widest product's sums in a pass over so many rows.
     fn sums_columns(&self, rows: usize) -> usize {
-        let (weights, inner) = (&self.weights, self.weights.shape().inner);
-        let gated =
-            if self.gemm.gates_at_once(inner, rows) { inner } else { weights.glu(0).columns() };
+        let (weights, Shape { width, inner, .. }) = (&self.weights, self.weights.shape());
+        let products = Products::of(&self.device, rows, width);
+        let gated = if products.gate_at_once(inner) { inner } else { weights.glu(0).columns() };
         weights.mix(0).columns().max(gated)
     }
 
@@ -329,15 +329,16 @@ impl CudaEngine {
             .map(|(state, tokens)| Ok((&*state.on_device(&self.device)?, *tokens)))
             .collect::<Result<_>>()?;
         let columns = self.sums_columns(count);
+        let products = Products::of(&self.device, count, width);
         let work = &mut self.work;
         work.sequences.assign(&states)?;
         work.x.reserve(count * width)?;
         work.h.reserve(count * width)?;
-        work.sums.begin(count, columns)?;
-        work.mix.reshape(3, count, width)?;
-        work.out.reshape(1, count, width)?;
-        work.glu.reshape(1, count, width)?;
-        work.down.reshape(1, count, inner)?;
+        work.sums.begin(products, count, columns)?;
+        work.mix.reshape(products, 3, count, width)?;
+        work.out.reshape(products, 1, count, width)?;
+        work.glu.reshape(products, 1, count, width)?;
+        work.down.reshape(products, 1, count, inner)?;
         Ok(())
     }
 
@@ -539,10 +540,11 @@ impl CudaEngine {
     fn prepare_head(&mut self, picked: &[u32]) -> Result<()> {
         let Shape { width, vocab, .. } = self.weights.shape();
         let (work, count) = (&mut self.work, picked.len());
+        let products = Products::of(&self.device, count, width);
         work.picked.reserve(count)?;
         work.picked.write(0, picked)?;
-        work.head.reshape(1, count, width)?;
-        work.head_sums.begin(count, self.weights.head().columns())?;
+        work.head.reshape(products, 1, count, width)?;
+        work.head_sums.begin(products, count, self.weights.head().columns())?;
         work.logits.reserve(count * vocab)?;
         Ok(())
     }
