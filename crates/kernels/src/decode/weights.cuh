@@ -24,16 +24,6 @@ struct Place {
     }
 };
 
-// Whether the barrier's phase of a parity is over, after a little waiting.
-__device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
-    u32 done;
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                 : "=r"(done)
-                 : "r"(barrier), "r"(parity)
-                 : "memory");
-    return done;
-}
-
 // By one thread, before the others begin.
 __device__ __forceinline__ void make_barriers(Shared& shared) {
 #pragma unroll 1

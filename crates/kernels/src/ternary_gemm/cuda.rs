@@ -46,8 +46,8 @@ pub const BLOCK_ROW_TILES: usize = 8;
 const STAGES: usize = 4;
 /// Products of at most this many tokens may be cut along K: too few blocks otherwise.
 pub const SPLIT_MAX_TOKENS: usize = 256;
-/// From so many activations on, tokens by width, fewer tokens than those take a prompt's product too: measured from D = 1024, where 256
-/// tokens are too few, to 5120, where 96 suffice.
+/// From so many activations on, tokens by width D, fewer tokens than those take a prompt's products too: measured from D = 1024, where
+/// 256 are too few, to 5120, where 96 suffice.
 const PROMPT_ACTIVATIONS: usize = 400_000;
 
 // The product of few tokens, as in its source.
@@ -106,8 +106,8 @@ impl Products {
         }
     }
 
-    /// Whether products of so many rows are added to the sums that are there.
-    fn add(self, rows: usize) -> bool {
+    /// Whether those of so many rows are added to the sums that are there.
+    fn are_added(self, rows: usize) -> bool {
         match self {
             Self::Rows => rows <= SPLIT_MAX_TOKENS,
             Self::Batch => true,
@@ -291,7 +291,7 @@ impl Sums {
         stride: usize,
     ) -> Result<(), CudaError> {
         self.values.reserve(rows * stride)?;
-        self.adds = products.add(rows);
+        self.adds = products.are_added(rows);
         if self.adds {
             self.values.clear()?;
         }
@@ -621,7 +621,7 @@ fn product_args(
         && matrix.row_tiles == q.layers * matrix.segment_tiles
         && (q.layers == 1 || matrix.segment_tiles.is_multiple_of(BLOCK_ROW_TILES))
         && m * columns <= sums.values.len()
-        && sums.adds == q.products.add(m);
+        && sums.adds == q.products.are_added(m);
     if !fits {
         return Err(CudaError::Shape(format!(
             "a product of {matrix:?} with {} times {m} rows of {}",

@@ -188,15 +188,14 @@ impl CudaEngine {
     /// Rows of one pass over a prompt, so that memory stays bounded.
     pub fn chunk_rows(&self) -> usize {
         let Shape { width, inner, .. } = self.weights.shape();
-        let columns = self.sums_columns(CHUNK_ROWS.end);
+        let columns = self.sums_columns(Products::of(&self.device, CHUNK_ROWS.end, width));
         let row_bytes = 4 * (2 * width + columns) + 6 * width + inner;
         (SCRATCH_BYTES / row_bytes / 128 * 128).clamp(CHUNK_ROWS.start, CHUNK_ROWS.end)
     }
 
-    /// Columns of the widest product's sums in a pass over so many rows.
-    fn sums_columns(&self, rows: usize) -> usize {
-        let (weights, Shape { width, inner, .. }) = (&self.weights, self.weights.shape());
-        let products = Products::of(&self.device, rows, width);
+    /// Columns of the sums of a pass's widest product.
+    fn sums_columns(&self, products: Products) -> usize {
+        let (weights, inner) = (&self.weights, self.weights.shape().inner);
         let gated = if products.gate_at_once(inner) { inner } else { weights.glu(0).columns() };
         weights.mix(0).columns().max(gated)
     }
@@ -328,8 +327,8 @@ impl CudaEngine {
             .iter_mut()
             .map(|(state, tokens)| Ok((&*state.on_device(&self.device)?, *tokens)))
             .collect::<Result<_>>()?;
-        let columns = self.sums_columns(count);
         let products = Products::of(&self.device, count, width);
+        let columns = self.sums_columns(products);
         let work = &mut self.work;
         work.sequences.assign(&states)?;
         work.x.reserve(count * width)?;
