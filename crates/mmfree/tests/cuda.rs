@@ -27,7 +27,9 @@ fn models() -> Vec<(&'static str, Arc<Model>)> {
         ("uneven tiles", random(256, 328, 3, 1003)),
         // A thread holds two fours of a row of the others, four and eight of these.
         ("widest", random(4100, 8204, 1, 300)),
-        // Blocks of a batch have room for eight sequences, whose rows come in parts.
+        // Of large batches blocks multiply layers and channels in rounds,
+        ("rounds", random(2048, 5632, 1, 300)),
+        // and activations in parts.
         ("widest of whole tiles", random(4096, 5632, 1, 300)),
     ]
 }

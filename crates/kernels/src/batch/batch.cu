@@ -65,40 +65,57 @@ __device__ __forceinline__ float mix(Worker& w, float* state, u32 layer, u32 rou
     float4 vectors = w.ask_vectors<OWN, WIDTH>(v + 4 * WIDTH, 3, w.own);
 #pragma unroll
     for (u32 j = 0; j < 3; ++j) gamma[j] = __ldg(gammas + j);
-    if (w.is_real) {
+    auto bring_state = [&](float2 (&h)[PAIRS]) {
 #pragma unroll
         for (u32 p = 0; p < PAIRS; ++p)
             if (tile_of(p) < w.own.groups) h[p] = pair_at(own_state, p);
-        w.receive_row<MIX>(round);
-    }
-    w.multiply<MIX>(vectors);
-    if (w.is_real) {
-        w.exchange_sums<MIX>();
-#pragma unroll
-        for (u32 p = 0; p < PAIRS; ++p) {
-            if (tile_of(p) >= w.own.groups) continue;
-            float2 i = dequantize(w.sum_of<MIX>(p, 0), gamma[0] * w.step[0][0]);
-            float2 f = dequantize(w.sum_of<MIX>(p, 1), gamma[1] * w.step[0][1]);
-            float2 g = dequantize(w.sum_of<MIX>(p, 2), gamma[2] * w.step[0][2]);
-            float2 beta = w.vector(0, p), norm = w.vector(1, p), weight = w.vector(2, p);
-            auto one = [&](float i, float f, float g, float beta, float norm, float weight, float& h) {
+    };
+    if (w.is_real && MIX_ROUNDS == 1) bring_state(h);
+    // Of a pair of own channels. `u` is i first, then the new state: registers are few.
+    auto take = [&](u32 p, u32 layer, float2 h) {
+        auto sum = [&](u32 j) { return dequantize(w.sum_of<MIX>(p, MIX_ROUNDS > 1 ? 0 : j), gamma[j] * w.step[0][j]); };
+        float2& now = u[0][p];
+        if (layer == 0) {
+            now = sum(0);
+        } else if (layer == 1) {
+            float2 f = sum(1), beta = w.vector(0, p);
+            auto one = [&](float i, float f, float beta, float h) {
                 float forget = beta + (1.0f - beta) * quick_sigmoid(f);
-                h = forget * h + quick_silu(i) * (1.0f - forget);
+                return forget * h + quick_silu(i) * (1.0f - forget);
+            };
+            now = make_float2(one(now.x, f.x, beta.x, h.x), one(now.y, f.y, beta.y, h.y));
+            own_state[channel_of(p)] = now.x, own_state[channel_of(p) + 8] = now.y;
+        } else {
+            float2 g = sum(2), norm = w.vector(1, p), weight = w.vector(2, p);
+            auto one = [&](float g, float h, float norm, float weight) {
                 float y = g * norm * quick_silu(h);
                 square[0] += y * y + 1e-6f * (g * g);
                 return y * weight;
             };
-            u[0][p].x = one(i.x, f.x, g.x, beta.x, norm.x, weight.x, h[p].x);
-            u[0][p].y = one(i.y, f.y, g.y, beta.y, norm.y, weight.y, h[p].y);
-            own_state[channel_of(p)] = h[p].x, own_state[channel_of(p) + 8] = h[p].y;
+            now = make_float2(one(g.x, now.x, norm.x, weight.x), one(g.y, now.y, norm.y, weight.y));
+        }
+    };
+#pragma unroll 1
+    for (u32 number = 0; number < MIX_ROUNDS; ++number) {
+        w.multiply<MIX>(round, vectors, number);
+        if (w.is_real) {
+            float2 state[PAIRS] = {};
+            if (MIX_ROUNDS > 1 && number == 1) bring_state(state);
+            w.exchange_sums<MIX>(number);
+#pragma unroll
+            for (u32 p = 0; p < PAIRS; ++p) {
+                if (tile_of(p) >= w.own.groups) continue;
+#pragma unroll
+                for (u32 j = 0; j < layers_at_once_of(MIX); ++j) take(p, number + j, MIX_ROUNDS > 1 ? state[p] : h[p]);
+            }
+            if (number + 1 < MIX_ROUNDS) w.have_read_inbox();
         }
     }
     w.have_read_sums();
     if (w.is_real) w.send_row<OUT>(u, square, round);
     vectors = w.ask_vectors<OWN, WIDTH>(v + 7 * WIDTH, 2, w.own);
     float factor = __ldg(gammas + 3) * w.step[0][0];
-    if (w.is_real) w.receive_row<OUT>(round);
-    w.multiply<OUT>(vectors);
+    w.multiply<OUT>(round, vectors);
     return factor;
 }
 
@@ -133,19 +150,21 @@ __device__ __forceinline__ float glu(Worker& w, const Residual& r, u32 layer, u3
     Own inner = w.inner();
     float4 vectors = w.ask_vectors<OWN_INNER, 0>(v + 9 * WIDTH, 1, inner);
     float gamma = __ldg(w.a.gammas + GAMMAS * layer + 4);
-    if (w.is_real) w.receive_row<GLU>(round);
-    w.multiply<GLU>(vectors);
     float2 u[SHARING][INNER_PAIRS] = {};
     float square[SHARING] = {};
-    if (w.is_real) {
+#pragma unroll
+    for (u32 number = 0; number < GLU_ROUNDS; ++number) {
+        w.multiply<GLU>(round, vectors, number);
+        if (!w.is_real) continue;
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k)
 #pragma unroll
             for (u32 p = 0; p < INNER_PAIRS; ++p) {
-                u32 tile = tile_of(p);
-                if (tile >= inner.groups) continue;
-                float2 gate = dequantize(w.local_sum<GLU>(2 * tile, 0, k), gamma * w.step[k][0]);
-                float2 value = dequantize(w.local_sum<GLU>(2 * tile + 1, 0, k), gamma * w.step[k][0]);
+                u32 of_round = GLU_ROUNDS == 1 ? INNER_PAIRS : GLU_GROUPS / 4;
+                if (p / of_round != number || tile_of(p) >= inner.groups) continue;
+                u32 row = 2 * tile_of(p % of_round);
+                float2 gate = dequantize(w.local_sum<GLU>(row, 0, k), gamma * w.step[k][0]);
+                float2 value = dequantize(w.local_sum<GLU>(row + 1, 0, k), gamma * w.step[k][0]);
                 float2 y = make_float2(quick_silu(gate.x) * value.x, quick_silu(gate.y) * value.y);
                 square[k] += y.x * y.x;
                 square[k] += y.y * y.y;
@@ -157,8 +176,7 @@ __device__ __forceinline__ float glu(Worker& w, const Residual& r, u32 layer, u3
     // Of the next layer, or the head's two.
     vectors = w.ask_vectors<OWN, WIDTH>(v + LAYER_FLOATS, layer + 1 == w.a.layers ? 2 : 4, w.own);
     float factor = __ldg(w.a.gammas + GAMMAS * layer + 5) * w.step[0][0];
-    if (w.is_real) w.receive_row<DOWN>(round);
-    w.multiply<DOWN>(vectors);
+    w.multiply<DOWN>(round, vectors);
     return factor;
 }
 
@@ -171,7 +189,6 @@ __device__ __forceinline__ void head(Worker& w, const Residual& r, u32 round, bo
         float2 u[1][PAIRS];
         r.first(u);
         w.send_row<HEAD>(u, {r.square}, round, turn);
-        w.receive_row<HEAD>(round);
     } else turn();
     Own own = w.head();
     bool finite[SHARING];
@@ -179,9 +196,8 @@ __device__ __forceinline__ void head(Worker& w, const Residual& r, u32 round, bo
     for (u32 k = 0; k < SHARING; ++k) best[k] = 0, finite[k] = true;
 #pragma unroll 1
     for (u32 number = 0; number < HEAD_ROUNDS; ++number) {
-        if (number == 0) w.multiply<HEAD>(make_float4(0, 0, 0, 0));
-        else w.multiply_again<HEAD>();
-        Own rows = own.part(number, HEAD_ROWS);
+        w.multiply<HEAD>(round, make_float4(0, 0, 0, 0), number);
+        Own rows = own.part(number, HEAD_GROUPS);
         if (!w.is_real) continue;
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k) {
@@ -238,20 +254,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) batch_step(const __grid
     u32 owner = blockIdx.x / TEAMS, sequence = blockIdx.x % TEAMS + warp * TEAMS, rank = blockIdx.x % SHARING;
     if (threadIdx.x == 0) {
         make_barrier(shared_address(&shared.sums_read), THREADS);
-        for (u32 k = 0; k < WARPS; ++k) make_barrier(shared_address(&shared.inbox_full[k]), 1);
+        for (u32 k = 0; k < WARPS; ++k) {
+            make_barrier(shared_address(&shared.inbox_full[k]), 1);
+            if (MIX_ROUNDS > 1) make_barrier(shared_address(&shared.inbox_read[k]), 1);
+        }
         fence_barriers();
     }
     for (u32 k = threadIdx.x; k < WARPS * 2 * PHASES; k += THREADS) shared.patience[0][k] = 0;
     Own own = Own::of<OWNERS>(owner, WIDTH);
     Own inner = Own::of<MAKERS>(owner * SHARING + rank, INNER), of_head = Own::of<MAKERS>(owner * SHARING + rank, VOCAB);
     u32 *tiles = shared.tiles[warp], *head_tiles = tiles + LAYER_LIST;
-    u32 count = list_tiles<MIX>(a, tiles, own, rank, 0);
+    u32 count = 0;
+    for (u32 k = 0; k < MIX_ROUNDS; ++k) count = list_tiles<MIX>(a, tiles, own, rank, count, k);
     count = list_tiles<OUT>(a, tiles, own, rank, count);
-    count = list_tiles<GLU>(a, tiles, inner, rank, count);
+    for (u32 k = 0; k < GLU_ROUNDS; ++k) count = list_tiles<GLU>(a, tiles, inner.part(k, GLU_GROUPS), rank, count);
     count = list_tiles<DOWN>(a, tiles, own, rank, count);
     u32 head_count = 0;
     for (u32 k = 0; k < HEAD_ROUNDS; ++k)
-        head_count = list_tiles<HEAD>(a, head_tiles, of_head.part(k, HEAD_ROWS), rank, head_count);
+        head_count = list_tiles<HEAD>(a, head_tiles, of_head.part(k, HEAD_GROUPS), rank, head_count);
     fill_list(tiles, count), fill_list(head_tiles, head_count);
     if (lane == 0) shared.counts[warp][0] = count, shared.counts[warp][1] = head_count;
     __syncthreads();

@@ -12,6 +12,7 @@ const MATRIX_BYTES: usize = 128;
 const PAD_BYTES: usize = 16;
 /// Layers that share a phase, each with activations of its own.
 const LAYERS: [usize; PHASES] = [3, 1, 1, 1, 1];
+const MIX: usize = 0;
 const GLU: usize = 2;
 const HEAD: usize = 4;
 /// A word of quantised channels that has not been sent: integers are never -128.
@@ -48,36 +49,72 @@ const fn size(teams: usize, operands: usize, together: usize, sharing: usize) ->
 /// for as many the first that fits is used.
 const SIZES: [Size; 9] = [
     size(1, 1, 1, 1),
-    size(1, 2, 1, 1),
+    AT_ONCE_ONLY,
     size(2, 1, 1, 1),
     size(2, 2, 1, 1),
-    size(4, 1, 1, 1),
     size(4, 2, 4, 2),
-    size(4, 2, 4, 1),
+    size(6, 2, 4, 2),
     size(8, 2, 4, 2),
-    size(8, 2, 4, 1),
+    size(12, 2, 4, 2),
+    size(16, 2, 4, 2),
 ];
-/// Tiles on their way to a warp: as many as fit.
-const STAGES: [usize; 5] = [16, 8, 6, 5, 4];
-/// In how many rounds the head may be multiplied, if there is no room for all its sums.
-const ROUNDS: [usize; 3] = [1, 2, 4];
+/// In parts or rounds it is slower than two teams whose blocks have eight sequences.
+const AT_ONCE_ONLY: Size = size(1, 2, 1, 1);
+/// Tiles on their way to a warp that multiplies alone: as many as fit.
+const STAGES_ALONE: [usize; 5] = [16, 8, 6, 5, 4];
+/// To one of four that multiply together. With 6 steps of 1.3 billion parameters and 192 or 256 sequences are 3 and 4 %
+/// slower than with 4.
+const STAGES_TOGETHER: [usize; 2] = [8, 4];
+/// Cycles of a column of tiles of the warps that multiply together, and of what is behind each turn: rows are received,
+/// warps wait for each other. Measured at 1.3 and 13 billion parameters; only their ratio matters.
+const TILE_CYCLES: usize = 340;
+const TURN_CYCLES: usize = 2500;
+
+/// What a block has room for at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Room {
+    /// Columns of tiles whose activations it has; more are received and multiplied in parts.
+    columns: usize,
+    /// Rounds in which i, f and g, the gated unit's and the head's rows are multiplied, for the room that sums take.
+    mix_rounds: usize,
+    glu_rounds: usize,
+    head_rounds: usize,
+}
+
+impl Room {
+    const ALL: Self = Self { columns: usize::MAX, mix_rounds: 1, glu_rounds: 1, head_rounds: 1 };
+
+    /// Of as many turns those of fewer rounds first.
+    fn choices() -> impl Iterator<Item = Self> {
+        let rounds = [1, 3].into_iter().flat_map(|mix| [1, 2, 4].map(|glu| (mix, glu)));
+        let rounds = rounds.flat_map(|(mix, glu)| [1, 2, 4, 8].map(|head| (mix, glu, head)));
+        rounds.flat_map(|(mix_rounds, glu_rounds, head_rounds)| {
+            let with = |columns| Self { columns, mix_rounds, glu_rounds, head_rounds };
+            [usize::MAX, 43, 32, 27, 22, 16, 14, 10].map(with)
+        })
+    }
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Division {
     pub size: Size,
     /// Blocks of a team, each of which owns channels.
     pub owners: usize,
-    rounds: usize,
+    room: Room,
     stages: usize,
     pub shared_bytes: usize,
 }
 
-/// Of a block's phases: columns of tiles, and rows of each layer, or round, at most.
+/// Of a block's phases: columns of tiles, and rows of each layer and round, at most.
 struct Tiles {
+    /// Of each part.
     columns: [usize; PHASES],
+    parts: [usize; PHASES],
     rows: [usize; PHASES],
+    /// Of 16 channels of the gated unit, of all rounds.
+    inner_groups: usize,
     size: Size,
-    rounds: usize,
+    room: Room,
 }
 
 /// How a phase's rows of tiles are multiplied.
@@ -93,7 +130,7 @@ struct Sets {
 }
 
 impl Tiles {
-    fn new(shape: Shape, owners: usize, size: Size, rounds: usize) -> Self {
+    fn new(shape: Shape, owners: usize, size: Size, room: Room) -> Self {
         let Shape { width, inner, vocab, .. } = shape;
         // The blocks of a cluster divide rows among them, or K.
         let is_by_rows = |phase| phase == GLU || phase == HEAD;
@@ -101,25 +138,35 @@ impl Tiles {
         let width_groups = groups(width, owners);
         let [inner_groups, head_groups] = [inner, vocab].map(|n| groups(n, owners * size.sharing));
         let mut columns = inputs(shape).map(|n| n.div_ceil(TILE_COLS));
-        for (phase, columns) in columns.iter_mut().enumerate() {
+        let mut parts = [1; PHASES];
+        for (phase, (columns, parts)) in columns.iter_mut().zip(&mut parts).enumerate() {
             *columns = if is_by_rows(phase) { *columns } else { columns.div_ceil(size.sharing) };
+            *parts = columns.div_ceil(room.columns);
+            *columns = columns.div_ceil(*parts);
         }
-        let head_rows = head_groups.div_ceil(rounds);
-        let rows = [width_groups, width_groups, 2 * inner_groups, width_groups, head_rows];
-        Self { columns, rows, size, rounds }
+        // In whole pairs of a lane.
+        let glu_groups = if room.glu_rounds == 1 {
+            inner_groups
+        } else {
+            4 * inner_groups.div_ceil(4 * room.glu_rounds)
+        };
+        let head_rows = head_groups.div_ceil(room.head_rounds);
+        let rows = [width_groups, width_groups, 2 * glu_groups, width_groups, head_rows];
+        Self { columns, parts, rows, size, room, inner_groups }
     }
 
     fn sets(&self, phase: usize) -> Sets {
         let together = self.size.together;
-        let passes = if together > 1 { 1 } else { LAYERS[phase] };
+        let layers = self.layers_at_once(phase);
+        let passes = if together > 1 { 1 } else { layers };
         let groups = WARPS / together;
-        let sets = self.rows[phase].div_ceil(together) * (LAYERS[phase] / passes);
+        let sets = self.rows[phase].div_ceil(together) * (layers / passes);
         let shared = sets % groups;
         let most = self.columns[phase].max(together);
         let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
         let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
         // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
-        let is_whole = shared == 0 || self.size.sharing > 1 && passes < LAYERS[phase];
+        let is_whole = shared == 0 || self.size.sharing > 1 && passes < layers;
         let parts = if is_whole { 1 } else { powers.filter(fits).last().unwrap_or(1) };
         Sets { whole: sets - shared, shared, parts, groups, passes }
     }
@@ -128,37 +175,70 @@ impl Tiles {
         let Size { together, sharing, .. } = self.size;
         let Sets { whole, shared, parts, passes, .. } = self.sets(phase);
         let matrix_bytes = MATRIX_BYTES + if together > 1 { PAD_BYTES } else { 0 };
-        let inputs =
-            LAYERS[phase] * self.columns[phase] * sharing * self.size.slots() * matrix_bytes;
+        let inputs = self.layers_at_once(phase)
+            * self.columns[phase]
+            * sharing
+            * self.size.slots()
+            * matrix_bytes;
         let sum_words = sharing * self.size.slots() * TILE_ROWS + 16;
         inputs + passes * together * (whole + shared * parts) * 4 * sum_words
+    }
+
+    /// Layers of a round.
+    fn layers_at_once(&self, phase: usize) -> usize {
+        if phase == MIX { LAYERS[MIX] / self.room.mix_rounds } else { LAYERS[phase] }
+    }
+
+    fn rounds(&self, phase: usize) -> usize {
+        match phase {
+            MIX => self.room.mix_rounds,
+            GLU => self.room.glu_rounds,
+            HEAD => self.room.head_rounds,
+            _ => 1,
+        }
     }
 
     /// That a warp multiplies, at most.
     fn of_warp(&self, phase: usize) -> usize {
         let Sets { whole, shared, parts, groups, passes } = self.sets(phase);
         let columns = self.columns[phase];
-        passes
+        self.rounds(phase)
+            * self.parts[phase]
+            * passes
             * (whole / groups * columns
                 + (shared * parts).div_ceil(groups) * columns.div_ceil(parts))
     }
 
-    /// That a block reads of a layer.
+    /// Cycles of a step of so many layers, as far as they depend on what there is room for.
+    fn cycles(&self, layers: usize) -> usize {
+        let of_phase = |phase| {
+            let turns = self.rounds(phase) * self.parts[phase];
+            self.of_warp(phase) * TILE_CYCLES + turns * TURN_CYCLES
+        };
+        layers * (0..HEAD).map(of_phase).sum::<usize>() + of_phase(HEAD)
+    }
+
+    /// That a block multiplies of a layer, at most.
     fn of_layer(&self) -> usize {
-        (0..HEAD).map(|phase| LAYERS[phase] * self.rows[phase] * self.columns[phase]).sum()
+        let rows = |phase| self.layers_at_once(phase) * self.rounds(phase) * self.rows[phase];
+        (0..HEAD).map(|phase| rows(phase) * self.parts[phase] * self.columns[phase]).sum()
     }
 
     /// What lies at the beginning of a block's shared memory. `None` if its threads cannot bring all vectors.
     fn first_bytes(&self, stages: usize) -> Option<usize> {
         let own = TILE_ROWS * self.rows[0];
         // Each thread brings four floats of the vectors.
-        let vectors = (4 * own).max(TILE_ROWS * self.rows[GLU] / 2);
-        let inboxes = if self.size.sharing > 1 { WARPS * 3 * own.div_ceil(64) } else { 1 };
+        let vectors = (4 * own).max(TILE_ROWS * self.inner_groups);
+        let inboxes = if self.size.sharing > 1 {
+            WARPS * self.layers_at_once(MIX) * own.div_ceil(64)
+        } else {
+            1
+        };
         let list = |tiles: usize| tiles.max(stages) + stages + 1;
-        let lists = list((0..HEAD).map(|phase| self.of_warp(phase)).sum())
-            + list(self.rounds * self.of_warp(HEAD));
+        let lists =
+            list((0..HEAD).map(|phase| self.of_warp(phase)).sum()) + list(self.of_warp(HEAD));
         let bytes = 2 * 4 * vectors
-            + 8 * (1 + WARPS)
+            + 8 * (1 + 2 * WARPS)
             + inboxes * 32 * 8
             + 4 * WARPS * (2 * PHASES + lists + 2);
         (vectors <= 4 * 32 * WARPS).then(|| bytes.next_multiple_of(128))
@@ -181,27 +261,26 @@ impl Division {
         all
     }
 
-    /// `None` if a model's rows do not fit.
+    /// What costs the fewest cycles of all that fits. `None` if nothing does.
     fn new(shape: Shape, size: Size, multiprocessors: usize, shared_bytes: usize) -> Option<Self> {
         // The fewest owners whose busiest one has as few tiles of a layer as with all of them.
-        let tiles = |owners: usize, rounds: usize| Tiles::new(shape, owners, size, rounds);
-        let busiest = |owners: usize| tiles(owners, 1).of_layer();
+        let tiles = |owners: usize, room| Tiles::new(shape, owners, size, room);
+        let busiest = |owners: usize| tiles(owners, Room::ALL).of_layer();
         let most = (multiprocessors / size.teams).min(shape.width.div_ceil(TILE_ROWS));
         let owners = (1..=most).min_by_key(|&owners| (busiest(owners), owners))?;
-        let with = |rounds: usize, stages: usize| {
-            let tiles = tiles(owners, rounds);
+        let with = |room: Room| {
+            let tiles = tiles(owners, room);
             let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
-            let bytes = tiles.first_bytes(stages)? + region + stages * WARPS * TILE_BYTES;
-            (bytes <= shared_bytes).then_some(Self {
-                size,
-                owners,
-                rounds,
-                stages,
-                shared_bytes: bytes,
+            let stages: &[usize] = if size.together > 1 { &STAGES_TOGETHER } else { &STAGES_ALONE };
+            stages.iter().find_map(|&stages| {
+                let bytes = tiles.first_bytes(stages)? + region + stages * WARPS * TILE_BYTES;
+                let division = Self { size, owners, room, stages, shared_bytes: bytes };
+                (bytes <= shared_bytes).then_some((tiles.cycles(shape.layers), division))
             })
         };
-        let choices = ROUNDS.into_iter().flat_map(|r| STAGES.map(|stages| (r, stages)));
-        choices.into_iter().find_map(|(rounds, stages)| with(rounds, stages))
+        let is_allowed = |room: &Room| size != AT_ONCE_ONLY || *room == Room::ALL;
+        let fitting = Room::choices().filter(is_allowed).filter_map(with);
+        fitting.min_by_key(|&(cycles, _)| cycles).map(|(_, division)| division)
     }
 
     /// Sequences that there is room for.
@@ -213,7 +292,7 @@ impl Division {
         self.size.teams * self.owners
     }
 
-    pub fn constants(&self, shape: Shape) -> [Constant; 11] {
+    pub fn constants(&self, shape: Shape) -> [Constant; 14] {
         [
             ("WIDTH", shape.width),
             ("INNER", shape.inner),
@@ -223,7 +302,10 @@ impl Division {
             ("NUM_TOGETHER", self.size.together),
             ("NUM_SHARING", self.size.sharing),
             ("NUM_OWNERS", self.owners),
-            ("NUM_ROUNDS", self.rounds),
+            ("NUM_MIX_ROUNDS", self.room.mix_rounds),
+            ("NUM_GLU_ROUNDS", self.room.glu_rounds),
+            ("NUM_HEAD_ROUNDS", self.room.head_rounds),
+            ("NUM_COLUMNS", self.room.columns.min(shape.inner)),
             ("NUM_STAGES", self.stages),
             // The source compares it with its own.
             ("NUM_SHARED_BYTES", self.shared_bytes),
@@ -280,24 +362,60 @@ mod tests {
 
     #[test]
     fn published_sizes_are_divided_evenly() {
-        // Sequences and owners. Clusters do not fit 2.7B; blocks of 16 sequences do not fit 7B and 13B.
-        for (width, inner, expected) in [
-            (1024, 2816, &[(8, 64), (16, 64), (32, 64), (64, 32), (128, 16)][..]),
-            (2048, 5632, &[(8, 128), (16, 128), (32, 64), (64, 32), (128, 16)]),
-            (2560, 6912, &[(8, 108), (16, 108), (32, 62), (64, 32)]),
-            (4096, 11008, &[(8, 128), (16, 64), (32, 33)]),
-            (5120, 13824, &[(8, 124), (16, 64), (32, 32)]),
-        ] {
-            let shape = Shape { layers: 2, width, inner, vocab: 32000 };
+        // Of each size owners, parts of i f g, o, gated unit, down and head, rounds of i f g, gated unit and head.
+        type Expected = (usize, usize, [usize; PHASES], [usize; 3]);
+        const ONE: [usize; PHASES] = [1; PHASES];
+        const SMALL: [Expected; 8] = [
+            (8, 64, ONE, [1, 1, 1]),
+            (16, 64, ONE, [1, 1, 1]),
+            (32, 64, ONE, [1, 1, 1]),
+            (64, 32, ONE, [1, 1, 1]),
+            (96, 22, ONE, [1, 1, 1]),
+            (128, 16, ONE, [1, 1, 1]),
+            (192, 11, ONE, [1, 1, 2]),
+            (256, 8, ONE, [1, 1, 4]),
+        ];
+        const MIDDLE: [Expected; 8] = [
+            (8, 128, ONE, [1, 1, 1]),
+            (16, 128, ONE, [1, 1, 1]),
+            (32, 64, ONE, [1, 1, 1]),
+            (64, 32, ONE, [1, 1, 1]),
+            (96, 22, ONE, [1, 1, 2]),
+            (128, 16, ONE, [1, 1, 2]),
+            (192, 11, ONE, [3, 1, 4]),
+            (256, 8, ONE, [3, 2, 4]),
+        ];
+        const LARGE: [Expected; 6] = [
+            (8, 124, ONE, [1, 1, 1]),
+            (16, 64, ONE, [1, 1, 1]),
+            (32, 64, [1, 1, 1, 3, 1], [3, 1, 1]),
+            (64, 32, [1, 1, 2, 2, 2], [3, 1, 1]),
+            (96, 22, [2, 2, 4, 6, 4], [3, 1, 1]),
+            (128, 16, [2, 2, 3, 4, 3], [3, 2, 2]),
+        ];
+        let published = [(1024, 2816, &SMALL[..]), (2048, 5632, &MIDDLE), (5120, 13824, &LARGE)];
+        for (width, inner, expected) in published {
+            let shape = Shape { layers: 24, width, inner, vocab: 32000 };
             let all = Division::all(shape, HOPPER.0, HOPPER.1);
-            let found: Vec<_> = all.iter().map(|one| (one.sequences(), one.owners)).collect();
-            assert_eq!(found, expected, "{width}");
+            let found = all.iter().map(|one| {
+                let Room { mix_rounds, glu_rounds, head_rounds, .. } = one.room;
+                let parts = Tiles::new(shape, one.owners, one.size, one.room).parts;
+                (one.sequences(), one.owners, parts, [mix_rounds, glu_rounds, head_rounds])
+            });
+            assert_eq!(found.collect::<Vec<_>>(), expected, "{width}");
+        }
+    }
+
+    #[test]
+    fn every_division_fits() {
+        for (width, inner) in [(256, 336), (2560, 6912), (3200, 8640), (4096, 11008), (8192, 22016)]
+        {
+            let shape = Shape { layers: 32, width, inner, vocab: 32000 };
+            let all = Division::all(shape, HOPPER.0, HOPPER.1);
+            assert!(all.iter().map(Division::sequences).is_sorted());
             for division in all {
-                assert!(division.blocks() <= HOPPER.0);
-                assert!(division.shared_bytes <= HOPPER.1);
-                assert!(division.stages >= 4, "{width}: {division:?}");
-                let has_clusters = division.size.sharing > 1;
-                assert_eq!(has_clusters, division.sequences() > 32 && width < 2560);
+                assert!(division.blocks() <= HOPPER.0, "{width}: {division:?}");
+                assert!(division.shared_bytes <= HOPPER.1, "{width}: {division:?}");
             }
         }
     }
@@ -307,8 +425,8 @@ mod tests {
         let shape = |width, inner, vocab| Shape { layers: 2, width, inner, vocab };
         let all = |shape, bytes| Division::all(shape, HOPPER.0, bytes);
         assert_eq!(all(shape(128, 160, 4_000_000), HOPPER.1), []);
-        assert_eq!(all(shape(16384, 43008, 32000), HOPPER.1), []);
-        assert_eq!(all(shape(2048, 5632, 32000), 1 << 16), []);
+        assert_eq!(all(shape(65536, 43008, 32000), HOPPER.1), []);
+        assert_eq!(all(shape(2048, 5632, 32000), 1 << 15), []);
     }
 
     #[test]

@@ -10,7 +10,10 @@
 #define NUM_OPERANDS 2
 #define NUM_TOGETHER 4
 #define NUM_SHARING 2
-#define NUM_ROUNDS 1
+#define NUM_MIX_ROUNDS 1
+#define NUM_GLU_ROUNDS 1
+#define NUM_HEAD_ROUNDS 1
+#define NUM_COLUMNS 64
 #define NUM_STAGES 4
 #endif
 
@@ -61,14 +64,20 @@ struct Own {
 // Columns of tiles that a block multiplies.
 __device__ constexpr u32 sharing_of(u32 phase) { return is_by_rows(phase) ? 1 : SHARING; }
 __device__ constexpr u32 most_columns_of(u32 phase) { return parts(columns_of(phase), sharing_of(phase)); }
+// Where there is no room for the activations of all of them, they are received and multiplied in parts.
+__device__ constexpr u32 input_parts_of(u32 phase) { return parts(most_columns_of(phase), NUM_COLUMNS); }
+__device__ constexpr u32 part_columns_of(u32 phase) { return parts(most_columns_of(phase), input_parts_of(phase)); }
+// Those of a part. All parts are multiplied as if they had as many, by tiles that are none where they have fewer.
 template <u32 PHASE>
 struct Columns {
     u32 begin, count;
 
-    __device__ __forceinline__ explicit Columns(u32 rank) {
-        constexpr u32 ALL = columns_of(PHASE), MOST = most_columns_of(PHASE);
-        begin = sharing_of(PHASE) == 1 ? 0 : rank * MOST;
-        count = sharing_of(PHASE) == 1 || ALL % SHARING == 0 ? MOST : rank == 0 ? MOST : ALL - MOST;
+    __device__ __forceinline__ Columns(u32 rank, u32 part) {
+        constexpr u32 ALL = columns_of(PHASE), MOST = most_columns_of(PHASE), SIZE = part_columns_of(PHASE);
+        constexpr bool IS_EVEN = sharing_of(PHASE) * input_parts_of(PHASE) * SIZE == ALL;
+        u32 first = sharing_of(PHASE) == 1 ? 0 : rank * MOST, end = min(first + MOST, ALL);
+        begin = first + part * SIZE;
+        count = IS_EVEN ? SIZE : min(SIZE, end - min(begin, end));
     }
 };
 constexpr u32 OWN = most_groups_of(MIX) * TILE_ROWS, OWN_INNER = most_groups_of(GLU) * TILE_ROWS;
@@ -83,33 +92,43 @@ static_assert(OWN_VECTORS <= 4 * THREADS, "each thread brings four");
 // Four warps multiply four rows of tiles together (warpgroup instructions), or, where blocks have few rows, each warp one.
 // Such sets of rows that are as many as groups of warps have a group each; the groups share K of the rest.
 constexpr u32 GROUP = NUM_TOGETHER, GROUPS = WARPS / GROUP;
-// The head's rows are multiplied in rounds, if there is no room for all their sums.
-constexpr u32 HEAD_ROUNDS = NUM_ROUNDS, HEAD_ROWS = parts(most_groups_of(HEAD), HEAD_ROUNDS);
+// Where there is no room for all sums of a phase, its rows are multiplied in rounds, and the sums of each are used before the next:
+// a round is a layer of i, f and g, whose activations come with it, or so many groups of channels of the gated unit or the head.
+constexpr u32 MIX_ROUNDS = NUM_MIX_ROUNDS, GLU_ROUNDS = NUM_GLU_ROUNDS, HEAD_ROUNDS = NUM_HEAD_ROUNDS;
+static_assert(MIX_ROUNDS == 1 || MIX_ROUNDS == 3, "all layers, or one");
+// Of the gated unit in whole pairs of a lane.
+constexpr u32 GLU_GROUPS = GLU_ROUNDS == 1 ? most_groups_of(GLU) : parts(most_groups_of(GLU), 4 * GLU_ROUNDS) * 4;
+constexpr u32 HEAD_GROUPS = parts(most_groups_of(HEAD), HEAD_ROUNDS);
 // Of a layer, or a round.
-__device__ constexpr u32 rows_of(u32 phase) { return phase == HEAD ? HEAD_ROWS : most_groups_of(phase) * (phase == GLU ? 2 : 1); }
+__device__ constexpr u32 rows_of(u32 phase) {
+    return phase == HEAD ? HEAD_GROUPS : phase == GLU ? 2 * GLU_GROUPS : most_groups_of(phase);
+}
 __device__ constexpr u32 layer_sets_of(u32 phase) { return parts(rows_of(phase), GROUP); }
-// Layers are multiplied one after the other, or together.
-__device__ constexpr u32 passes_of(u32 phase) { return GROUP > 1 ? 1 : layers_of(phase); }
-__device__ constexpr u32 sets_of(u32 phase) { return layer_sets_of(phase) * (layers_of(phase) / passes_of(phase)); }
+// Of a round.
+__device__ constexpr u32 layers_at_once_of(u32 phase) { return phase == MIX ? layers_of(MIX) / MIX_ROUNDS : 1; }
+// They are multiplied one after the other, or together.
+__device__ constexpr u32 passes_of(u32 phase) { return GROUP > 1 ? 1 : layers_at_once_of(phase); }
+__device__ constexpr u32 sets_of(u32 phase) { return layer_sets_of(phase) * (layers_at_once_of(phase) / passes_of(phase)); }
 __device__ constexpr u32 whole_sets_of(u32 phase) { return sets_of(phase) / GROUPS * GROUPS; }
 __device__ constexpr u32 shared_sets_of(u32 phase) { return sets_of(phase) % GROUPS; }
 __device__ constexpr u32 parts_of(u32 phase) {
     // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
-    if (shared_sets_of(phase) == 0 || SHARING > 1 && passes_of(phase) < layers_of(phase)) return 1;
+    if (shared_sets_of(phase) == 0 || SHARING > 1 && passes_of(phase) < layers_at_once_of(phase)) return 1;
     u32 most = 1;
-    while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(most_columns_of(phase), GROUP)) most *= 2;
+    while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(part_columns_of(phase), GROUP)) most *= 2;
     return most;
 }
 // What a group of warps multiplies one after the other: a set of rows by columns.
 __device__ constexpr u32 pass_runs_of(u32 phase) {
     return parts(whole_sets_of(phase) + shared_sets_of(phase) * parts_of(phase), GROUPS);
 }
-// Tiles of a warp, at most.
+// Tiles of a warp in a round, at most.
 __device__ constexpr u32 tiles_of(u32 phase) {
-    u32 whole = whole_sets_of(phase) / GROUPS, shared = pass_runs_of(phase) - whole;
-    return passes_of(phase) * (whole * most_columns_of(phase) + shared * parts(most_columns_of(phase), parts_of(phase)));
+    u32 whole = whole_sets_of(phase) / GROUPS, shared = pass_runs_of(phase) - whole, columns = part_columns_of(phase);
+    return input_parts_of(phase) * passes_of(phase) * (whole * columns + shared * parts(columns, parts_of(phase)));
 }
-constexpr u32 LAYER_TILES = tiles_of(MIX) + tiles_of(OUT) + tiles_of(GLU) + tiles_of(DOWN), HEAD_TILES = HEAD_ROUNDS * tiles_of(HEAD);
+constexpr u32 LAYER_TILES = MIX_ROUNDS * tiles_of(MIX) + tiles_of(OUT) + GLU_ROUNDS * tiles_of(GLU) + tiles_of(DOWN);
+constexpr u32 HEAD_TILES = HEAD_ROUNDS * tiles_of(HEAD);
 constexpr u32 STAGES = NUM_STAGES;  // tiles on their way to a warp
 // In a list of a warp's tiles there are at least as many as are on their way; behind it come those that follow, and one word more.
 constexpr u32 LAYER_LIST = larger_of(LAYER_TILES, STAGES) + STAGES + 1, HEAD_LIST = larger_of(HEAD_TILES, STAGES) + STAGES + 1;
@@ -117,18 +136,18 @@ constexpr u32 LAYER_LIST = larger_of(LAYER_TILES, STAGES) + STAGES + 1, HEAD_LIS
 // A run of a pass.
 template <u32 PHASE>
 struct Run {
-    u32 set, part, begin, end;  // of the block's columns
+    u32 set, part, begin, end;  // of a part's columns
     bool is_none;               // the last run may be one of some groups only
 
-    __device__ __forceinline__ Run(u32 group, u32 run, u32 columns) {
-        constexpr u32 WHOLE = whole_sets_of(PHASE), PARTS = parts_of(PHASE);
+    __device__ __forceinline__ Run(u32 group, u32 run) {
+        constexpr u32 WHOLE = whole_sets_of(PHASE), PARTS = parts_of(PHASE), COLUMNS = part_columns_of(PHASE);
         bool is_whole = run < WHOLE / GROUPS;
         u32 at = group + (run - WHOLE / GROUPS) * GROUPS;
         is_none = !is_whole && at >= shared_sets_of(PHASE) * PARTS;
         set = is_whole ? run * GROUPS + group : WHOLE + at / PARTS;
         part = is_whole ? 0 : at % PARTS;
-        begin = is_whole || is_none ? 0 : columns * part / PARTS;
-        end = is_none ? 0 : is_whole ? columns : columns * (part + 1) / PARTS;
+        begin = is_whole || is_none ? 0 : COLUMNS * part / PARTS;
+        end = is_none ? 0 : is_whole ? COLUMNS : COLUMNS * (part + 1) / PARTS;
     }
     // Where its sums are, in rows of tiles.
     __device__ __forceinline__ u32 sums_at() const {
@@ -142,7 +161,7 @@ struct Run {
 // Activations in shared memory, of a column of tiles: 16 or 32 matrices of 8 sequences by 16 channels for warpgroups, apart for their
 // banks; otherwise 8 or 16 sequences by 128 channels, of every other one with neighbouring pieces of 16 exchanged, likewise.
 constexpr u32 MATRIX_BYTES = GROUP > 1 ? 128 + 16 : 128, COLUMN_BYTES = SHARING * SLOTS * MATRIX_BYTES;
-__device__ constexpr u32 input_bytes_of(u32 phase) { return layers_of(phase) * most_columns_of(phase) * COLUMN_BYTES; }
+__device__ constexpr u32 input_bytes_of(u32 phase) { return layers_at_once_of(phase) * part_columns_of(phase) * COLUMN_BYTES; }
 // Behind them, sums of a part of a row of tiles: [sequence][8][2], and some words for the banks.
 constexpr u32 SUM_WORDS = SHARING * SLOTS * TILE_ROWS + 16;
 __device__ constexpr u32 pass_sums_of(u32 phase) {
@@ -159,8 +178,9 @@ struct Shared {
     float vectors[2][OWN_VECTORS];  // of this phase and the last
     u64 sums_read;                  // a barrier
     u64 inbox_full[WARPS];          // barriers
+    u64 inbox_read[WARPS];          // by the other block, between rounds
     // Sums of each layer and pair that the other block of the cluster has made for this one's sequences.
-    int2 inbox[SHARING > 1 ? WARPS : 1][SHARING > 1 ? 3 * PAIRS : 1][32];
+    int2 inbox[SHARING > 1 ? WARPS : 1][SHARING > 1 ? layers_at_once_of(MIX) * PAIRS : 1][32];
     u32 patience[WARPS][2 * PHASES];           // for messages, and for rows
     u32 tiles[WARPS][LAYER_LIST + HEAD_LIST];  // see `list_tiles`
     u32 counts[WARPS][2];                      // of a layer's tiles, and of the head's
@@ -216,22 +236,23 @@ struct Args {
 
 constexpr u32 NO_TILE = ~0u;
 
-// Lists a warp's tiles of a phase in the order of its product, from the first tile of the layer, or of the head, on. Of rows that are
-// not there, and behind the last one, none.
+// Lists a warp's tiles of a round of a phase, from a layer on, in the order of its products, from the first tile of the layer, or of
+// the head, on. Of rows and columns that are not there, and behind the last one, none.
 template <u32 PHASE>
-__device__ __forceinline__ u32 list_tiles(const Args& a, u32* tiles, const Own& own, u32 rank, u32 at) {
-    Columns<PHASE> columns(rank);
+__device__ __forceinline__ u32 list_tiles(const Args& a, u32* tiles, const Own& own, u32 rank, u32 at, u32 first_layer = 0) {
+    constexpr u32 PART_RUNS = passes_of(PHASE) * pass_runs_of(PHASE);
     u32 warp = threadIdx.x / 32, rows = own.groups * (PHASE == GLU ? 2 : 1);
 #pragma unroll 1
-    for (u32 k = 0; k < passes_of(PHASE) * pass_runs_of(PHASE); ++k) {
-        u32 pass = k / pass_runs_of(PHASE);
-        Run<PHASE> run(warp / GROUP, k % pass_runs_of(PHASE), columns.count);
-        u32 layer = pass + run.set / layer_sets_of(PHASE), r = run.set % layer_sets_of(PHASE) * GROUP + warp % GROUP;
+    for (u32 k = 0; k < input_parts_of(PHASE) * PART_RUNS; ++k) {
+        Columns<PHASE> columns(rank, k / PART_RUNS);
+        u32 pass = k % PART_RUNS / pass_runs_of(PHASE);
+        Run<PHASE> run(warp / GROUP, k % pass_runs_of(PHASE));
+        u32 layer = first_layer + pass + run.set / layer_sets_of(PHASE), r = run.set % layer_sets_of(PHASE) * GROUP + warp % GROUP;
         // A gate's row, then its value's.
         u32 row = own.begin + (PHASE == GLU ? r / 2 + r % 2 * groups_of(INNER) : r) + layer * a.segment_tiles;
         u32 first = (PHASE == HEAD ? 0 : (u32)a.tile_at[PHASE]) + row * columns_of(PHASE) + columns.begin;
         for (u32 column = run.begin + threadIdx.x % 32; column < run.end; column += 32)
-            tiles[at + column - run.begin] = r < rows ? first + column : NO_TILE;
+            tiles[at + column - run.begin] = r < rows && column < columns.count ? first + column : NO_TILE;
         at += run.end - run.begin;
     }
     return at;

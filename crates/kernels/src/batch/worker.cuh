@@ -93,7 +93,7 @@ struct Worker {
     u32 turn = 0;                 // of own vectors, and the parity of `sums_read`
     u32 inbox_turn = 0;           // the parity of the inbox's barrier
     float step[SHARING][3] = {};  // of the last quantised rows: R max|u| / 127 / 64
-    int total[SHARING][3] = {};   // 64 times the sums of their integers, those that were received
+    int total[SHARING][3] = {};   // 64 times the sums of their integers, those that were received, of a round's layers
 
     // Computed again where they are needed: registers are few.
     __device__ __forceinline__ Own inner() const { return Own::of<MAKERS>(opaque(owner) * SHARING + rank, INNER); }
@@ -259,21 +259,23 @@ struct Worker {
         }
     }
 
-    // Waits for the row, and that of the other sequence, and leaves what this block multiplies of them in shared memory. A wide row
-    // comes in parts, for registers are few: loads from number FIRST on.
+    // Waits for the row, and that of the other sequence, and leaves what this block multiplies of them in shared memory: of a round
+    // the layers from `layer` on, and a part of the columns. Loads from number FIRST on, for registers are few.
     template <u32 PHASE, u32 FIRST = 0>
-    __device__ __forceinline__ void receive_row(u32 round) {
-        constexpr u32 LAYERS = layers_of(PHASE), PIECES = TILE_COLS / 16, ALL = parts(most_columns_of(PHASE) * PIECES, 32);
-        constexpr u32 MOST_HELD = 12, AT_ONCE = parts(ALL, parts(SHARING * LAYERS * ALL, MOST_HELD));
+    __device__ __forceinline__ void receive_row(u32 round, u32 layer, u32 part, bool is_first) {
+        constexpr u32 LAYERS = layers_at_once_of(PHASE), PIECES = TILE_COLS / 16, ALL = parts(part_columns_of(PHASE) * PIECES, 32);
+        // Of very wide rows fewer at a time are faster (7 % with 13 billion parameters and 8 sequences).
+        constexpr u32 NUM_LOADS = SHARING * LAYERS * ALL, MOST_HELD = NUM_LOADS > 24 ? 6 : 12;
+        constexpr u32 AT_ONCE = parts(ALL, parts(NUM_LOADS, MOST_HELD));
         constexpr u32 LOADS = FIRST + AT_ONCE < ALL ? AT_ONCE : ALL - FIRST;
         u32 first = opaque(this->lane) + 32 * FIRST;
-        Columns<PHASE> columns(rank);
-        if (FIRST == 0) be_patient(PHASES + PHASE);
+        Columns<PHASE> columns(rank, part);
+        if (FIRST == 0 && is_first) be_patient(PHASES + PHASE);
         uint4 v[SHARING][LAYERS][LOADS];
         u32 count = columns.count * PIECES;
         auto has = [&](u32 i) { return first + 32 * i < count; };
         auto from = [&](u32 k, u32 j, u32 i) {
-            return row<PHASE>(round, k, j) + (columns.begin * PIECES + first + 32 * i) * 4;
+            return row<PHASE>(round, k, layer + j) + (columns.begin * PIECES + first + 32 * i) * 4;
         };
 #pragma unroll
         for (u32 k = 0; k < SHARING; ++k)
@@ -294,7 +296,7 @@ struct Worker {
                         any |= one;
                     }
             if (!__any_sync(ALL_LANES, any)) {
-                if (FIRST == 0) learn_patience(PHASES + PHASE, early_looks);
+                if (FIRST == 0 && is_first) learn_patience(PHASES + PHASE, early_looks);
                 break;
             }
         }
@@ -310,9 +312,9 @@ struct Worker {
                     sum = __dp4a((int)v[k][j][i].z, 0x40404040, __dp4a((int)v[k][j][i].w, 0x40404040, sum));
                 }
                 sum = __reduce_add_sync(ALL_LANES, sum);
-                total[k][j] = FIRST == 0 ? sum : total[k][j] + sum;
+                total[k][j] = FIRST == 0 && part == 0 ? sum : total[k][j] + sum;
             }
-        if (FIRST == 0) {
+        if (FIRST == 0 && is_first) {
             // Sums of the last phase may lie there.
             wait_for(shared_address(&shared.sums_read), turn);
             __syncwarp();
@@ -326,11 +328,11 @@ struct Worker {
             for (u32 j = 0; j < LAYERS; ++j)
 #pragma unroll
                 for (u32 i = 0; i < LOADS; ++i) {
-                    u32 piece = first + 32 * i, column = j * most_columns_of(PHASE) + piece / PIECES;
+                    u32 piece = first + 32 * i, column = j * part_columns_of(PHASE) + piece / PIECES;
                     u8* place = to + k * (SLOTS * MATRIX_BYTES) + column * COLUMN_BYTES + (piece % PIECES ^ exchanged) * PIECE_BYTES;
                     if (has(i)) *(uint4*)place = v[k][j][i];
                 }
-        if constexpr (FIRST + LOADS < ALL) receive_row<PHASE, FIRST + LOADS>(round);
+        if constexpr (FIRST + LOADS < ALL) receive_row<PHASE, FIRST + LOADS>(round, layer, part, is_first);
     }
 
     // ---- The product ----
@@ -352,8 +354,9 @@ struct Worker {
         u32 first = (inputs + begin * COLUMN_BYTES & 0x3ffff) / 16;
         u64 matrix = (u64)(8 * MATRIX_BYTES / 16) << 32 | (u64)(MATRIX_BYTES / 16) << 16 | first;
         uint4 tile = stream.oldest();
+        u32 left = end - begin;
 #pragma unroll 2
-        for (u32 left = end - begin; left > 0; --left) {
+        do {
             u32 codes[4][4];
             unpack(tile, codes);
             // Before the fence, or instructions would wait for them one after the other.
@@ -369,7 +372,7 @@ struct Worker {
             stream.fetch();
             matrix += COLUMN_BYTES / 16;
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        }
+        } while (--left > 0);
     }
 
     // The same of one row of tiles, by a warp alone.
@@ -397,30 +400,32 @@ struct Worker {
         }
     }
 
-    // Leaves the sums of a pass's rows of tiles, each by 16 or 32 sequences.
+    // Leaves the sums of a pass's rows of tiles, each by 16 or 32 sequences, or adds those of a further part of the columns.
     template <u32 PHASE>
-    __device__ __forceinline__ void product(u32 pass) {
+    __device__ __forceinline__ void product(u32 pass, u32 part) {
         // The compiler knows then that branches do not part the warps of a group.
         u32 uniform_warp = __shfl_sync(ALL_LANES, warp, 0), lane = opaque(this->lane), g = lane / 4, t = lane % 4;
-        Columns<PHASE> columns(__shfl_sync(ALL_LANES, rank, 0));
         u32* sums_to = (u32*)(region + input_bytes_of(PHASE)) +
                        (pass * pass_sums_of(PHASE) + uniform_warp % GROUP) * SUM_WORDS + t * 16 + (g ^ t / 2 * 4) * 2;
 #pragma unroll 1
         for (u32 of_pass = 0; of_pass < pass_runs_of(PHASE); ++of_pass) {
-            Run<PHASE> run(uniform_warp / GROUP, of_pass, columns.count);
+            Run<PHASE> run(uniform_warp / GROUP, of_pass);
             if (run.is_none) continue;
-            u8* inputs = region + (pass + run.set / layer_sets_of(PHASE)) * most_columns_of(PHASE) * COLUMN_BYTES;
+            u8* inputs = region + (pass + run.set / layer_sets_of(PHASE)) * part_columns_of(PHASE) * COLUMN_BYTES;
             int sums[2][SUMS] = {};  // of codes that are 16 and 64 times too large
+            constexpr bool HAS_COLUMNS = parts_of(PHASE) <= part_columns_of(PHASE);
             if (GROUP == 1) multiply_alone(run.begin, run.end, inputs, sums);
-            else if (run.begin < run.end) multiply_together(run.begin, run.end, shared_address(inputs), sums);
+            else if (HAS_COLUMNS || run.begin < run.end) multiply_together(run.begin, run.end, shared_address(inputs), sums);
             u32* to = sums_to + run.sums_at() * SUM_WORDS;
 #pragma unroll
             for (u32 n = 0; n < OPERANDS; ++n)
 #pragma unroll
                 for (u32 e = 0; e < 2; ++e) {
                     u32 i = n * 4 + e;
-                    *(int2*)(to + (n * 8 + e * 4) * 16) =
-                        make_int2(sums[1][i] + 4 * sums[0][i], sums[1][i + 2] + 4 * sums[0][i + 2]);
+                    int2 sum = make_int2(sums[1][i] + 4 * sums[0][i], sums[1][i + 2] + 4 * sums[0][i + 2]);
+                    int2* at = (int2*)(to + (n * 8 + e * 4) * 16);
+                    if (input_parts_of(PHASE) > 1) sum.x += part > 0 ? at->x : 0, sum.y += part > 0 ? at->y : 0;
+                    *at = sum;
                 }
         }
     }
@@ -435,25 +440,27 @@ struct Worker {
         return __ldg((const float4*)(from + which * STRIDE + mine.begin * TILE_ROWS) + four);
     }
 
-    // Multiplies what all warps have received; then the sums are there, and the vectors.
+    // Receives and multiplies; then the sums of a round are there, and the vectors.
     template <u32 PHASE>
-    __device__ __forceinline__ void multiply(float4 vectors) {
-        turn ^= 1;
-        // What was written by ordinary stores is read by the tensor cores.
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        if (threadIdx.x * 4 < OWN_VECTORS) *(float4*)&shared.vectors[turn][threadIdx.x * 4] = vectors;
-        __syncthreads();
+    __device__ __forceinline__ void multiply(u32 round, float4 vectors, u32 number = 0) {
+        constexpr bool IS_BY_LAYERS = PHASE == MIX && MIX_ROUNDS > 1;
 #pragma unroll 1
-        for (u32 j = 0; j < passes_of(PHASE); ++j) product<PHASE>(j);
-        __syncthreads();
-    }
-
-    // Multiplies the same by more rows, when all warps have read the sums.
-    template <u32 PHASE>
-    __device__ __forceinline__ void multiply_again() {
-        __syncthreads();
-        product<PHASE>(0);
-        __syncthreads();
+        for (u32 part = 0; part < input_parts_of(PHASE); ++part) {
+            bool is_first = number == 0 && part == 0;
+            if (is_real && (is_first || IS_BY_LAYERS || input_parts_of(PHASE) > 1))
+                receive_row<PHASE>(round, IS_BY_LAYERS ? number : 0, part, is_first);
+            // What was written by ordinary stores is read by the tensor cores.
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            if (is_first) {
+                turn ^= 1;
+                if (threadIdx.x * 4 < OWN_VECTORS) *(float4*)&shared.vectors[turn][threadIdx.x * 4] = vectors;
+            }
+            // All warps have received, and read the sums of the round before.
+            __syncthreads();
+#pragma unroll 1
+            for (u32 pass = 0; pass < passes_of(PHASE); ++pass) product<PHASE>(pass, part);
+            __syncthreads();
+        }
     }
 
     // ---- Behind the product ----
@@ -479,11 +486,13 @@ struct Worker {
         return sum;
     }
 
-    // Gives the other block of the cluster the sums of its sequence's pairs, and waits for one's own.
+    // Gives the other block of the cluster the sums of its sequence's pairs, of the layers of this round, and waits for one's own.
     template <u32 PHASE>
-    __device__ __forceinline__ void exchange_sums() {
+    __device__ __forceinline__ void exchange_sums(u32 number = 0) {
         if (SHARING == 1) return;
-        constexpr u32 LAYERS = layers_of(PHASE);
+        constexpr u32 LAYERS = layers_at_once_of(PHASE);
+        // The other one has read those of the round before. (Those of the phase before it has used, if its row has come.)
+        if (PHASE == MIX && MIX_ROUNDS > 1 && number > 0) wait_for(shared_address(&shared.inbox_read[warp]), number - 1 & 1);
 #pragma unroll
         for (u32 j = 0; j < LAYERS; ++j)
 #pragma unroll
@@ -502,7 +511,19 @@ struct Worker {
         inbox_turn ^= 1;
     }
 
-    // The sums of a pair of own channels.
+    // Lets the other block send the sums of the next round.
+    __device__ __forceinline__ void have_read_inbox() const {
+        if (SHARING == 1) return;
+        __syncwarp();
+        if (lane == 0)
+            asm volatile(
+                "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(&shared.inbox_read[warp])),
+                "r"(rank ^ 1)
+                : "memory");
+    }
+
+    // The sums of a pair of own channels, of a layer of the round.
     template <u32 PHASE>
     __device__ __forceinline__ int2 sum_of(u32 pair, u32 layer = 0) const {
         int2 sum = local_sum<PHASE>(tile_of(pair), layer, 0);

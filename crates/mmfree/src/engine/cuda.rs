@@ -1,6 +1,6 @@
 //! The engine on a GPU. The same bits as on the processor, but for tokens whose whole step is one launch.
 //!
-//! Tokens of one sequence take one launch ([`Decoder`]), and a token of each of several sequences takes one or two if their rows fit
+//! Tokens of one sequence take one launch ([`Decoder`]), and a token of each of several sequences takes one if their rows fit
 //! ([`BatchDecoder`]). Everything else goes through the blocks with one launch for each product and one for what lies between two
 //! products.
 
