@@ -38,7 +38,8 @@ pub struct Options {
     pub repetitions: usize,
     /// Runs before them that do not.
     pub warmup: usize,
-    /// Sequences that are decoded side by side. The prompt is fed to one.
+    /// Sequences that are decoded side by side. The prompt is fed to one; if there are more, each makes a step that does
+    /// not count.
     pub batch: usize,
     /// Threads and kernel tier.
     pub engine: EngineOptions,
@@ -176,6 +177,11 @@ pub fn run(
         let start = Instant::now();
         engine.prefill(&mut states[0], prompt, &AtomicBool::new(false))?;
         let prefill_s = start.elapsed().as_secs_f64();
+        if let [_, _, ..] = &states[..] {
+            // A GPU gets states at their first step.
+            let mut states: Vec<_> = states.iter_mut().collect();
+            engine.greedy_batch(&mut states, &vec![continuation[0]; options.batch], 1)?;
+        }
         let energy_before = energy.read();
         let start = Instant::now();
         decode(engine, &mut states)?;

@@ -17,14 +17,18 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 #[path = "support/gpu.rs"]
 mod support;
 
-use support::{built_in, device, gpu, random};
+use support::{all_or_few, built_in, device, gpu, random};
 
 fn models() -> Vec<(&'static str, Arc<Model>)> {
-    vec![
+    let mut models = vec![
         ("built-in", built_in()),
         ("odd sizes", random(132, 340, 2, 1003)),
+        ("uneven tiles", random(256, 328, 2, 1003)),
         ("wide", random(1024, 2816, 2, 32000)),
-    ]
+    ];
+    let few: &[&str] = &["odd sizes", "uneven tiles"];
+    models.retain(|(name, _)| all_or_few(true, few.contains(name)));
+    models
 }
 
 /// Sampling of every kind.
@@ -138,7 +142,8 @@ fn the_device_draws_the_tokens_of_the_host() {
     let mut sampling = Sampling::new(&device).expect("compiles");
     let mut random = random_words(99);
     let mut compared = 0;
-    for vocab in [1, 2, 31, 33, 1000, 1023, 1025, 32000, 50_257, 128_257] {
+    let vocabs = &[1, 2, 31, 33, 1000, 1023, 1025, 32000, 50_257, 128_257][..];
+    for &vocab in all_or_few(vocabs, &[33, 1025]) {
         const DRAWS: usize = 4;
         let kinds = kinds();
         let rows: Vec<(SamplingParams, Vec<f32>, Vec<u32>)> = (0..8 * kinds.len())
@@ -161,7 +166,7 @@ fn the_device_draws_the_tokens_of_the_host() {
             })
             .collect();
         // As many rows at a time as have clusters of eight, four and two blocks and a block each.
-        for count in [3, 20, 60, rows.len()] {
+        for count in [all_or_few(3, 12), 20, 60, rows.len()] {
             for (rows, expected) in rows.chunks(count).zip(expected.chunks(count)) {
                 compared += DRAWS * rows.len();
                 let found = draw::<DRAWS>(&device, &mut sampling, rows);
@@ -210,7 +215,7 @@ fn text_drawn_ahead_is_the_text_drawn_token_by_token() {
         let Some(mut engine) = gpu(&model) else { return };
         let vocab = model.config().vocab_size.min(DISTINCT_TOKENS) as u32;
         let prompt: Vec<u32> = (0..9).map(|i| (7 * i * i + 3) % vocab).collect();
-        for (kind, params) in kinds().into_iter().enumerate() {
+        for (kind, params) in kinds().into_iter().enumerate().take(all_or_few(16, 3)) {
             let params = SamplingParams { seed: kind as u64, ..params };
             let mut start = State::new(&model);
             engine.prefill(&mut start, &prompt, &AtomicBool::new(false)).expect("runs");
@@ -219,7 +224,8 @@ fn text_drawn_ahead_is_the_text_drawn_token_by_token() {
 
             let (mut on_host, mut text) = (state(), prompt.clone());
             let mut sampler = Sampler::new(params.clone()).expect("valid");
-            for _ in 0..50 {
+            let counts = all_or_few(&[1, 16, 3, 30][..], &[1, 4, 2]);
+            for _ in 0..counts.iter().sum() {
                 let last = *text.last().expect("prompt");
                 let logits = engine.decode(&mut on_host, last).expect("runs");
                 let token = sampler.sample(logits, &text).expect("valid");
@@ -229,7 +235,7 @@ fn text_drawn_ahead_is_the_text_drawn_token_by_token() {
 
             let (mut ahead, mut found) = (state(), prompt.clone());
             let mut sampler = Sampler::new(params.clone()).expect("valid");
-            for count in [1, 16, 3, 30] {
+            for &count in counts {
                 let last = *found.last().expect("prompt");
                 let draw = Draw { sampler: &mut sampler, recent: &found };
                 let drawn = engine.sample(&mut ahead, last, count, draw).expect("runs");
@@ -254,8 +260,8 @@ fn generation_ends_where_it_should_and_leaves_that_state() {
     let prompt = [5u32, 9, 2];
     let sampling = SamplingParams { seed: 3, top_p: 0.95, ..SamplingParams::default() };
     let cancel = AtomicBool::new(false);
-    for (limit, cancelled_at) in [(0, 99), (1, 99), (2, 99), (17, 99), (18, 99), (40, 21), (40, 17)]
-    {
+    let limits = &[(0, 99), (1, 99), (2, 99), (17, 99), (18, 99), (40, 21), (40, 17)][..];
+    for &(limit, cancelled_at) in all_or_few(limits, &[(2, 99), (18, 99), (40, 17)]) {
         let options = GenerateOptions {
             max_tokens: Some(limit),
             sampling: sampling.clone(),

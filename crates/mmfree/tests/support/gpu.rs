@@ -22,6 +22,12 @@ pub fn device() -> Option<Arc<Device>> {
     }
 }
 
+/// How much a test does: all of it, or a little of everything with `MMFREE_FEW_GPU_STEPS` set, so that it ends in minutes under
+/// a tool that watches each access to memory.
+pub fn all_or_few<T>(all: T, few: T) -> T {
+    if std::env::var_os("MMFREE_FEW_GPU_STEPS").is_some() { few } else { all }
+}
+
 /// An engine on the first GPU; `None` where there is none.
 pub fn gpu(model: &Arc<Model>) -> Option<Engine> {
     device().map(|_| engine(model, "cuda"))
