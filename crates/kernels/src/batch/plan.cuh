@@ -99,12 +99,12 @@ static_assert(MIX_ROUNDS == 1 || MIX_ROUNDS == 3, "all layers, or one");
 // Of the gated unit in whole pairs of a lane.
 constexpr u32 GLU_GROUPS = GLU_ROUNDS == 1 ? most_groups_of(GLU) : parts(most_groups_of(GLU), 4 * GLU_ROUNDS) * 4;
 constexpr u32 HEAD_GROUPS = parts(most_groups_of(HEAD), HEAD_ROUNDS);
-// Of a layer, or a round.
+// Rows of tiles of a layer and a round.
 __device__ constexpr u32 rows_of(u32 phase) {
     return phase == HEAD ? HEAD_GROUPS : phase == GLU ? 2 * GLU_GROUPS : most_groups_of(phase);
 }
 __device__ constexpr u32 layer_sets_of(u32 phase) { return parts(rows_of(phase), GROUP); }
-// Of a round.
+// Layers of a round.
 __device__ constexpr u32 layers_at_once_of(u32 phase) { return phase == MIX ? layers_of(MIX) / MIX_ROUNDS : 1; }
 // They are multiplied one after the other, or together.
 __device__ constexpr u32 passes_of(u32 phase) { return GROUP > 1 ? 1 : layers_at_once_of(phase); }
