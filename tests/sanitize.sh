@@ -5,7 +5,7 @@
 # in the environment. MMFREE_FEW_GPU_STEPS is set unless FULL=1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-tool=$1
+tool=${1:?memcheck or racecheck}
 shift
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1 || true)
 [ -n "$sanitizer" ] || { echo "compute-sanitizer is not there: it comes with the CUDA toolkit" >&2; exit 2; }
@@ -45,5 +45,5 @@ export -f one
 
 for program in "${programs[@]}"; do
     program=$(realpath "$program")
-    "$program" --list --format terse | sed -n "s|: test$||p" | sed "s|^|$program |"
-done | xargs -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1
+    "$program" --list --format terse | sed -n "s|: test$||p" | sed "s|^|$program\n|"
+done | xargs -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1

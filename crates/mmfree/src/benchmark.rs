@@ -155,6 +155,12 @@ pub fn run(
         None => EnergyCounters::find(),
     };
 
+    let decode_batch = |engine: &mut Engine, states: &mut [State], steps: usize| -> Result<()> {
+        let tokens = vec![continuation[0]; states.len()];
+        let mut states: Vec<_> = states.iter_mut().collect();
+        engine.greedy_batch(&mut states, &tokens, steps)?;
+        Ok(())
+    };
     let decode = |engine: &mut Engine, states: &mut [State]| -> Result<()> {
         match (states, gpu.is_some()) {
             ([state], false) => {
@@ -164,11 +170,7 @@ pub fn run(
             }
             // As generation runs: a token that was chosen on the GPU is fed without a look from the host.
             ([state], true) => drop(engine.greedy(state, continuation[0], continuation.len())?),
-            (states, _) => {
-                let tokens = vec![continuation[0]; states.len()];
-                let mut states: Vec<_> = states.iter_mut().collect();
-                engine.greedy_batch(&mut states, &tokens, continuation.len())?;
-            }
+            (states, _) => decode_batch(engine, states, continuation.len())?,
         }
         Ok(())
     };
@@ -177,10 +179,9 @@ pub fn run(
         let start = Instant::now();
         engine.prefill(&mut states[0], prompt, &AtomicBool::new(false))?;
         let prefill_s = start.elapsed().as_secs_f64();
-        if let [_, _, ..] = &states[..] {
+        if options.batch > 1 {
             // A GPU gets states at their first step.
-            let mut states: Vec<_> = states.iter_mut().collect();
-            engine.greedy_batch(&mut states, &vec![continuation[0]; options.batch], 1)?;
+            decode_batch(engine, &mut states, 1)?;
         }
         let energy_before = energy.read();
         let start = Instant::now();

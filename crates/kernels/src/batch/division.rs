@@ -25,48 +25,56 @@ pub(super) const WARPS: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Size {
     /// Groups of sequences, each with blocks of its own.
-    pub teams: usize,
-    /// Operands of a block's products, of eight sequences each.
-    pub operands: usize,
-    /// Warps that multiply together: four if blocks have several rows of tiles.
-    pub together: usize,
-    /// Blocks of a cluster, of as many teams, that multiply for all their sequences.
-    pub sharing: usize,
+    teams: usize,
+    /// Sequences of a team: a multiple of eight.
+    slots: usize,
+    /// Whether two blocks of a cluster, of two teams, multiply for the sequences of both, and four of their warps
+    /// together; each warp alone otherwise.
+    is_in_clusters: bool,
 }
 
 impl Size {
-    /// Sequences that a block has room for.
-    fn slots(self) -> usize {
-        8 * self.operands
+    const fn alone(teams: usize, slots: usize) -> Self {
+        Self { teams, slots, is_in_clusters: false }
     }
-}
 
-const fn size(teams: usize, operands: usize, together: usize, sharing: usize) -> Size {
-    Size { teams, operands, together, sharing }
+    const fn in_clusters(teams: usize) -> Self {
+        Self { teams, slots: 16, is_in_clusters: true }
+    }
+
+    /// Blocks that multiply for each other's sequences.
+    pub fn sharing(self) -> usize {
+        if self.is_in_clusters { 2 } else { 1 }
+    }
+
+    /// Warps that multiply together.
+    fn together(self) -> usize {
+        if self.is_in_clusters { 4 } else { 1 }
+    }
 }
 
 /// In the order of what they have room for: the fewest teams that have, for each reads all weights. Of those that have room
 /// for as many the first that fits is used.
 const SIZES: [Size; 9] = [
-    size(1, 1, 1, 1),
+    Size::alone(1, 8),
     AT_ONCE_ONLY,
-    size(2, 1, 1, 1),
-    size(2, 2, 1, 1),
-    size(4, 2, 4, 2),
-    size(6, 2, 4, 2),
-    size(8, 2, 4, 2),
-    size(12, 2, 4, 2),
-    size(16, 2, 4, 2),
+    Size::alone(2, 8),
+    Size::alone(2, 16),
+    Size::in_clusters(4),
+    Size::in_clusters(6),
+    Size::in_clusters(8),
+    Size::in_clusters(12),
+    Size::in_clusters(16),
 ];
 /// In parts or rounds it is slower than two teams whose blocks have eight sequences.
-const AT_ONCE_ONLY: Size = size(1, 2, 1, 1);
+const AT_ONCE_ONLY: Size = Size::alone(1, 16);
 /// Tiles on their way to a warp that multiplies alone: as many as fit.
 const STAGES_ALONE: [usize; 5] = [16, 8, 6, 5, 4];
 /// To one of four that multiply together. With 6 steps of 1.3 billion parameters and 192 or 256 sequences are 3 and 4 %
 /// slower than with 4.
 const STAGES_TOGETHER: [usize; 2] = [8, 4];
-/// Cycles of a column of tiles of the warps that multiply together, and of what is behind each turn: rows are received,
-/// warps wait for each other. Measured at 1.3 and 13 billion parameters; only their ratio matters.
+/// Cycles of a column of tiles of warps that multiply together (measured at 1.3 billion parameters), and of what each turn
+/// takes besides: rows are received, warps wait for each other (an estimate). Only their ratio matters.
 const TILE_CYCLES: usize = 340;
 const TURN_CYCLES: usize = 2500;
 
@@ -136,11 +144,12 @@ impl Tiles {
         let is_by_rows = |phase| phase == GLU || phase == HEAD;
         let groups = |n: usize, owners: usize| n.div_ceil(TILE_ROWS).div_ceil(owners);
         let width_groups = groups(width, owners);
-        let [inner_groups, head_groups] = [inner, vocab].map(|n| groups(n, owners * size.sharing));
+        let [inner_groups, head_groups] =
+            [inner, vocab].map(|n| groups(n, owners * size.sharing()));
         let mut columns = inputs(shape).map(|n| n.div_ceil(TILE_COLS));
         let mut parts = [1; PHASES];
         for (phase, (columns, parts)) in columns.iter_mut().zip(&mut parts).enumerate() {
-            *columns = if is_by_rows(phase) { *columns } else { columns.div_ceil(size.sharing) };
+            *columns = if is_by_rows(phase) { *columns } else { columns.div_ceil(size.sharing()) };
             *parts = columns.div_ceil(room.columns);
             *columns = columns.div_ceil(*parts);
         }
@@ -156,7 +165,7 @@ impl Tiles {
     }
 
     fn sets(&self, phase: usize) -> Sets {
-        let together = self.size.together;
+        let together = self.size.together();
         let layers = self.layers_at_once(phase);
         let passes = if together > 1 { 1 } else { layers };
         let groups = WARPS / together;
@@ -166,22 +175,18 @@ impl Tiles {
         let fits = |&parts: &usize| parts * shared <= groups && parts <= most;
         let powers = (0..).map(|bits| 1 << bits).take_while(|&parts| parts <= groups);
         // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
-        let is_whole = shared == 0 || self.size.sharing > 1 && passes < layers;
+        let is_whole = shared == 0 || passes < layers;
         let parts = if is_whole { 1 } else { powers.filter(fits).last().unwrap_or(1) };
         Sets { whole: sets - shared, shared, parts, groups, passes }
     }
 
     fn region_bytes(&self, phase: usize) -> usize {
-        let Size { together, sharing, .. } = self.size;
         let Sets { whole, shared, parts, passes, .. } = self.sets(phase);
-        let matrix_bytes = MATRIX_BYTES + if together > 1 { PAD_BYTES } else { 0 };
-        let inputs = self.layers_at_once(phase)
-            * self.columns[phase]
-            * sharing
-            * self.size.slots()
-            * matrix_bytes;
-        let sum_words = sharing * self.size.slots() * TILE_ROWS + 16;
-        inputs + passes * together * (whole + shared * parts) * 4 * sum_words
+        let sequences = self.size.sharing() * self.size.slots;
+        let matrix_bytes = MATRIX_BYTES + if self.size.is_in_clusters { PAD_BYTES } else { 0 };
+        let columns = self.layers_at_once(phase) * self.columns[phase];
+        let rows = passes * self.size.together() * (whole + shared * parts);
+        columns * sequences * matrix_bytes + rows * 4 * (sequences * TILE_ROWS + 16)
     }
 
     /// Layers of a round.
@@ -229,7 +234,7 @@ impl Tiles {
         let own = TILE_ROWS * self.rows[0];
         // Each thread brings four floats of the vectors.
         let vectors = (4 * own).max(TILE_ROWS * self.inner_groups);
-        let inboxes = if self.size.sharing > 1 {
+        let inboxes = if self.size.is_in_clusters {
             WARPS * self.layers_at_once(MIX) * own.div_ceil(64)
         } else {
             1
@@ -271,7 +276,8 @@ impl Division {
         let with = |room: Room| {
             let tiles = tiles(owners, room);
             let region = (0..PHASES).map(|phase| tiles.region_bytes(phase)).max()?;
-            let stages: &[usize] = if size.together > 1 { &STAGES_TOGETHER } else { &STAGES_ALONE };
+            let stages: &[usize] =
+                if size.is_in_clusters { &STAGES_TOGETHER } else { &STAGES_ALONE };
             stages.iter().find_map(|&stages| {
                 let bytes = tiles.first_bytes(stages)? + region + stages * WARPS * TILE_BYTES;
                 let division = Self { size, owners, room, stages, shared_bytes: bytes };
@@ -285,7 +291,7 @@ impl Division {
 
     /// Sequences that there is room for.
     pub fn sequences(&self) -> usize {
-        self.size.slots() * self.size.teams
+        self.size.slots * self.size.teams
     }
 
     pub fn blocks(&self) -> usize {
@@ -298,9 +304,9 @@ impl Division {
             ("INNER", shape.inner),
             ("VOCAB", shape.vocab),
             ("NUM_TEAMS", self.size.teams),
-            ("NUM_OPERANDS", self.size.operands),
-            ("NUM_TOGETHER", self.size.together),
-            ("NUM_SHARING", self.size.sharing),
+            ("NUM_OPERANDS", self.size.slots / 8),
+            ("NUM_TOGETHER", self.size.together()),
+            ("NUM_SHARING", self.size.sharing()),
             ("NUM_OWNERS", self.owners),
             ("NUM_MIX_ROUNDS", self.room.mix_rounds),
             ("NUM_GLU_ROUNDS", self.room.glu_rounds),
@@ -314,7 +320,7 @@ impl Division {
 
     /// Blocks that make a row's channels.
     fn makers(&self) -> usize {
-        self.owners * self.size.sharing
+        self.owners * self.size.sharing()
     }
 
     /// Floats of the messages: of each phase four from each maker to each sequence.
@@ -345,7 +351,7 @@ impl Division {
 
     /// Words that become a row of a matrix, or an operand of one warp, lie side by side.
     fn place_of_word(&self, word: usize) -> usize {
-        if self.size.together > 1 {
+        if self.size.is_in_clusters {
             word & !31 | (word & 3) << 3 | word & 4 | word >> 3 & 3
         } else {
             word & !7 | (word & 3) << 1 | word >> 2 & 1
@@ -407,12 +413,19 @@ mod tests {
     }
 
     #[test]
-    fn every_division_fits() {
-        for (width, inner) in [(256, 336), (2560, 6912), (3200, 8640), (4096, 11008), (8192, 22016)]
-        {
+    fn there_is_room_for_many_sequences() {
+        for (width, inner, most) in [
+            (256, 336, 256),
+            (2560, 6912, 256),
+            (3200, 8640, 256),
+            (4096, 11008, 192),
+            (5120, 13824, 128),
+            (8192, 22016, 64),
+        ] {
             let shape = Shape { layers: 32, width, inner, vocab: 32000 };
             let all = Division::all(shape, HOPPER.0, HOPPER.1);
             assert!(all.iter().map(Division::sequences).is_sorted());
+            assert_eq!(all.last().map(Division::sequences), Some(most), "{width}");
             for division in all {
                 assert!(division.blocks() <= HOPPER.0, "{width}: {division:?}");
                 assert!(division.shared_bytes <= HOPPER.1, "{width}: {division:?}");

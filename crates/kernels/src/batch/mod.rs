@@ -124,8 +124,8 @@ impl BatchDecoder {
 
     /// Whether it is for so many sequences.
     pub fn takes(&self, count: usize) -> bool {
-        let most = self.kernels.iter().map(|(division, _)| division.sequences()).max();
-        SEQUENCES.contains(&count) && most.is_some_and(|most| count <= most)
+        let has_room = |(division, _): &(Division, _)| count <= division.sequences();
+        SEQUENCES.contains(&count) && self.kernels.iter().any(has_room)
     }
 
     /// Submits one step: feeds a token to each sequence. [`logits`](Self::logits) are then those behind it.
@@ -282,7 +282,7 @@ impl BatchDecoder {
         };
         let launch = Launch {
             cooperative: true,
-            cluster: division.size.sharing,
+            cluster: division.size.sharing(),
             ..Launch::new([division.blocks(), 1, 1], 32 * WARPS, division.shared_bytes)
         };
         // SAFETY: the buffers were made for, or checked against, the model's shape and the number of sequences.

@@ -113,7 +113,7 @@ __device__ constexpr u32 whole_sets_of(u32 phase) { return sets_of(phase) / GROU
 __device__ constexpr u32 shared_sets_of(u32 phase) { return sets_of(phase) % GROUPS; }
 __device__ constexpr u32 parts_of(u32 phase) {
     // In a cluster sums have little room, and of layers that are multiplied together there are enough sets.
-    if (shared_sets_of(phase) == 0 || SHARING > 1 && passes_of(phase) < layers_at_once_of(phase)) return 1;
+    if (shared_sets_of(phase) == 0 || passes_of(phase) < layers_at_once_of(phase)) return 1;
     u32 most = 1;
     while (2 * most * shared_sets_of(phase) <= GROUPS && 2 * most <= larger_of(part_columns_of(phase), GROUP)) most *= 2;
     return most;

@@ -413,6 +413,7 @@ struct Worker {
             if (run.is_none) continue;
             u8* inputs = region + (pass + run.set / layer_sets_of(PHASE)) * part_columns_of(PHASE) * COLUMN_BYTES;
             int sums[2][SUMS] = {};  // of codes that are 16 and 64 times too large
+            // Known when this is compiled, but for narrow models.
             constexpr bool HAS_COLUMNS = parts_of(PHASE) <= part_columns_of(PHASE);
             if (GROUP == 1) multiply_alone(run.begin, run.end, inputs, sums);
             else if (HAS_COLUMNS || run.begin < run.end) multiply_together(run.begin, run.end, shared_address(inputs), sums);
