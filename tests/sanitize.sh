@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The GPU tests of inference under a tool of compute-sanitizer, each alone and several at a time; a line for each, and exit code 1
 # if one failed, was named or did not end.
-# Arguments: the tool (`memcheck` or `racecheck`), and programs of tests (else they are built). SECONDS_EACH (300) and AT_ONCE (6)
-# in the environment. MMFREE_FEW_GPU_STEPS is set unless FULL=1.
+# Arguments: the tool (`memcheck` or `racecheck`), and programs of tests (else they are built). In the environment: SECONDS_EACH
+# (300), AT_ONCE (6), TESTS (a pattern of names, all). MMFREE_FEW_GPU_STEPS is set unless FULL=1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=${1:?memcheck or racecheck}
@@ -26,7 +26,7 @@ fi
 one() { # PROGRAM TEST
     local log begin=$SECONDS status=0 summary
     log=$(mktemp)
-    timeout "${SECONDS_EACH:-300}" "$sanitizer" --tool "$tool" --error-exitcode 9 "$1" --exact "$2" >"$log" 2>&1 || status=$?
+    timeout -k 5 "${SECONDS_EACH:-300}" "$sanitizer" --tool "$tool" --error-exitcode 9 "$1" --exact "$2" >"$log" 2>&1 || status=$?
     summary=$(grep -oE "(ERROR|RACECHECK) SUMMARY: .*" "$log" ||
         grep -o "terminated before first instrumented API call" "$log" || echo "no summary")
     case "$2: $summary" in
@@ -45,5 +45,5 @@ export -f one
 
 for program in "${programs[@]}"; do
     program=$(realpath "$program")
-    "$program" --list --format terse | sed -n "s|: test$||p" | sed "s|^|$program\n|"
+    "$program" --list --format terse | sed -n "s|: test$||p" | { grep -E "${TESTS:-.}" || true; } | sed "s|^|$program\n|"
 done | xargs -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1

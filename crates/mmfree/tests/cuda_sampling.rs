@@ -17,18 +17,12 @@ use rand_chacha::rand_core::{Rng, SeedableRng};
 #[path = "support/gpu.rs"]
 mod support;
 
-use support::{all_or_few, built_in, device, gpu, random};
+use support::{all_or_few, device, gpu};
 
-fn models() -> Vec<(&'static str, Arc<Model>)> {
-    let mut models = vec![
-        ("built-in", built_in()),
-        ("odd sizes", random(132, 340, 2, 1003)),
-        ("uneven tiles", random(256, 328, 2, 1003)),
-        ("wide", random(1024, 2816, 2, 32000)),
-    ];
-    let few: &[&str] = &["odd sizes", "uneven tiles"];
-    models.retain(|(name, _)| all_or_few(true, few.contains(name)));
-    models
+for_each_model! {
+    text_drawn_ahead_is_the_text_drawn_token_by_token
+    batches_draw_what_each_sequence_draws
+    a_step_computes_what_is_wanted_of_each_sequence
 }
 
 /// Sampling of every kind.
@@ -209,53 +203,50 @@ fn invalid_logits_are_found_and_the_kernel_stays_usable() {
     sampling.begin(&[], 10, 1, &[]).expect_err("no rows");
 }
 
-#[test]
-fn text_drawn_ahead_is_the_text_drawn_token_by_token() {
-    for (name, model) in models() {
-        let Some(mut engine) = gpu(&model) else { return };
-        let vocab = model.config().vocab_size.min(DISTINCT_TOKENS) as u32;
-        let prompt: Vec<u32> = (0..9).map(|i| (7 * i * i + 3) % vocab).collect();
-        for (kind, params) in kinds().into_iter().enumerate().take(all_or_few(usize::MAX, 3)) {
-            let params = SamplingParams { seed: kind as u64, ..params };
-            let mut start = State::new(&model);
-            engine.prefill(&mut start, &prompt, &AtomicBool::new(false)).expect("runs");
-            let bytes = start.to_bytes(&model);
-            let state = || State::from_bytes(&model, &bytes).expect("own bytes");
+fn text_drawn_ahead_is_the_text_drawn_token_by_token(model: &Arc<Model>) {
+    let Some(mut engine) = gpu(model) else { return };
+    let vocab = model.config().vocab_size.min(DISTINCT_TOKENS) as u32;
+    let prompt: Vec<u32> = (0..9).map(|i| (7 * i * i + 3) % vocab).collect();
+    for (kind, params) in kinds().into_iter().enumerate().take(all_or_few(usize::MAX, 3)) {
+        let params = SamplingParams { seed: kind as u64, ..params };
+        let mut start = State::new(model);
+        engine.prefill(&mut start, &prompt, &AtomicBool::new(false)).expect("runs");
+        let bytes = start.to_bytes(model);
+        let state = || State::from_bytes(model, &bytes).expect("own bytes");
 
-            let (mut on_host, mut text) = (state(), prompt.clone());
-            let mut sampler = Sampler::new(params.clone()).expect("valid");
-            let counts = all_or_few(&[1, 16, 3, 30][..], &[1, 4, 2]);
-            for _ in 0..counts.iter().sum() {
-                let last = *text.last().expect("prompt");
-                let logits = engine.decode(&mut on_host, last).expect("runs");
-                let token = sampler.sample(logits, &text).expect("valid");
-                text.push(token);
-            }
-            let expected = &text[prompt.len()..];
-
-            let (mut ahead, mut found) = (state(), prompt.clone());
-            let mut sampler = Sampler::new(params.clone()).expect("valid");
-            for &count in counts {
-                let last = *found.last().expect("prompt");
-                let draw = Draw { sampler: &mut sampler, recent: &found };
-                let drawn = engine.sample(&mut ahead, last, count, draw).expect("runs");
-                found.extend(drawn);
-            }
-            assert_eq!(&found[prompt.len()..], expected, "{name}: {params:?}");
-            assert!(ahead == on_host, "{name}: state, {params:?}");
-            // The sampler and the decoder go on as if nothing had been drawn ahead.
-            let last = *found.last().expect("prompt");
-            let logits = engine.decode(&mut ahead, last).expect("runs").to_vec();
-            assert!(logits == engine.decode(&mut on_host, last).expect("runs"), "{name}");
-            let greedy = engine.greedy(&mut ahead, 1, 5).expect("runs");
-            assert_eq!(greedy, engine.greedy(&mut on_host, 1, 5).expect("runs"), "{name}");
+        let (mut on_host, mut text) = (state(), prompt.clone());
+        let mut sampler = Sampler::new(params.clone()).expect("valid");
+        let counts = all_or_few(&[1, 16, 3, 30][..], &[1, 4, 2]);
+        for _ in 0..counts.iter().sum() {
+            let last = *text.last().expect("prompt");
+            let logits = engine.decode(&mut on_host, last).expect("runs");
+            let token = sampler.sample(logits, &text).expect("valid");
+            text.push(token);
         }
+        let expected = &text[prompt.len()..];
+
+        let (mut ahead, mut found) = (state(), prompt.clone());
+        let mut sampler = Sampler::new(params.clone()).expect("valid");
+        for &count in counts {
+            let last = *found.last().expect("prompt");
+            let draw = Draw { sampler: &mut sampler, recent: &found };
+            let drawn = engine.sample(&mut ahead, last, count, draw).expect("runs");
+            found.extend(drawn);
+        }
+        assert_eq!(&found[prompt.len()..], expected, "{params:?}");
+        assert!(ahead == on_host, "state, {params:?}");
+        // The sampler and the decoder go on as if nothing had been drawn ahead.
+        let last = *found.last().expect("prompt");
+        let logits = engine.decode(&mut ahead, last).expect("runs").to_vec();
+        assert!(logits == engine.decode(&mut on_host, last).expect("runs"));
+        let greedy = engine.greedy(&mut ahead, 1, 5).expect("runs");
+        assert_eq!(greedy, engine.greedy(&mut on_host, 1, 5).expect("runs"));
     }
 }
 
 #[test]
 fn generation_ends_where_it_should_and_leaves_that_state() {
-    let Some(model) = models().into_iter().next().map(|(_, model)| model) else { return };
+    let model = support::built_in();
     let Some(mut engine) = gpu(&model) else { return };
     let prompt = [5u32, 9, 2];
     let sampling = SamplingParams { seed: 3, top_p: 0.95, ..SamplingParams::default() };
@@ -306,101 +297,95 @@ fn generation_ends_where_it_should_and_leaves_that_state() {
     }
 }
 
-#[test]
-fn batches_draw_what_each_sequence_draws() {
-    for (name, model) in models() {
-        let Some(mut gpu) = gpu(&model) else { return };
-        let kinds = kinds();
-        let vocab = model.config().vocab_size;
-        let tokens: Vec<u32> = (0..kinds.len() as u32).map(|i| 3 * i % 60).collect();
-        let recent: Vec<Vec<u32>> = tokens.iter().map(|&token| vec![1, 4, token]).collect();
-        let new_states = || kinds.iter().map(|_| State::new(&model)).collect::<Vec<_>>();
-        let new_samplers = || {
-            kinds
-                .iter()
-                .zip(0..)
-                .map(|(params, seed)| Sampler::new(SamplingParams { seed, ..params.clone() }))
-                .map(|sampler| sampler.expect("valid"))
-                .collect::<Vec<_>>()
-        };
-        let (mut states, mut samplers) = (new_states(), new_samplers());
-        let mut draws: Vec<Draw> = samplers
-            .iter_mut()
-            .zip(&recent)
-            .map(|(sampler, recent)| Draw { sampler, recent })
-            .collect();
-        let mut states: Vec<&mut State> = states.iter_mut().collect();
-        let found = gpu.sample_batch(&mut states, &tokens, 6, &mut draws).expect("runs");
+fn batches_draw_what_each_sequence_draws(model: &Arc<Model>) {
+    let Some(mut gpu) = gpu(model) else { return };
+    let kinds = kinds();
+    let vocab = model.config().vocab_size;
+    let tokens: Vec<u32> = (0..kinds.len() as u32).map(|i| 3 * i % 60).collect();
+    let recent: Vec<Vec<u32>> = tokens.iter().map(|&token| vec![1, 4, token]).collect();
+    let new_states = || kinds.iter().map(|_| State::new(model)).collect::<Vec<_>>();
+    let new_samplers = || {
+        kinds
+            .iter()
+            .zip(0..)
+            .map(|(params, seed)| Sampler::new(SamplingParams { seed, ..params.clone() }))
+            .map(|sampler| sampler.expect("valid"))
+            .collect::<Vec<_>>()
+    };
+    let (mut states, mut samplers) = (new_states(), new_samplers());
+    let mut draws: Vec<Draw> = samplers
+        .iter_mut()
+        .zip(&recent)
+        .map(|(sampler, recent)| Draw { sampler, recent })
+        .collect();
+    let mut states: Vec<&mut State> = states.iter_mut().collect();
+    let found = gpu.sample_batch(&mut states, &tokens, 6, &mut draws).expect("runs");
 
-        // Step by step, drawn by the host.
-        let (mut states, mut samplers) = (new_states(), new_samplers());
-        let (mut fed, mut texts) = (tokens.clone(), recent.clone());
-        for step in found.chunks(kinds.len()) {
-            let mut batch: Vec<_> = states
-                .iter_mut()
-                .zip(fed.chunks(1))
-                .map(|(state, tokens)| Sequence { state, tokens })
-                .collect();
-            let logits = gpu.forward(&mut batch).expect("runs").to_vec();
-            for (at, row) in logits.chunks(vocab).enumerate() {
-                let token = samplers[at].sample(&mut row.to_vec(), &texts[at]).expect("valid");
-                assert_eq!(step[at], token, "{name}: sequence {at}");
-                texts[at].push(token);
-            }
-            fed = step.to_vec();
+    // Step by step, drawn by the host.
+    let (mut states, mut samplers) = (new_states(), new_samplers());
+    let (mut fed, mut texts) = (tokens.clone(), recent.clone());
+    for step in found.chunks(kinds.len()) {
+        let mut batch: Vec<_> = states
+            .iter_mut()
+            .zip(fed.chunks(1))
+            .map(|(state, tokens)| Sequence { state, tokens })
+            .collect();
+        let logits = gpu.forward(&mut batch).expect("runs").to_vec();
+        for (at, row) in logits.chunks(vocab).enumerate() {
+            let token = samplers[at].sample(&mut row.to_vec(), &texts[at]).expect("valid");
+            assert_eq!(step[at], token, "sequence {at}");
+            texts[at].push(token);
         }
+        fed = step.to_vec();
     }
 }
 
-#[test]
-fn a_step_computes_what_is_wanted_of_each_sequence() {
-    for (name, model) in models() {
-        let Some(mut engine) = gpu(&model) else { return };
-        let vocab = model.config().vocab_size;
-        let texts: [&[u32]; 6] = [&[1], &[2, 3, 4], &[5], &[6], &[7, 8], &[9]];
-        // So many steps take one launch, if something is wanted of each.
-        let steps: [&[u32]; 12] = [&[10]; 12];
-        let params = SamplingParams { temperature: 0.9, top_p: 0.9, seed: 8, ..Default::default() };
-        for (texts, wanted) in [
-            (&texts[..], "TLNTTL"),
-            (&texts, "LLLNNT"),
-            (&texts, "NNNNNN"),
-            (&texts[..1], "T"),
-            (&texts[..1], "L"),
-            (&texts[..1], "N"),
-            (&steps, "TLTTTTLLTTTT"),
-            (&steps, "TLTTTTLNTTTT"),
-        ] {
-            let new_states = || texts.iter().map(|_| State::new(&model)).collect::<Vec<_>>();
-            let (mut states, mut plain) = (new_states(), new_states());
-            fn batch<'a>(states: &'a mut [State], texts: &'a [&[u32]]) -> Vec<Sequence<'a>> {
-                let pairs = states.iter_mut().zip(texts);
-                pairs.map(|(state, tokens)| Sequence { state, tokens }).collect()
-            }
-            let mut forward = batch(&mut plain, texts);
-            let expected = engine.forward(&mut forward).expect("runs").to_vec();
-            let new_sampler = || Sampler::new(params.clone()).expect("valid");
-            let mut samplers: Vec<_> = texts.iter().map(|_| new_sampler()).collect();
-            let mut wants: Vec<Want> = wanted
-                .chars()
-                .zip(&mut samplers)
-                .map(|(want, sampler)| match want {
-                    'T' => Want::Token(Draw { sampler, recent: &[] }),
-                    'L' => Want::Logits,
-                    _ => Want::Nothing,
-                })
-                .collect();
-            let mut drawing = batch(&mut states, texts);
-            let drawn = engine.forward_and_draw(&mut drawing, &mut wants).expect("runs");
-            let mut rows: Vec<Vec<f32>> = vec![Vec::new(); texts.len()];
-            engine.for_each_row(&mut rows, &|row, logits| row.extend_from_slice(logits));
-            for (at, want) in wanted.chars().enumerate() {
-                let logits = &expected[at * vocab..][..vocab];
-                let token = new_sampler().sample(&mut logits.to_vec(), &[]).expect("valid");
-                assert_eq!(drawn[at], (want == 'T').then_some(token), "{name} {wanted} {at}");
-                assert!(want != 'L' || rows[at] == logits, "{name} {wanted} {at}");
-            }
-            assert!(states == plain, "{name} {wanted}: states");
+fn a_step_computes_what_is_wanted_of_each_sequence(model: &Arc<Model>) {
+    let Some(mut engine) = gpu(model) else { return };
+    let vocab = model.config().vocab_size;
+    let texts: [&[u32]; 6] = [&[1], &[2, 3, 4], &[5], &[6], &[7, 8], &[9]];
+    // So many steps take one launch, if something is wanted of each.
+    let steps: [&[u32]; 12] = [&[10]; 12];
+    let params = SamplingParams { temperature: 0.9, top_p: 0.9, seed: 8, ..Default::default() };
+    for (texts, wanted) in [
+        (&texts[..], "TLNTTL"),
+        (&texts, "LLLNNT"),
+        (&texts, "NNNNNN"),
+        (&texts[..1], "T"),
+        (&texts[..1], "L"),
+        (&texts[..1], "N"),
+        (&steps, "TLTTTTLLTTTT"),
+        (&steps, "TLTTTTLNTTTT"),
+    ] {
+        let new_states = || texts.iter().map(|_| State::new(model)).collect::<Vec<_>>();
+        let (mut states, mut plain) = (new_states(), new_states());
+        fn batch<'a>(states: &'a mut [State], texts: &'a [&[u32]]) -> Vec<Sequence<'a>> {
+            let pairs = states.iter_mut().zip(texts);
+            pairs.map(|(state, tokens)| Sequence { state, tokens }).collect()
         }
+        let mut forward = batch(&mut plain, texts);
+        let expected = engine.forward(&mut forward).expect("runs").to_vec();
+        let new_sampler = || Sampler::new(params.clone()).expect("valid");
+        let mut samplers: Vec<_> = texts.iter().map(|_| new_sampler()).collect();
+        let mut wants: Vec<Want> = wanted
+            .chars()
+            .zip(&mut samplers)
+            .map(|(want, sampler)| match want {
+                'T' => Want::Token(Draw { sampler, recent: &[] }),
+                'L' => Want::Logits,
+                _ => Want::Nothing,
+            })
+            .collect();
+        let mut drawing = batch(&mut states, texts);
+        let drawn = engine.forward_and_draw(&mut drawing, &mut wants).expect("runs");
+        let mut rows: Vec<Vec<f32>> = vec![Vec::new(); texts.len()];
+        engine.for_each_row(&mut rows, &|row, logits| row.extend_from_slice(logits));
+        for (at, want) in wanted.chars().enumerate() {
+            let logits = &expected[at * vocab..][..vocab];
+            let token = new_sampler().sample(&mut logits.to_vec(), &[]).expect("valid");
+            assert_eq!(drawn[at], (want == 'T').then_some(token), "{wanted} {at}");
+            assert!(want != 'L' || rows[at] == logits, "{wanted} {at}");
+        }
+        assert!(states == plain, "{wanted}: states");
     }
 }
