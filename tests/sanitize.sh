@@ -46,4 +46,4 @@ export -f one
 for program in "${programs[@]}"; do
     program=$(realpath "$program")
     "$program" --list --format terse | sed -n "s|: test$||p" | { grep -E "${TESTS:-.}" || true; } | sed "s|^|$program\n|"
-done | xargs -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1
+done | xargs -r -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1

@@ -67,7 +67,7 @@ fn prompts_give_the_bits_of_the_processor_and_decoding_stays_close(model: &Arc<M
     let Some(mut gpu) = gpu(model) else { return };
     let mut cpu = engine(model, "cpu");
     println!("{} against {}", gpu.describe(), cpu.describe());
-    let text = tokens(model, all_or_few(300, 24));
+    let text = tokens(model, all_or_few(300, 12));
     let mut expected_state = State::new(model);
     let expected = bits(cpu.prefill(&mut expected_state, &text, &cancel).expect("runs"));
 
@@ -194,7 +194,7 @@ fn greedy_text_agrees_and_states_move_between_devices(model: &Arc<Model>) {
     gpu.prefill(&mut on_gpu, &prompt, &cancel).expect("runs");
     assert!(on_cpu == on_gpu, "prompt");
     let before = on_gpu.to_bytes(model);
-    let chosen = gpu.greedy(&mut on_gpu, 3, all_or_few(300, 20)).expect("runs");
+    let chosen = gpu.greedy(&mut on_gpu, 3, all_or_few(300, 6)).expect("runs");
     follow(&mut cpu, &mut on_cpu, 3, &chosen);
     let off = distance(on_gpu.hidden(), on_cpu.hidden());
     assert!(off <= BUDGET, "states are {off} apart");
