@@ -2,7 +2,7 @@
 # The GPU tests of inference under a tool of compute-sanitizer, each alone and several at a time; a line for each, and exit code 1
 # if one failed, was named or did not end.
 # Arguments: the tool (`memcheck` or `racecheck`), and programs of tests (else they are built). In the environment: SECONDS_EACH
-# (300), AT_ONCE (6), TESTS (a pattern of names, all). MMFREE_FEW_GPU_STEPS is set unless FULL=1.
+# (1200), AT_ONCE (6), TESTS (a pattern of names, all). MMFREE_FEW_GPU_STEPS is set unless FULL=1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tool=${1:?memcheck or racecheck}
@@ -26,7 +26,7 @@ fi
 one() { # PROGRAM TEST
     local log begin=$SECONDS status=0 summary
     log=$(mktemp)
-    timeout -k 5 "${SECONDS_EACH:-300}" "$sanitizer" --tool "$tool" --error-exitcode 9 "$1" --exact "$2" >"$log" 2>&1 || status=$?
+    timeout -k 5 "${SECONDS_EACH:-1200}" "$sanitizer" --tool "$tool" --error-exitcode 9 "$1" --exact "$2" >"$log" 2>&1 || status=$?
     summary=$(grep -oE "(ERROR|RACECHECK) SUMMARY: .*" "$log" ||
         grep -o "terminated before first instrumented API call" "$log" || echo "no summary")
     case "$2: $summary" in
@@ -43,7 +43,11 @@ one() { # PROGRAM TEST
 }
 export -f one
 
+tests=()
 for program in "${programs[@]}"; do
     program=$(realpath "$program")
-    "$program" --list --format terse | sed -n "s|: test$||p" | { grep -E "${TESTS:-.}" || true; } | sed "s|^|$program\n|"
-done | xargs -r -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1
+    mapfile -t names < <("$program" --list --format terse | sed -n "s|: test$||p" | grep -E "${TESTS:-.}")
+    for name in "${names[@]}"; do tests+=("$program" "$name"); done
+done
+[ "${#tests[@]}" != 0 ] || { echo "no test's name fits ${TESTS:-}" >&2; exit 2; }
+printf '%s\n' "${tests[@]}" | xargs -d '\n' -P "${AT_ONCE:-6}" -n 2 bash -c 'one "$@"' one || exit 1
