@@ -30,8 +30,8 @@ one() { # PROGRAM TEST
     summary=$(grep -oE "(ERROR|RACECHECK) SUMMARY: .*" "$log" ||
         grep -o "terminated before first instrumented API call" "$log" || echo "no summary")
     case "$2: $summary" in
-        # This one makes errors on purpose.
-        a_failing_launch_*"ERROR SUMMARY: 2 errors") [ "$status" != 9 ] || status=0 ;;
+        # This one makes errors on purpose; the tool's exit code hides the test's.
+        a_failing_launch_*"ERROR SUMMARY: 2 errors") ! grep -q "^test result: ok" "$log" || status=0 ;;
         *"ERROR SUMMARY: 0 errors" | *"RACECHECK SUMMARY: 0 hazards"*) ;;
         *"before first instrumented API call") status=0 ;; # It launches nothing.
         *) [ "$status" != 0 ] || status=9 ;;
